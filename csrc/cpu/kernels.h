@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the instruction-set specific kernels (match.cpp, merge.cpp) offer to the rest. Shapes as in the Python docs:
+// metric (N, H, T, C), rows (N, T, D), members (N, T), offsets (N, T_out + 1). Strides are in elements; the last axis of
+// every tensor is contiguous. All sizes are 64-bit: tensors of more than 2^31 elements are addressed like any other.
+#pragma once
+#include <cstdint>
+
+namespace stk {
+
+enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Mode : int { mean = 0, sum = 1, max = 2, all = 3 };
+
+// One item of the metric and where its prepared tokens go.
+struct Metric {
+  const void *data;
+  Dtype dtype;
+  int64_t heads, channels;
+  int64_t stride_head, stride_token;
+};
+
+// The proposals of one item: for each a in A the similarity to its most similar b, and that b's rank in B.
+// `Real` is double for a float64 metric, else float.
+template <class Real>
+struct Proposals {
+  Real *best;
+  int32_t *partner;
+};
+
+struct Groups {
+  const int32_t *members;  // ~i stands for a token i of weight 0
+  const int32_t *offsets;
+  int64_t items, tokens_in, tokens_out;
+};
+
+struct Rows {
+  void *data;
+  int64_t stride_item, stride_row;
+};
+
+struct ReduceArgs {
+  Rows x, y;
+  Dtype dtype;
+  Mode mode;
+  Groups groups;
+  int64_t dim;
+  const float *size;  // null: all ones
+  int64_t size_stride_item, size_stride_token;
+  float *size_out;  // (N, T_out) contiguous
+  bool stream;      // write around the caches
+};
+
+struct SpreadArgs {
+  Rows grad, out;
+  Dtype dtype;
+  Mode mode;
+  Groups groups;
+  int64_t dim;
+  const float *size;
+  int64_t size_stride_item, size_stride_token;
+  Rows x, y;  // Mode::max only
+  bool stream;
+};
+
+struct MatchKernels {
+  // bytes that `propose` needs for one item with `sources` and `targets` tokens in A and B
+  int64_t (*scratch)(Dtype dtype, int64_t channels, int64_t sources, int64_t targets);
+  // steps 1 to 4 of the matching of one item; A is first_a, first_a + 2, ..., B likewise
+  void (*propose32)(const Metric &, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, void *scratch,
+                    Proposals<float>);
+  void (*propose64)(const Metric &, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, void *scratch,
+                    Proposals<double>);
+};
+
+struct MergeKernels {
+  // output rows [begin, end) of all N * T_out; false if the plan points outside of its item
+  bool (*reduce)(const ReduceArgs &, int64_t begin, int64_t end);
+  bool (*spread)(const SpreadArgs &, int64_t begin, int64_t end);
+};
+
+// One of these for each instruction set; dispatch.cpp picks the best that the processor has.
+struct Kernels {
+  const char *name;
+  const MatchKernels *match;
+  const MergeKernels *merge;
+};
+
+const Kernels &kernels();                      // the best set that this processor runs
+const Kernels *kernels_named(const char *);    // null: not in this build or not on this processor
+void use_kernels(const Kernels *);             // for tests; null: the best again
+
+// Steps 5 and 6: choose the r best proposals of one item and write its dest, members and offsets.
+// `scratch` holds plan_scratch(sources, targets) bytes.
+int64_t plan_scratch(int64_t sources, int64_t targets);
+template <class Real>
+void plan_item(Proposals<Real>, int64_t tokens, int64_t protected_, int64_t sources, int64_t targets, int64_t r,
+               void *scratch, int32_t *dest, int32_t *members, int32_t *offsets);
+
+}  // namespace stk

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pure-PyTorch reference of token merging, installed as ``stoptome_kernels.reference``.
+
+Written to be read beside the papers: Bolya et al., *Token Merging: Your ViT but Faster* (ICLR 2023, arXiv 2210.09461)
+and Shen et al., *TempMe* (ICLR 2025, arXiv 2409.01156). It is the yardstick of every parity test and what runs where
+nothing faster can. It needs torch alone, works on any device, never waits for the device and uses no atomics on floats.
+"""
+
+from .matching import build_groups, identity, match, match_sets, similarity
+from .merging import reduce, spread, winners
+
+__all__ = ["build_groups", "identity", "match", "match_sets", "reduce", "similarity", "spread", "winners"]

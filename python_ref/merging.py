@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted merging over the groups of a plan and its adjoint (ToMe, "Tracking Token Size")."""
+
+import torch
+from torch import Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _split(members: Tensor) -> tuple[Tensor, Tensor]:
+    """Token index and weight-1 flag of every member; ``~i`` stands for a token i of weight 0."""
+    valid = members >= 0
+    return torch.where(valid, members, ~members).long(), valid
+
+
+def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
+    """Reduce ``(N, T, D)`` rows, sorted by group, to ``(N, T_out, D)``; each group in ascending order, no atomics."""
+    n, tokens, dim = rows.shape
+    lengths = offsets.diff(dim=1)
+    if rows.numel() == 0:
+        return rows.new_zeros(n, lengths.shape[1], dim)
+    flat = rows.reshape(n * tokens, dim)
+    out = torch.segment_reduce(flat, how, lengths=lengths.flatten().long(), axis=0, unsafe=True)
+    return out.view(n, lengths.shape[1], dim)
+
+
+def _group_of(offsets: Tensor, tokens: int) -> Tensor:
+    """Output token of each position of ``members``: ``(N, T)`` int64."""
+    n, groups = offsets.shape[0], offsets.shape[1] - 1
+    if n * tokens == 0:
+        return torch.zeros(n, tokens, dtype=torch.int64, device=offsets.device)
+    each = torch.arange(groups, device=offsets.device).repeat(n)
+    lengths = offsets.diff(dim=1).flatten().long()
+    return torch.repeat_interleave(each, lengths, output_size=n * tokens).view(n, tokens)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+    """Merge: one output row for each group.
+
+    Args:
+        x: ``(N, T, D)`` floating.
+        members, offsets: the groups of a plan, ``(N, T)`` and ``(N, T_out + 1)`` int32.
+        size: ``(N, T)`` float32 or None for all ones.
+        mode: ``mean`` Σ s x / Σ s; ``sum`` Σ x; ``max`` elementwise maximum, NaN if a member is NaN; ``all`` Σ x over
+            the weight-0 members too (the adjoint of unmerging).
+
+    Returns:
+        y ``(N, T_out, D)`` in x's dtype, accumulated in float32 (float64 for float64) in ascending member order, and
+        size_out ``(N, T_out)`` float32 = Σ s. A group of one token is copied bit for bit.
+    """
+    index, valid = _split(members)
+    if mode == "all":
+        valid = torch.ones_like(valid)
+    weight = x.new_ones(index.shape, dtype=torch.float32) if size is None else size.gather(1, index)
+    weight = weight.to(_wide(x.dtype)).masked_fill(~valid, 0.0)[..., None]
+    size_out = _segments(weight, offsets, "sum")
+    rows = _rows(x, index).to(_wide(x.dtype))
+    if mode == "max":
+        y = _segments(rows.masked_fill(~valid[..., None], -torch.inf), offsets, "max")
+    elif mode == "mean":
+        y = _segments((weight * rows).masked_fill(~valid[..., None], 0.0), offsets, "sum") / size_out
+    else:
+        y = _segments(rows.masked_fill(~valid[..., None], 0.0), offsets, "sum")
+
+    position = torch.where(valid, index, -1)[..., None].to(torch.float64)  # exact: indices are below 2^53
+    alone = _segments(valid[..., None].to(torch.float32), offsets, "sum") == 1
+    only = _segments(position, offsets, "max").squeeze(-1).long()
+    y = torch.where(alone, _rows(x, only.clamp_min(0)), y.to(x.dtype))
+    return y, size_out.squeeze(-1).float()
+
+
+def spread(
+    grad: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """The adjoint of :func:`reduce`: one row for each token, read from its group's row.
+
+    Args:
+        grad: ``(N, T_out, D)``.
+        members, offsets, size, mode: as in :func:`reduce`; ``all`` is unmerging: x̂_i = y_dest(i).
+        x, y: input and output of the merge, for ``max`` alone.
+
+    Returns:
+        ``(N, T, D)`` in grad's dtype: ``mean`` s_i / Σ s · grad, ``sum`` grad, ``max`` grad where the token is the
+        first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
+    """
+    if mode == "max":
+        if x is None or y is None:
+            raise ValueError("mode 'max' needs x and y")
+        out = torch.zeros_like(x, dtype=grad.dtype)
+        return out.scatter(1, winners(x, y, members, offsets), grad)
+    index, valid = _split(members)
+    group = _group_of(offsets, members.shape[1])
+    rows = _rows(grad, group)
+    if mode == "mean":
+        wide = _wide(grad.dtype)
+        weight = grad.new_ones(index.shape, dtype=wide) if size is None else size.gather(1, index).to(wide)
+        weight = weight.masked_fill(~valid, 0.0)
+        total = _segments(weight[..., None], offsets, "sum").squeeze(-1)
+        alone = _segments(valid[..., None].to(wide), offsets, "sum").squeeze(-1) == 1
+        share = torch.where(alone.gather(1, group), 1.0, weight / total.gather(1, group))
+        rows = (share[..., None] * rows.to(wide)).to(grad.dtype)
+    if mode != "all":
+        rows = rows.masked_fill(~valid[..., None], 0.0)
+    position = torch.empty_like(index).scatter_(
+        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
+    )
+    return _rows(rows, position)
+
+
+def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
+    """The token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
+    index, valid = _split(members)
+    rows = _rows(x, index)
+    reached = _rows(y, _group_of(offsets, members.shape[1]))
+    hit = ((rows == reached) | (rows.isnan() & reached.isnan())) & valid[..., None]
+    candidate = torch.where(hit, index[..., None].double(), torch.inf)
+    return _segments(candidate, offsets, "min").long()

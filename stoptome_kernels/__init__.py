@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging as fused operators: match, merge, unmerge."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise ImportError("stoptome_kernels needs PyTorch 2.6 or later: see https://pytorch.org/get-started") from error
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    raise ImportError(f"stoptome_kernels needs PyTorch 2.6 or later, found {torch.__version__}: pip install -U torch")
+
+try:
+    from . import reference
+except ImportError as error:
+    raise ImportError(
+        "stoptome_kernels.reference is missing: this is a source tree that was never installed; run `pip install -e .` "
+        "in it, or leave the folder to use an installed copy"
+    ) from error
+
+from .api import match, merge, unmerge
+from .backends import backends
+from .plan import MergePlan
+
+try:
+    __version__ = version("stoptome_kernels")
+except PackageNotFoundError:  # a copied folder
+    __version__ = "0+unknown"
+
+__all__ = ["MergePlan", "backends", "match", "merge", "reference", "unmerge"]

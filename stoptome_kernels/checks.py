@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation of arguments, the same for every backend, eager or traced.
+
+Everything is decided from types, shapes, dtypes and devices: no check reads a tensor's values, so none waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MODES = ("mean", "sum", "max")
+BACKENDS = ("auto", "triton", "native", "reference")
+
+
+def tensor(value: object, name: str, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call {name}.to_dense()")
+
+
+def count(value: object, name: str, what: str) -> int:
+    """``value`` as an int that is not negative (a SymInt passes as it is)."""
+    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be an int ({what}), got {type(value).__name__}")
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be an int ({what}), got a tensor; its value would have to be read from the device"
+        )
+    number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[arg-type]
+    if number < 0:
+        raise ValueError(f"{name} must be 0 or more ({what}), got {number}")
+    return number  # type: ignore[return-value]
+
+
+def choice(value: object, name: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _floating(value: Tensor, name: str) -> None:
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
+    if metric.dim() not in (3, 4):
+        raise ValueError(f"metric must have shape (N, T, C) or (N, H, T, C), got {tuple(metric.shape)}")
+    _floating(metric, "metric")
+    if metric.shape[-1] == 0:
+        raise ValueError(f"metric must have at least one channel in its last axis, got shape {tuple(metric.shape)}")
+    if metric.dim() == 4 and metric.shape[1] == 0:
+        raise ValueError(f"metric must have at least one head in its axis 1, got shape {tuple(metric.shape)}")
+    count(r, "r", "tokens to remove from each item")
+    count(protected, "protected", "leading tokens that are never merged")
+    if protected > metric.shape[-2]:
+        raise ValueError(
+            f"protected must be at most the number of tokens T = {metric.shape[-2]}, got {protected}; "
+            f"metric has shape {tuple(metric.shape)}"
+        )
+    choice(backend, "backend", BACKENDS)
+
+
+def _plan(members: Tensor, offsets: Tensor) -> None:
+    for index, name in ((members, "members"), (offsets, "offsets")):
+        if index.dim() != 2 or index.dtype != torch.int32:
+            raise ValueError(
+                f"plan.{name} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()"
+            )
+    if members.shape[0] != offsets.shape[0] or offsets.shape[1] < 1 or offsets.shape[1] > members.shape[1] + 1:
+        raise ValueError(
+            f"plan.members {tuple(members.shape)} and plan.offsets {tuple(offsets.shape)} do not belong together; "
+            "use a plan from match()"
+        )
+
+
+def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor, backend: str) -> None:
+    """``value`` is ``(N, tokens, D)`` floating and lives where the plan does."""
+    _plan(members, offsets)
+    n = members.shape[0]
+    if value.dim() != 3:
+        raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")
+    _floating(value, name)
+    if value.shape[0] != n or value.shape[1] != tokens:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but the plan wants N = {n} items of {tokens} tokens "
+            f"({members.shape[1]} before merging, {offsets.shape[1] - 1} after)"
+        )
+    for index in (members, offsets):
+        if index.device != value.device:
+            raise ValueError(
+                f"{name} is on {value.device}, but the plan is on {index.device}; use plan.to({name}.device)"
+            )
+    choice(backend, "backend", BACKENDS)
+
+
+def size(value: Tensor | None, members: Tensor) -> None:
+    if value is None:
+        return
+    if value.dtype != torch.float32:
+        raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {value.dtype}")
+    if value.shape != members.shape:
+        raise ValueError(f"size must have shape (N, T) = {tuple(members.shape)}, got {tuple(value.shape)}")
+    if value.device != members.device:
+        raise ValueError(f"size is on {value.device}, but the plan is on {members.device}; move one of them")
+
+
+def extremes(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:
+    """The gradient of a maximum needs input and output of the merge."""
+    if mode != "max":
+        return
+    want = (grad.shape[0], members.shape[1], grad.shape[2])
+    for value, name, shape in ((x, "x", want), (y, "y", tuple(grad.shape))):
+        if value is None or tuple(value.shape) != shape or value.dtype != grad.dtype or value.device != grad.device:
+            have = None if value is None else f"{tuple(value.shape)} {value.dtype} on {value.device}"
+            raise ValueError(f"mode 'max' needs {name} of shape {shape} {grad.dtype} on {grad.device}, got {have}")

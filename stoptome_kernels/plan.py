@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a matching: which token goes where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import build_groups
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Where every token of every item goes; made by :func:`stoptome_kernels.match`, never changed afterwards.
+
+    A value without hidden state: it can be reused for any tensors of its shape, passed into and out of compiled
+    functions, and composed with :meth:`then`. It takes 12 bytes a token and 4 an item.
+
+    Attributes:
+        dest: ``(N, tokens_in)`` int32, the output token of every input token. Composed over layers it is the *source
+            trace*: which merged token an original token ended in.
+        members: ``(N, tokens_in)`` int32, the input tokens sorted by output token, then by index. A token that was
+            merged with weight 0 (its metric held a NaN or an infinity) stands as ``~i``.
+        offsets: ``(N, tokens_out + 1)`` int32; output o gathers ``members[offsets[o]:offsets[o + 1]]``.
+        protected: leading tokens that no merge touches.
+    """
+
+    dest: Tensor
+    members: Tensor
+    offsets: Tensor
+    protected: int
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens of an item before merging."""
+        return self.dest.shape[1]
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens of an item after merging."""
+        return self.offsets.shape[1] - 1
+
+    @property
+    def r(self) -> int:
+        """Tokens removed from each item: what was asked for, capped at half of the unprotected tokens."""
+        return self.dest.shape[1] - self.offsets.shape[1] + 1
+
+    def then(self, following: MergePlan) -> MergePlan:
+        """The plan from this plan's input to the output of ``following``, which was matched on this plan's output.
+
+        Sizes merged by the composed plan equal sizes merged by one plan after the other; its ``dest`` is the trace
+        through both. Deterministic, no host synchronisation.
+
+        Raises:
+            TypeError: ``following`` is no MergePlan.
+            ValueError: ``following`` does not start from this plan's tokens.
+        """
+        if not isinstance(following, MergePlan):
+            raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
+        have, want = (self.dest.shape[0], self.tokens_out), tuple(following.dest.shape)
+        if have != want:
+            raise ValueError(
+                f"following starts from (N, tokens) = {want}, but this plan leads to {have}; "
+                "compose plans in the order in which the layers ran"
+            )
+        if self.dest.device != following.dest.device:
+            raise ValueError(
+                f"following is on {following.dest.device}, this plan on {self.dest.device}; move one of them"
+            )
+        step = self.dest.long()
+        dest = following.dest.gather(1, step)
+        weightless = self._weightless() | following._weightless().gather(1, step)
+        members, offsets = build_groups(dest, weightless, following.tokens_out)
+        return MergePlan(dest, members, offsets, min(self.protected, following.protected))
+
+    def to(self, device: torch.device | str) -> MergePlan:
+        """The same plan on another device; this one if it is there already."""
+        if self.dest.device == torch.device(device):
+            return self
+        return MergePlan(self.dest.to(device), self.members.to(device), self.offsets.to(device), self.protected)
+
+    def _weightless(self) -> Tensor:
+        """``(N, tokens_in)`` bool: tokens that were merged with weight 0."""
+        token = torch.where(self.members >= 0, self.members, ~self.members).long()
+        return torch.zeros_like(self.dest, dtype=torch.bool).scatter(1, token, self.members < 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"MergePlan({self.dest.shape[0]} items, {self.tokens_in} -> {self.tokens_out} tokens, r={self.r}, "
+            f"protected={self.protected}, {self.dest.device})"
+        )
+
+
+def _flatten(plan: MergePlan) -> tuple[list[Tensor], int]:
+    return [plan.dest, plan.members, plan.offsets], plan.protected
+
+
+def _unflatten(tensors, protected: int) -> MergePlan:
+    dest, members, offsets = tensors
+    return MergePlan(dest, members, offsets, protected)
+
+
+# a pytree node, so that torch.export, vmap and tree_map look inside a plan that a model returns
+torch.utils._pytree.register_pytree_node(
+    MergePlan, _flatten, _unflatten, serialized_type_name="stoptome_kernels.MergePlan"
+)
