@@ -71,6 +71,7 @@ class NinjaBuild(build_ext):
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if os.environ.get("STOPTOME_REQUIRE_NATIVE"):
                 raise
+            target.unlink(missing_ok=True)  # of an earlier build: what does not compile must not be shipped
             detail = getattr(error, "stderr", None) or error
             print(
                 f"stoptome_kernels: installing without the native CPU kernels: {str(detail).strip()[-400:]}",

@@ -71,7 +71,10 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
     position = torch.where(valid, index, -1)[..., None].to(torch.float64)  # exact: indices are below 2^53
     alone = _segments(valid[..., None].to(torch.float32), offsets, "sum") == 1
     only = _segments(position, offsets, "max").squeeze(-1).long()
-    y = torch.where(alone, _rows(x, only.clamp_min(0)), y.to(x.dtype))
+    # copied as integers: gather and where change the bits of a NaN for 16-bit floats
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    copy = _rows(x.view(bits), only.clamp_min(0))
+    y = torch.where(alone, copy, y.to(x.dtype).view(bits)).view(x.dtype)
     return y, size_out.squeeze(-1).float()
 
 

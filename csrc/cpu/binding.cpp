@@ -5,8 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -44,36 +44,79 @@ void expect_writes(const Rows &out, int64_t bytes) {
 #endif
 }
 
-struct MatchJob {
-  Metric metric;
-  int64_t stride_item, item_bytes, tokens, protected_, r, sources, targets, first_a, first_b;
-  int32_t *dest, *members, *offsets;
-  const Kernels *kernels;
-  char *memory;  // for each thread: best, partner, scratch of the two steps
-  int64_t memory_per_thread, partner_at, scratch_at;
-};
-
+int64_t element_bytes(int dtype) { return dtype == int(Dtype::f64) ? 8 : dtype == int(Dtype::f32) ? 4 : 2; }
 int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
-template <class Real>
-void match_items(const MatchJob &job, int64_t begin, int64_t end, int thread) {
-  char *memory = job.memory + thread * job.memory_per_thread;
-  Proposals<Real> proposals{reinterpret_cast<Real *>(memory), reinterpret_cast<int32_t *>(memory + job.partner_at)};
-  for (int64_t n = begin; n < end; ++n) {
-    Metric item = job.metric;
-    item.data = static_cast<const char *>(job.metric.data) + n * job.item_bytes;
-    if constexpr (sizeof(Real) == 8)
-      job.kernels->match->propose64(item, job.first_a, job.sources, job.first_b, job.targets, memory + job.scratch_at,
-                                    proposals);
+// Aligned memory that frees itself.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(static_cast<char *>(::operator new(size_t(bytes), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  char *data() const { return data_; }
+
+ private:
+  char *data_;
+};
+
+struct MatchJob {
+  Metric metric;
+  Sets sets;
+  MatchSizes sizes;
+  const MatchKernels *run;
+  int64_t item_bytes, tokens, protected_, r;
+  int32_t *dest, *members, *offsets;
+  // a piece of memory for each thread: similarities, partners, prepared tokens, rows or (afterwards) the plan's scratch
+  char *memory;
+  int64_t partner_at, scratch_at, rows_at, piece;
+
+  Metric item(int64_t n) const {
+    Metric m = metric;
+    m.data = static_cast<const char *>(metric.data) + n * item_bytes;
+    return m;
+  }
+  char *of(int thread) const { return memory + thread * piece; }
+  int32_t *partner(char *p) const { return reinterpret_cast<int32_t *>(p + partner_at); }
+
+  void plan(int64_t n, char *p) const {
+    int32_t *d = dest + n * tokens, *m = members + n * tokens, *o = offsets + n * (tokens - r + 1);
+    if (metric.dtype == Dtype::f64)
+      plan_item<double>({reinterpret_cast<double *>(p), partner(p)}, sets, tokens, protected_, r, p + rows_at, d, m, o);
     else
-      job.kernels->match->propose32(item, job.first_a, job.sources, job.first_b, job.targets, memory + job.scratch_at,
-                                    proposals);
-    plan_item<Real>(proposals, job.tokens, job.protected_, job.sources, job.targets, job.r, memory + job.scratch_at,
-                    job.dest + n * job.tokens, job.members + n * job.tokens, job.offsets + n * (job.tokens - job.r + 1));
+      plan_item<float>({reinterpret_cast<float *>(p), partner(p)}, sets, tokens, protected_, r, p + rows_at, d, m, o);
+  }
+};
+
+// Enough items for every thread: each takes whole items, whose tokens stay in its cache.
+void match_items(void *context, int64_t begin, int64_t end, int thread) {
+  const MatchJob &job = *static_cast<const MatchJob *>(context);
+  char *p = job.of(thread);
+  for (int64_t n = begin; n < end; ++n) {
+    const Metric m = job.item(n);
+    job.run->prepare(m, job.sets, p + job.scratch_at, p + job.rows_at, p, 0, job.sizes.tiles + job.sizes.panels);
+    job.run->propose(m, job.sets, p + job.scratch_at, p, job.partner(p), 0, job.sizes.tiles);
+    job.plan(n, p);
   }
 }
 
-int64_t element_bytes(int dtype) { return dtype == int(Dtype::f64) ? 8 : dtype == int(Dtype::f32) ? 4 : 2; }
+// Few long items: the threads share each of them.
+struct SharedItem {
+  const MatchJob &job;
+  Metric metric;
+};
+
+void prepare_blocks(void *context, int64_t begin, int64_t end, int thread) {
+  const SharedItem &s = *static_cast<const SharedItem *>(context);
+  char *shared = s.job.of(0);
+  s.job.run->prepare(s.metric, s.job.sets, shared + s.job.scratch_at, s.job.of(thread) + s.job.rows_at, shared, begin, end);
+}
+
+void propose_tiles(void *context, int64_t begin, int64_t end, int) {
+  const SharedItem &s = *static_cast<const SharedItem *>(context);
+  char *shared = s.job.of(0);
+  s.job.run->propose(s.metric, s.job.sets, shared + s.job.scratch_at, shared, s.job.partner(shared), begin, end);
+}
 
 void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t tokens, int64_t channels, int64_t stride_item,
            int64_t stride_head, int64_t stride_token, int64_t r, int64_t protected_, uintptr_t dest, uintptr_t members,
@@ -85,38 +128,36 @@ void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t to
   job.tokens = tokens;
   job.protected_ = protected_;
   job.r = r;
-  job.first_a = protected_ + protected_ % 2;
-  job.first_b = protected_ + 1 - protected_ % 2;
-  job.sources = tokens > job.first_a ? (tokens - job.first_a + 1) / 2 : 0;
-  job.targets = tokens > job.first_b ? (tokens - job.first_b + 1) / 2 : 0;
-  if (r < 1 || r > job.sources || job.targets < 1) throw std::invalid_argument("r is out of range");
+  Sets &sets = job.sets;
+  sets.first_a = protected_ + protected_ % 2;
+  sets.first_b = protected_ + 1 - protected_ % 2;
+  sets.sources = tokens > sets.first_a ? (tokens - sets.first_a + 1) / 2 : 0;
+  sets.targets = tokens > sets.first_b ? (tokens - sets.first_b + 1) / 2 : 0;
+  if (r < 1 || r > sets.sources || sets.targets < 1) throw std::invalid_argument("r is out of range");
   job.dest = reinterpret_cast<int32_t *>(dest);
   job.members = reinterpret_cast<int32_t *>(members);
   job.offsets = reinterpret_cast<int32_t *>(offsets);
-  job.kernels = &kernels();
+  job.run = kernels().match;
+  job.sizes = job.run->sizes(Dtype(dtype), channels, sets);
+
   const int64_t real = dtype == int(Dtype::f64) ? 8 : 4;
-  int64_t scratch = job.kernels->match->scratch(Dtype(dtype), channels, job.sources, job.targets);
-  if (scratch < plan_scratch(job.sources, job.targets)) scratch = plan_scratch(job.sources, job.targets);
-  job.partner_at = align64(real * job.sources);
-  job.scratch_at = job.partner_at + align64(4 * job.sources);
-  job.memory_per_thread = job.scratch_at + align64(scratch);
-  const int team = threads < items ? threads : int(items);
-  struct Free {
-    void operator()(char *p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char, Free> memory(static_cast<char *>(::operator new(job.memory_per_thread * team, std::align_val_t(64))));
-  job.memory = memory.get();
+  job.partner_at = align64(real * sets.sources);
+  job.scratch_at = job.partner_at + align64(4 * sets.sources);
+  job.rows_at = job.scratch_at + align64(job.sizes.scratch);
+  job.piece = job.rows_at + align64(std::max(job.sizes.rows, plan_scratch(sets)));
+  const int team = std::max(threads, 1);
   const int64_t bytes = tokens * heads * channels * element_bytes(dtype);
-  parallel_for(
-      items, kBytesPerThread / (bytes + 1) + 1, team,
-      [](void *context, int64_t begin, int64_t end, int thread) {
-        const MatchJob &j = *static_cast<const MatchJob *>(context);
-        if (j.metric.dtype == Dtype::f64)
-          match_items<double>(j, begin, end, thread);
-        else
-          match_items<float>(j, begin, end, thread);
-      },
-      &job);
+  // fewer items than threads: shared, if a thread's part of the similarities is worth the two more barriers
+  const bool share = items < team && sets.sources * sets.targets / team * channels >= (int64_t(1) << 20);
+  const Buffer memory(job.piece * (share ? team : std::min<int64_t>(team, items)));
+  job.memory = memory.data();
+  if (!share) return parallel_for(items, kBytesPerThread / (bytes + 1) + 1, team, match_items, &job);
+  for (int64_t n = 0; n < items; ++n) {
+    SharedItem item{job, job.item(n)};
+    parallel_for(job.sizes.tiles + job.sizes.panels, 1, team, prepare_blocks, &item);
+    parallel_for(job.sizes.tiles, 1, team, propose_tiles, &item);
+    job.plan(n, job.of(0));
+  }
 }
 
 // Runs reduce or spread over all output rows.

@@ -18,6 +18,11 @@ struct Metric {
   int64_t stride_head, stride_token;
 };
 
+// A is first_a, first_a + 2, ... (sources), B is first_b, first_b + 2, ... (targets).
+struct Sets {
+  int64_t first_a, sources, first_b, targets;
+};
+
 // The proposals of one item: for each a in A the similarity to its most similar b, and that b's rank in B.
 // `Real` is double for a float64 metric, else float.
 template <class Real>
@@ -61,14 +66,18 @@ struct SpreadArgs {
   bool stream;
 };
 
+struct MatchSizes {
+  int64_t tiles, panels;  // blocks of A and of B
+  int64_t scratch, rows;  // bytes: what one item's prepared tokens take, and what `prepare` needs beside
+};
+
+// Steps 1 to 4 of the matching of one item: `prepare` blocks [0, tiles + panels), then `propose` for tiles [0, tiles).
+// Blocks are independent of each other. `best` holds a double for each source if the metric is float64, else a float.
 struct MatchKernels {
-  // bytes that `propose` needs for one item with `sources` and `targets` tokens in A and B
-  int64_t (*scratch)(Dtype dtype, int64_t channels, int64_t sources, int64_t targets);
-  // steps 1 to 4 of the matching of one item; A is first_a, first_a + 2, ..., B likewise
-  void (*propose32)(const Metric &, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, void *scratch,
-                    Proposals<float>);
-  void (*propose64)(const Metric &, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, void *scratch,
-                    Proposals<double>);
+  MatchSizes (*sizes)(Dtype dtype, int64_t channels, const Sets &);
+  void (*prepare)(const Metric &, const Sets &, void *scratch, void *rows, void *best, int64_t begin, int64_t end);
+  void (*propose)(const Metric &, const Sets &, const void *scratch, void *best, int32_t *partner, int64_t begin,
+                  int64_t end);
 };
 
 struct MergeKernels {
@@ -89,10 +98,10 @@ const Kernels *kernels_named(const char *);    // null: not in this build or not
 void use_kernels(const Kernels *);             // for tests; null: the best again
 
 // Steps 5 and 6: choose the r best proposals of one item and write its dest, members and offsets.
-// `scratch` holds plan_scratch(sources, targets) bytes.
-int64_t plan_scratch(int64_t sources, int64_t targets);
+// `scratch` holds plan_scratch(sets) bytes.
+int64_t plan_scratch(const Sets &);
 template <class Real>
-void plan_item(Proposals<Real>, int64_t tokens, int64_t protected_, int64_t sources, int64_t targets, int64_t r,
-               void *scratch, int32_t *dest, int32_t *members, int32_t *offsets);
+void plan_item(Proposals<Real>, const Sets &, int64_t tokens, int64_t protected_, int64_t r, void *scratch, int32_t *dest,
+               int32_t *members, int32_t *offsets);
 
 }  // namespace stk

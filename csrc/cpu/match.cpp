@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Steps 1 to 4 of the matching of one item: head mean, norms, similarities and the best partner of every source.
 //
-// A's tokens lie row by row, B's in panels of kPanel lanes, channel by channel, so that the inner loop is one broadcast
-// and a few fused multiply-adds. Every similarity sums its products in the same order, channel 0 first: tokens that are
-// copies of each other tie exactly, wherever they stand.
+// A's tokens lie row by row, B's in panels of one vector of tokens, channel by channel, so that the inner loop is one
+// broadcast and a few fused multiply-adds. Every similarity sums its products in the same order, channel 0 first: tokens
+// that are copies of each other tie exactly, wherever they stand.
 #include "kernels.h"
 #include "vec.h"
 
@@ -11,30 +11,31 @@ namespace stk {
 namespace STK_ISA {
 namespace {
 
-// A tile of kRows x kColumns vectors keeps its sums in registers: 16 of 32 with AVX-512 and NEON, 12 of 16 elsewhere.
+// A tile of kRows tokens of A by two panels keeps its sums in registers: 16 of 32 with AVX-512 and NEON, 12 of 16
+// elsewhere.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
 #else
 constexpr int kRows = 6;
 #endif
-constexpr int kColumns = 2;
 
+STK_INLINE int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Where things are in the scratch of one item, in elements of Real.
 template <class Real>
-constexpr int kPanel = kColumns *Vec<Real>::lanes;
-
-STK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-template <class Real>
-struct Layout {  // of the scratch, in elements of Real
-  int64_t width, row, a, b, bias, end;
+struct Layout {
+  static constexpr int64_t lanes = Vec<Real>::lanes;
+  int64_t tiles, panels;            // of A, of B
+  int64_t width;                    // channels, rounded up to whole vectors
+  int64_t a, b, bias, end;
   Layout(int64_t channels, int64_t sources, int64_t targets) {
-    width = round_up(channels, Vec<Real>::lanes);
-    const int64_t panels = round_up(targets, kPanel<Real>);
-    row = 0;
-    a = row + width;
-    b = a + round_up(sources, kRows) * width;
-    bias = b + panels * channels;
-    end = bias + panels;
+    tiles = blocks_of(sources, kRows);
+    panels = blocks_of(targets, lanes);
+    width = blocks_of(channels, lanes) * lanes;
+    a = 0;
+    b = a + tiles * kRows * width;
+    bias = b + panels * width * lanes;
+    end = bias + panels * lanes;
   }
 };
 
@@ -102,118 +103,192 @@ STK_INLINE bool normalise(Real *row, int64_t width) {
   return true;
 }
 
+// Turns a square of lanes x lanes: element [i][k] of `from` becomes element [k][i] of `to`.
+template <class Real>
+STK_INLINE void transpose(const Real *from, int64_t stride, Real *to) {
+  constexpr int lanes = Vec<Real>::lanes;
+#if defined(__GNUC__) && !defined(__clang__)
+  typedef typename Vec<Real>::itype ivec;
+  typename Vec<Real>::type v[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) v[i] = load(from + i * stride);
+#pragma GCC unroll 4
+  for (int half = 1; half < lanes; half *= 2) {  // swap the off-diagonal squares of size 1, 2, 4, ...
+    ivec low, high;                              // lane l of the first operand is l, of the second lanes + l
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+      low[l] = l & half ? lanes + l - half : l;
+      high[l] = l & half ? lanes + l : l + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const auto upper = v[i], lower = v[i | half];
+      v[i] = __builtin_shuffle(upper, lower, low);
+      v[i | half] = __builtin_shuffle(upper, lower, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * lanes, v[i]);
+#else
+  for (int i = 0; i < lanes; ++i)
+    for (int k = 0; k < lanes; ++k) to[k * lanes + i] = from[i * stride + k];
+#endif
+}
+
+// Blocks [begin, end) of the tiles of A followed by the panels of B. `best` becomes 0, or −inf for a bad source;
+// `rows` holds lanes x width numbers.
 template <class T, class Real>
-void prepare(const Metric &m, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, Real *scratch,
-             Real *best) {
-  const Layout<Real> at(m.channels, sources, targets);
+void prepare(const Metric &m, const Sets &sets, Real *scratch, Real *rows, Real *best, int64_t begin, int64_t end) {
+  const Layout<Real> at(m.channels, sets.sources, sets.targets);
+  constexpr int64_t lanes = Vec<Real>::lanes;
   const T *data = static_cast<const T *>(m.data);
-  const int64_t padded = round_up(sources, kRows), panels = round_up(targets, kPanel<Real>);
   const int64_t ahead = 2 * m.stride_token * int64_t(sizeof(T));
   const Real never = -Real(__builtin_inff());
-  for (int64_t i = 0; i < sources; ++i) {
-    Real *a = scratch + at.a + i * at.width;
-    sum_heads(data + (first_a + 2 * i) * m.stride_token, m.heads, m.stride_head, m.channels, at.width, ahead, a);
-    best[i] = normalise(a, at.width) ? Real(0) : never;
-  }
-  for (int64_t k = sources * at.width; k < padded * at.width; ++k) scratch[at.a + k] = 0;
-  Real *row = scratch + at.row;
-  for (int64_t j = 0; j < panels; ++j) {
-    Real *lane = scratch + at.b + j / kPanel<Real> * kPanel<Real> * m.channels + j % kPanel<Real>;
-    bool good = false;
-    if (j < targets) {
-      sum_heads(data + (first_b + 2 * j) * m.stride_token, m.heads, m.stride_head, m.channels, at.width, ahead, row);
-      good = normalise(row, at.width);
-    } else if (j == targets) {
-      for (int64_t c = 0; c < at.width; ++c) row[c] = 0;
+  for (int64_t block = begin; block < end && block < at.tiles; ++block) {
+    for (int64_t i = block * kRows; i < (block + 1) * kRows; ++i) {
+      Real *row = scratch + at.a + i * at.width;
+      if (i < sets.sources) {
+        const T *token = data + (sets.first_a + 2 * i) * m.stride_token;
+        sum_heads(token, m.heads, m.stride_head, m.channels, at.width, ahead, row);
+        best[i] = normalise(row, at.width) ? Real(0) : never;
+      } else {
+        for (int64_t c = 0; c < at.width; ++c) row[c] = 0;
+      }
     }
-    for (int64_t c = 0; c < m.channels; ++c) lane[c * kPanel<Real>] = row[c];
-    scratch[at.bias + j] = good ? Real(0) : never;
+  }
+  for (int64_t block = begin < at.tiles ? at.tiles : begin; block < end; ++block) {
+    const int64_t panel = block - at.tiles;
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t j = panel * lanes + l;
+      Real *row = rows + l * at.width;
+      bool good = false;
+      if (j < sets.targets) {
+        const T *token = data + (sets.first_b + 2 * j) * m.stride_token;
+        sum_heads(token, m.heads, m.stride_head, m.channels, at.width, ahead, row);
+        good = normalise(row, at.width);
+      } else {
+        for (int64_t c = 0; c < at.width; ++c) row[c] = 0;
+      }
+      scratch[at.bias + j] = good ? Real(0) : never;
+    }
+    Real *to = scratch + at.b + panel * at.width * lanes;
+    for (int64_t c = 0; c < at.width; c += lanes) transpose(rows + c, at.width, to + c * lanes);
   }
 }
 
-// The best target of each of kRows sources; `best` comes in as 0 or, for a bad source, −inf.
 template <class Real>
-STK_INLINE void best_of_tile(const Real *a, int64_t width, const Real *b, const Real *bias, int64_t channels,
-                             int64_t targets, int64_t rows, Real *best, int32_t *partner) {
+struct Best {
+  typename Vec<Real>::type value[kRows];
+  typename Vec<Real>::itype index[kRows];
+};
+
+// kRows sources against `columns` neighbouring panels, the first of which holds target j.
+template <class Real, int columns>
+STK_INLINE void against(const Real *a, int64_t width, int64_t channels, const Real *panel, const Real *bias, int64_t j,
+                        Best<Real> &best) {
   using V = Vec<Real>;
-  typedef typename V::type vec;
-  typedef typename V::itype ivec;
-  vec top[kRows];
-  ivec who[kRows];
-  ivec lane;
-  for (int i = 0; i < V::lanes; ++i) lane[i] = i;
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    top[i] = vec{} - Real(__builtin_inff());
-    who[i] = ivec{};
-  }
-  for (int64_t j = 0; j < targets; j += kPanel<Real>) {
-    vec sum[kRows][kColumns] = {};
-    const Real *panel = b + j * channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      vec right[kColumns];
+  constexpr int lanes = V::lanes;
+  typename V::type sum[kRows][columns] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    typename V::type right[columns];
 #pragma GCC unroll 2
-      for (int k = 0; k < kColumns; ++k) right[k] = load(panel + c * kPanel<Real> + k * V::lanes);
+    for (int k = 0; k < columns; ++k) right[k] = load(panel + (k * width + c) * lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const Real left = a[i * width + c];
+    for (int i = 0; i < kRows; ++i) {
+      const Real left = a[i * width + c];
 #pragma GCC unroll 2
-        for (int k = 0; k < kColumns; ++k) sum[i][k] += left * right[k];
-      }
-    }
-#pragma GCC unroll 2
-    for (int k = 0; k < kColumns; ++k) {
-      const vec shift = load(bias + j + k * V::lanes);
-      const ivec index = lane + (typename V::bits)(j + k * V::lanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const vec s = sum[i][k] + shift;
-        const ivec better = (ivec)(s > top[i]);  // strict: the lowest index of a lane stays
-        top[i] = better ? s : top[i];
-        who[i] = better ? index : who[i];
-      }
+      for (int k = 0; k < columns; ++k) sum[i][k] += left * right[k];
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    const Real value = across<Max, Real, kBytes>(top[i]);
-    const ivec tied = (ivec)(top[i] == value);  // the lowest index of all lanes that reach the maximum
-    const typename V::bits index = across<Min, typename V::bits, kBytes>(tied ? who[i] : V::abs_mask - ivec{});
-    const bool bad = best[i] < 0;
-    best[i] = bad ? best[i] : value;
-    partner[i] = bad ? 0 : int32_t(index);
+  typename V::itype lane;
+  for (int l = 0; l < lanes; ++l) lane[l] = l;
+#pragma GCC unroll 2
+  for (int k = 0; k < columns; ++k) {
+    const typename V::type shift = load(bias + j + k * lanes);
+    const typename V::itype index = lane + (typename V::bits)(j + k * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename V::type s = sum[i][k] + shift;
+      const auto better = (typename V::itype)(s > best.value[i]);  // strict: the lowest index of a lane stays
+      best.value[i] = better ? s : best.value[i];
+      best.index[i] = better ? index : best.index[i];
+    }
+  }
+}
+
+// The best target of every source of tiles [begin, end).
+template <class Real>
+void propose(const Metric &m, const Sets &sets, const Real *scratch, Proposals<Real> out, int64_t begin, int64_t end) {
+  using V = Vec<Real>;
+  const Layout<Real> at(m.channels, sets.sources, sets.targets);
+  const Real *bias = scratch + at.bias;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const Real *a = scratch + at.a + tile * kRows * at.width;
+    Best<Real> best;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      best.value[i] = typename V::type{} - Real(__builtin_inff());
+      best.index[i] = typename V::itype{};
+    }
+    int64_t p = 0;
+    for (; p + 2 <= at.panels; p += 2)
+      against<Real, 2>(a, at.width, m.channels, scratch + at.b + p * at.width * V::lanes, bias, p * V::lanes, best);
+    if (p < at.panels)
+      against<Real, 1>(a, at.width, m.channels, scratch + at.b + p * at.width * V::lanes, bias, p * V::lanes, best);
+    for (int64_t i = 0; i < kRows && tile * kRows + i < sets.sources; ++i) {
+      const int64_t source = tile * kRows + i;
+      const Real value = across<Max, Real, kBytes>(best.value[i]);
+      const auto tied = (typename V::itype)(best.value[i] == value);  // the lowest index of all lanes that reach it
+      const auto candidates = tied ? best.index[i] : V::abs_mask - typename V::itype{};
+      const typename V::bits index = across<Min, typename V::bits, kBytes>(candidates);
+      const bool bad = out.best[source] < 0;
+      out.best[source] = bad ? out.best[source] : value;
+      out.partner[source] = bad ? 0 : int32_t(index);
+    }
   }
 }
 
 template <class Real>
-void propose(const Metric &m, int64_t first_a, int64_t sources, int64_t first_b, int64_t targets, void *memory,
-             Proposals<Real> out) {
-  Real *scratch = static_cast<Real *>(memory);
+void prepare_any(const Metric &m, const Sets &sets, void *scratch, void *rows, void *best, int64_t begin, int64_t end) {
+  Real *s = static_cast<Real *>(scratch), *r = static_cast<Real *>(rows), *b = static_cast<Real *>(best);
   if constexpr (sizeof(Real) == 8) {
-    prepare<double, double>(m, first_a, sources, first_b, targets, scratch, out.best);
+    prepare<double>(m, sets, s, r, b, begin, end);
   } else if (m.dtype == Dtype::bf16) {
-    prepare<bf16, float>(m, first_a, sources, first_b, targets, scratch, out.best);
+    prepare<bf16>(m, sets, s, r, b, begin, end);
   } else if (m.dtype == Dtype::f16) {
-    prepare<f16, float>(m, first_a, sources, first_b, targets, scratch, out.best);
+    prepare<f16>(m, sets, s, r, b, begin, end);
   } else {
-    prepare<float, float>(m, first_a, sources, first_b, targets, scratch, out.best);
-  }
-  const Layout<Real> at(m.channels, sources, targets);
-  for (int64_t i = 0; i < sources; i += kRows) {
-    const int64_t rows = sources - i < kRows ? sources - i : kRows;
-    best_of_tile(scratch + at.a + i * at.width, at.width, scratch + at.b, scratch + at.bias, m.channels, targets, rows,
-                 out.best + i, out.partner + i);
+    prepare<float>(m, sets, s, r, b, begin, end);
   }
 }
 
-int64_t scratch(Dtype dtype, int64_t channels, int64_t sources, int64_t targets) {
-  return dtype == Dtype::f64 ? 8 * Layout<double>(channels, sources, targets).end
-                             : 4 * Layout<float>(channels, sources, targets).end;
+template <class Real>
+MatchSizes sizes_as(int64_t channels, const Sets &sets) {
+  const Layout<Real> at(channels, sets.sources, sets.targets);
+  return {at.tiles, at.panels, at.end * int64_t(sizeof(Real)), at.width * kBytes};
+}
+
+MatchSizes sizes(Dtype dtype, int64_t channels, const Sets &sets) {
+  return dtype == Dtype::f64 ? sizes_as<double>(channels, sets) : sizes_as<float>(channels, sets);
+}
+
+void prepare_dtype(const Metric &m, const Sets &sets, void *scratch, void *rows, void *best, int64_t begin, int64_t end) {
+  (m.dtype == Dtype::f64 ? prepare_any<double> : prepare_any<float>)(m, sets, scratch, rows, best, begin, end);
+}
+
+void propose_dtype(const Metric &m, const Sets &sets, const void *scratch, void *best, int32_t *partner, int64_t begin,
+                   int64_t end) {
+  if (m.dtype == Dtype::f64)
+    propose<double>(m, sets, static_cast<const double *>(scratch), {static_cast<double *>(best), partner}, begin, end);
+  else
+    propose<float>(m, sets, static_cast<const float *>(scratch), {static_cast<float *>(best), partner}, begin, end);
 }
 
 }  // namespace
 
 extern const MatchKernels match_kernels;
-const MatchKernels match_kernels = {scratch, propose<float>, propose<double>};
+const MatchKernels match_kernels = {sizes, prepare_dtype, propose_dtype};
 
 }  // namespace STK_ISA
 }  // namespace stk

@@ -7,15 +7,15 @@
 
 namespace stk {
 
-int64_t plan_scratch(int64_t sources, int64_t targets) { return int64_t(sizeof(int32_t)) * (2 * sources + targets); }
+int64_t plan_scratch(const Sets &sets) { return int64_t(sizeof(int32_t)) * (2 * sets.sources + sets.targets); }
 
 template <class Real>
-void plan_item(Proposals<Real> proposals, int64_t tokens, int64_t protected_, int64_t sources, int64_t targets, int64_t r,
-               void *scratch, int32_t *dest, int32_t *members, int32_t *offsets) {
+void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int64_t protected_, int64_t r, void *scratch,
+               int32_t *dest, int32_t *members, int32_t *offsets) {
   const Real *best = proposals.best;
   const int32_t *partner = proposals.partner;
+  const int64_t sources = sets.sources, targets = sets.targets;
   int32_t *order = static_cast<int32_t *>(scratch), *merged = order + sources, *count = merged + sources;
-  const int64_t first_a = protected_ + protected_ % 2, first_b = protected_ + 1 - protected_ % 2;
   const int64_t base = protected_ + sources - r;  // output of the first b
 
   // a total order (similarity down, index up), so that what nth_element leaves in front is determined
@@ -45,12 +45,12 @@ void plan_item(Proposals<Real> proposals, int64_t tokens, int64_t protected_, in
   int64_t next = protected_;
   for (int64_t t = protected_; t < tokens; ++t) {
     if (t % 2 == 1) {  // in B
-      const int64_t j = (t - first_b) / 2;
+      const int64_t j = (t - sets.first_b) / 2;
       dest[t] = int32_t(base + j);
       members[count[j]++] = int32_t(t);
       continue;
     }
-    const int64_t i = (t - first_a) / 2;
+    const int64_t i = (t - sets.first_a) / 2;
     if (merged[i]) {
       // a proposal of similarity −inf is carried out with weight 0
       const bool weightless = best[i] < std::numeric_limits<Real>::lowest();
@@ -63,9 +63,9 @@ void plan_item(Proposals<Real> proposals, int64_t tokens, int64_t protected_, in
   }
 }
 
-template void plan_item<float>(Proposals<float>, int64_t, int64_t, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
+template void plan_item<float>(Proposals<float>, const Sets &, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
                                int32_t *);
-template void plan_item<double>(Proposals<double>, int64_t, int64_t, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
+template void plan_item<double>(Proposals<double>, const Sets &, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
                                 int32_t *);
 
 }  // namespace stk

@@ -50,7 +50,8 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     members = metric.new_empty((n, tokens), dtype=torch.int32)
     offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
     _native.match(
-        metric.data_ptr(), _DTYPES[metric.dtype], n, heads, tokens, channels, *metric.stride()[:3], r, protected,
+        metric.data_ptr(), _DTYPES[metric.dtype], n, heads, tokens, channels,
+        metric.stride(0), metric.stride(1), metric.stride(2), r, protected,
         dest.data_ptr(), members.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dest, members, offsets

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# On a fresh machine with Python and a C++ compiler: `make bench` or `make test`. Both set up .venv first.
+# In an environment that has its own torch: `make test VENV= PYTHON=python` uses that and installs nothing but this package.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+SOURCES := $(wildcard csrc/cpu/*) setup.py pyproject.toml
+
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+STAMP := .installed
+else
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+endif
+
+.PHONY: bench test lint gpu asan clean
+
+bench: $(STAMP)
+	$(RUN) bench/merge.py $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# everything that needs an NVIDIA GPU, with the machine's own torch and Triton; results in OUT
+OUT ?= gpu-results
+gpu:
+	bench/gpu_suite.sh $(OUT)
+
+# the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(STAMP)
+	PYTHON=$(RUN) tests/asan.sh
+
+# torch first and by its exact name: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU
+$(STAMP): $(SOURCES)
+ifneq ($(VENV),)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet --editable ".[bench,test,dev]"
+	$(RUN) -c "import platform, sys; sys.exit(not (sys.platform == 'linux' and platform.machine() == 'x86_64'))" \
+		&& $(RUN) -m pip install --quiet triton || true
+else
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+endif
+	touch $@
+
+clean:
+	rm -rf .venv .installed build dist *.egg-info stoptome_kernels/*.so

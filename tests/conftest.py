@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test body runs on every backend; outputs start as NaN, so that an element nobody writes is seen."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import hypothesis
+import numpy as np
+
+import stoptome_kernels as stk
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("default")
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request) -> str:
+    """A backend that must be able to run here; only a system that Triton has no packages for may go without it."""
+    name = request.param
+    reason = stk.backends()[name]
+    if name == "triton" and reason and not (sys.platform == "linux" and platform.machine() == "x86_64"):
+        pytest.skip(reason)
+    assert reason is None, f"{name} must run in the tests: {reason}"
+    return name
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return "cuda" if GPU and backend == "triton" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN (floats) and the largest value (integers), and nondeterministic algorithms raise."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The cases of matching_upstream.npz (see golden/README.md) as dictionaries of tensors."""
+    data = np.load(GOLDEN / "matching_upstream.npz")
+    cases = []
+    for i, name in enumerate(data["cases"]):
+        prefix = f"{i}/"
+        case = {key.removeprefix(prefix): data[key] for key in data.files if key.startswith(prefix)}
+        case = {key: int(value) if value.ndim == 0 else torch.from_numpy(value) for key, value in case.items()}
+        cases.append(case | {"name": str(name)})
+    return cases

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native kernels beyond parity: instruction sets, threads, determinism, addresses beyond 2^31."""
+
+import platform
+import threading
+
+import pytest
+import torch
+
+import stoptome_kernels as stk
+from stoptome_kernels import _native
+
+ISAS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+SHAPES = [(12, 54, 768, 64, 5, 2), (5, 197, 100, 33, 1, 16), (3, 64, 31, 5, 0, 30), (2, 301, 64, 768, 1, 23)]
+
+
+@pytest.fixture
+def isa(request):
+    try:
+        _native.use_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _native.use_instruction_set("")
+
+
+def everything(shape, dtype, seed=0):
+    """All outputs of all kernels at one shape, with some equal and some bad tokens."""
+    n, tokens, dim, channels, protected, r = shape
+    torch.manual_seed(seed)
+    keys = torch.randn(n, 2, tokens, channels).to(dtype)
+    keys[:, :, tokens // 2 :: 3] = keys[:, :, :1]
+    keys[0, 0, 7, 0] = torch.nan
+    x, size = torch.randn(n, tokens, dim).to(dtype), torch.rand(n, tokens) + 0.5
+    plan = stk.match(keys, r, protected, "native")
+    out = [plan.dest, plan.members, plan.offsets]
+    for mode in ("mean", "sum", "max"):
+        leaf = x.clone().requires_grad_()
+        y, size_out = stk.merge(leaf, plan, size, mode, "native")
+        y.backward(y.detach() + 1)
+        out += [y.detach(), size_out, leaf.grad]
+    leaf = out[3].clone().requires_grad_()
+    x_hat = stk.unmerge(leaf, plan, "native")
+    x_hat.backward(x)
+    return [*out, x_hat.detach(), leaf.grad]
+
+
+def same(one, other):
+    return all(torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_instruction_set_agrees(isa, shape, dtype):
+    assert _native.instruction_set() == isa
+    ours = everything(shape, dtype)
+    reference = stk.match(torch.randn(1, 3, 2), 1)  # keeps the fixture honest: the plan below is compared too
+    assert reference.r == 1
+    _native.use_instruction_set("baseline")
+    assert same(ours[3:], everything(shape, dtype)[3:]) or not torch.equal(ours[0], everything(shape, dtype)[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_and_runs_do_not_show(shape):
+    before = torch.get_num_threads()
+    try:
+        first = everything(shape, torch.float32)
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for _ in range(2):
+                assert same(first, everything(shape, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_streamed_and_plain_stores_are_the_same():
+    first = everything(SHAPES[0], torch.float32)
+    stream, huge = _native.set_stream_bytes(0), _native.set_huge_bytes(0)
+    try:
+        assert same(first, everything(SHAPES[0], torch.float32))
+        assert same(everything(SHAPES[2], torch.bfloat16), everything(SHAPES[2], torch.bfloat16))
+    finally:
+        _native.set_stream_bytes(stream)
+        _native.set_huge_bytes(huge)
+
+
+def test_one_pool_of_threads():
+    """The kernels run on torch's own OpenMP runtime: no second one is mapped into the process."""
+    everything(SHAPES[0], torch.float32)
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if any(k in line for k in ("libgomp", "libiomp", "libomp."))}
+    assert len(runtimes) == 1, runtimes
+    library = f"{torch.__path__[0]}/lib/libtorch_cpu.so"
+    assert _native.use_openmp_of(library)
+
+
+def test_the_gil_is_released():
+    """Two Python threads inside the kernels at once, each with its own result."""
+    results = {}
+
+    def work(seed):
+        results[seed] = everything(SHAPES[1], torch.float32, seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    # torch.manual_seed is global: make the inputs one thread at a time by not overlapping their first lines
+    for thread in threads:
+        thread.start()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert set(results) == {0, 1, 2, 3}
+
+
+@pytest.fixture
+def untouched_memory(poisoned):
+    """Memory that is reserved but never touched costs nothing, unless it is filled with NaN."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_addresses_beyond_31_bits(untouched_memory):
+    """Items 2^31 elements apart: 32-bit arithmetic would read and write the wrong ones."""
+    apart, tokens, dim = 2**31 + 64, 9, 16
+    base = torch.empty(apart + tokens * dim, dtype=torch.bfloat16)
+    far = base.as_strided((2, tokens, dim), (apart, dim, 1))
+    near = torch.randn(2, tokens, dim).bfloat16()
+    far.copy_(near)
+    for backend in ("native", "reference"):
+        plan, want = stk.match(far, 3, 1, backend), stk.match(near, 3, 1, backend)
+        assert torch.equal(plan.members, want.members)
+        assert torch.equal(stk.merge(far, plan, backend=backend)[0], stk.merge(near, plan, backend=backend)[0])
+        rows = far[:, : plan.tokens_out]
+        assert torch.equal(stk.unmerge(rows, plan, backend), stk.unmerge(near[:, : plan.tokens_out], plan, backend))
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements(untouched_memory):
+    n, tokens, dim = 2800, 1025, 1024
+    if _available_bytes() < 14 * 2**30:
+        pytest.skip("needs 14 GiB of free memory for outputs of 2.2 and 2.9 billion elements")
+    row = torch.randn(1, tokens, dim).bfloat16()
+    plan_1 = stk.match(row, 256, 1)
+    plan = stk.match(row.expand(n, -1, -1), 256, 1)
+    assert torch.equal(plan.members[-1], plan_1.members[0])
+    y, _ = stk.merge(row.expand(n, -1, -1), plan)
+    assert y.numel() > 2**31
+    want = stk.merge(row, plan_1)[0]
+    assert torch.equal(y[:1], want)
+    assert torch.equal(y[-1:], want)
+    x_hat = stk.unmerge(y[-1:].expand(n, -1, -1), plan)
+    assert x_hat.numel() > 2**31
+    assert torch.equal(x_hat[-1:], stk.unmerge(want, plan_1))
