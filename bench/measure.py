@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How it is measured: clocks, bytes, the machine, and the file of rows."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+from data import HEAD_DIM, Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+Calls = list[Callable[[], object]]  # one for each set of inputs; the GPU rotates through them
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+class Times(dict):
+    """``samples`` in µs of one call; on a GPU also ``wall_us`` (launch-inclusive) and ``graph_us`` (CUDA graph)."""
+
+
+def measure(sides: dict[str, Calls], device: str, seconds: float, graph: set[str]) -> dict[str, Times]:
+    """Alternate between the sides for about ``seconds``; at least 5 rounds, at most 300."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _gpu(sides, seconds, graph) if device == "cuda" else _cpu(sides, seconds)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _rounds(sides: dict[str, Calls], seconds: float, sample: Callable[[str, int], float]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    names, start, turn = list(sides), time.perf_counter(), 0
+    while turn < 5 or (turn < 300 and time.perf_counter() - start < seconds):
+        for place in range(len(names)):  # each round begins with another side, so that none always follows the same
+            name = names[(place + turn) % len(names)]
+            found[name].append(sample(name, turn))
+        turn += 1
+    return found
+
+
+def _cpu(sides: dict[str, Calls], seconds: float) -> dict[str, Times]:
+    def run(call: Callable[[], object], times: int) -> float:
+        begin = time.perf_counter_ns()
+        for _ in range(times):
+            result = call()
+        end = time.perf_counter_ns()
+        del result  # a result is freed after the clock has stopped
+        return (end - begin) / times / 1e3
+
+    # a sample lasts 200 µs at least: a short op then runs from warm caches, whoever ran before it
+    inner = {}
+    for name, (call,) in sides.items():
+        run(call, 1)
+        inner[name] = max(1, min(100, math.ceil(200 / run(call, 1))))
+    trim = _heap_trim()
+
+    def sample(name: str, turn: int) -> float:
+        # Every side in its own steady state, as if it were alone in the process: else a side may run on warm pages that
+        # another one's temporaries left in the heap (eager PyTorch then took 15 ms instead of 40, by luck of the order).
+        trim()
+        run(sides[name][0], 1)
+        return run(sides[name][0], inner[name])
+
+    found = _rounds(sides, seconds, sample)
+    return {name: Times(samples=samples) for name, samples in found.items()}
+
+
+def _heap_trim() -> Callable[[], object]:
+    """Gives free pages of the C heap back to the system; does nothing where the C library is not glibc."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda: None
+    return lambda: trim(0)
+
+
+def _gpu(sides: dict[str, Calls], seconds: float, graph: set[str]) -> dict[str, Times]:
+    enqueue, inner = {}, {}
+    for name, calls in sides.items():
+        for call in calls:  # compiles, tunes, and fills the allocator's cache
+            call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        enqueue[name] = (time.perf_counter() - begin) / len(calls)
+        torch.cuda.synchronize()
+        once = (time.perf_counter() - begin) / len(calls)
+        inner[name] = max(1, min(len(calls), math.ceil(100e-6 / once)))
+
+    def sample(name: str, turn: int) -> float:
+        calls, times = sides[name], inner[name]
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # the device sleeps while the host enqueues, so that the events enclose device time and no waiting for launches;
+        # 2 GHz is more than any clock, at most 20 ms
+        torch.cuda._sleep(int(min(0.02, 2 * enqueue[name] * times + 20e-6) * 2e9))
+        begin.record()
+        for step in range(times):
+            calls[(turn * times + step) % len(calls)]()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / times
+
+    found = {name: Times(samples=samples) for name, samples in _rounds(sides, seconds, sample).items()}
+    for name, calls in sides.items():
+        found[name]["wall_us"] = _wall(calls)
+        if name in graph:
+            found[name]["graph_us"] = _graph(calls)
+    return found
+
+
+def _wall(calls: Calls) -> float:
+    """What a caller sees that does nothing else: host and device, over calls back to back."""
+    samples = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - begin) / len(calls) * 1e6)
+    return median(samples)
+
+
+def _graph(calls: Calls) -> float | None:
+    """µs of a call inside a CUDA graph that holds one call for each set of inputs; None if it can't be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd and cuBLAS set up their streams outside of the capture
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            for call in calls:
+                call()
+    except RuntimeError as error:
+        print(f"not captured in a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    samples = []
+    for _ in range(12):
+        begin.record()
+        captured.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return median(samples[2:])
+
+
+def copies(nbytes: int, sets: int, device: str, fresh: bool = False) -> Calls:
+    """Plain copies that move ``nbytes`` in all, into memory that is already there or into ``fresh`` memory."""
+
+    def one() -> Callable[[], object]:
+        source = torch.ones(max(1, nbytes // 8), device=device)
+        target = torch.zeros_like(source)
+        return source.clone if fresh else lambda: target.copy_(source)
+
+    return [one() for _ in range(sets)]
+
+
+def percentile(samples: list[float], share: float) -> float:
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def least_bytes(shape: Shape, n: int, itemsize: int, op: str, direction: str) -> int:
+    """Bytes that any implementation must move: each input read once, each output written once."""
+    tokens, out = shape.tokens, shape.tokens_out
+    rows_in, rows_out = tokens * shape.dim * itemsize, out * shape.dim * itemsize
+    wide = shape.dim if shape.metric == "x" else shape.heads * HEAD_DIM
+    gather = 4 * tokens + 4 * (out + 1)  # members and offsets
+    match = (tokens - shape.protected) * wide * itemsize + 4 * tokens + gather  # keys read, plan written
+    forward = rows_in + rows_out + gather + 4 * tokens + 4 * out  # and the sizes
+    backward = rows_out + rows_in + gather + 4 * tokens
+    parts = {
+        ("match", "forward"): match,
+        ("merge", "forward"): forward,
+        ("merge", "backward"): backward,
+        ("merge", "forward+backward"): forward + backward,
+        ("match+merge", "forward"): match + forward,
+        ("match+merge", "forward+backward"): match + forward + backward,
+        ("unmerge", "forward"): rows_out + rows_in + gather,
+    }
+    return n * parts[op, direction]
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: str, commit: str | None) -> dict:
+    """The part of a row that says where and on what it was measured."""
+    gpu = device == "cuda"
+    changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else cpu_model(),
+        "device_kind": device,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "package": _version("stoptome_kernels"),
+        "commit": commit or _output("git", "rev-parse", "--verify", "-q", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def slug(row: dict) -> str:
+    """A file name for the rows of a machine, such as ``amd-epyc-2-threads-torch2.13``."""
+    threads = f" {row['threads']} threads" if row["device_kind"] == "cpu" else ""
+    release = ".".join(row["torch"].split(".")[:2])
+    return re.sub(r"[^a-z0-9.]+", "-", f"{row['device']}{threads} torch{release}".lower()).strip("-")
+
+
+# -- the file of rows -------------------------------------------------------------------------------------------------
+
+IDENTITY = ("device", "threads", "torch", "shape", "n", "dtype", "op", "direction", "impl")
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a results file; ValueError if it is none."""
+    rows = json.loads(file.read_text())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(IDENTITY) <= set(row) for row in rows):
+        raise ValueError(f"{file} is not a list of benchmark rows")
+    return rows
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Add rows to a file, in place of older ones of the same measurement; all or nothing, whenever it is stopped."""
+    kept = {tuple(row[key] for key in IDENTITY): row for row in (read_rows(file) if file.exists() else [])}
+    kept.update({tuple(row[key] for key in IDENTITY): row for row in rows})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept.values()) + "\n]\n")
+    os.replace(part, file)

@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measure match, merge and unmerge against eager PyTorch, torch.compile and the copy bandwidth of the machine.
+
+Without arguments: on the GPU if there is one, else on the CPU, in about two minutes. Every result is compared with
+float64 before it is timed; a wrong one ends the run with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import data
+import measure
+import peers
+import torch
+import verify
+from tqdm import tqdm
+
+CELLS = (  # what is measured of every shape
+    ("match", "forward"),
+    ("merge", "forward"),
+    ("merge", "backward"),
+    ("merge", "forward+backward"),
+    ("match+merge", "forward"),
+    ("match+merge", "forward+backward"),
+    ("unmerge", "forward"),
+)
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("triton", "native", "reference")
+GRAPH_ITEMS = 12  # CUDA-graph times where launches rule: one video
+
+
+def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of the allowed values."""
+
+    def parse(text: str) -> list[str]:
+        chosen = [part.strip() for part in text.split(",") if part.strip()]
+        wrong = [part for part in chosen if part not in allowed]
+        if wrong or not chosen:
+            named = ", ".join(wrong) or "is empty"
+            raise argparse.ArgumentTypeError(f"{what} {named}: choose from {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
+        return value
+
+    return parse
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the chart of this run")
+    names = one_of("shape", (*data.SHAPES, "list", "all"))
+    add("--shapes", type=names, default=["all"], metavar="NAME,NAME", help="which shapes; `list` shows them")
+    add("--dtype", choices=(*DTYPES, "all"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    some = one_of("backend", BACKENDS)
+    add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
+    add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
+    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--seconds", type=positive(float), metavar="S", help="time for the clocks; checks and compilation come on top")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    args = p.parse_args(argv)
+    if args.plot and args.plot.suffix != ".png":
+        p.error(f"argument --plot: must end in .png, got {str(args.plot)!r}")
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
+    wanted = args.backend or (BACKENDS[:2] if args.quick else BACKENDS)
+    reasons = {name: peers.why_not(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
+    args.skipped = {backend: reason for backend, reason in reasons.items() if reason}
+    args.backends = [backend for backend, reason in reasons.items() if not reason]
+    if args.backend and args.skipped:
+        p.error("argument --backend: " + "; ".join(f"{b}: {reason}" for b, reason in args.skipped.items()))
+    return args
+
+
+def chosen_shapes(args: argparse.Namespace) -> list[data.Shape]:
+    if args.shapes != ["all"]:
+        return [data.SHAPES[name] for name in args.shapes if name in data.SHAPES]
+    return [shape for shape in data.SHAPES.values() if shape.quick or not args.quick]
+
+
+def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
+    """What is timed of one implementation on one set of inputs."""
+    leaf = i.x.detach().requires_grad_()
+
+    def back(y: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, leaf, i.grad)[0]
+
+    found = {
+        ("match+merge", "forward"): lambda: peer.both(i, i.x),
+        ("match+merge", "forward+backward"): lambda: back(peer.both(i, leaf)[0]),
+    }
+    if not peer.only_both:
+        plan = peer.match(i)
+        y, tracked = peer.merge(i, i.x, plan)[0], peer.merge(i, leaf, plan)[0]
+        found |= {
+            ("match", "forward"): lambda: peer.match(i),
+            ("merge", "forward"): lambda: peer.merge(i, i.x, plan),
+            ("merge", "backward"): lambda: torch.autograd.grad(tracked, leaf, i.grad, retain_graph=True),
+            ("merge", "forward+backward"): lambda: back(peer.merge(i, leaf, plan)[0]),
+            ("unmerge", "forward"): lambda: peer.unmerge(i, y, plan),
+        }
+    return found
+
+
+def input_sets(shape: data.Shape, device: str, dtype: torch.dtype) -> list[data.Inputs]:
+    """One set on a CPU, whose caches are as warm in real use; on a GPU enough of them to outlast the L2."""
+    first = data.make(shape, device, dtype)
+    if device == "cpu":
+        return [first]
+    touched = first.x.nbytes * (2 if shape.metric == "keys" else 1)
+    count = max(2, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // touched + 1))
+    return [first, *(data.make(shape, device, dtype, seed) for seed in range(1, count))]
+
+
+def measure_shape(
+    shape: data.Shape, dtype: torch.dtype, args: argparse.Namespace, bar: tqdm, seconds: float
+) -> Iterator[dict]:
+    """The rows of one shape, as they are measured. Raises verify.WrongResult before anything is timed."""
+    device, n = args.device, shape.n(args.device)
+    sets = input_sets(shape, device, dtype)
+    competing_compiler = device in shape.compile_on and not (args.no_compile or args.quick)
+    # the reference is there to be read, not to be fast: on most shapes one number of it is enough
+    brief = {"reference"} if args.backend is None and not shape.compile_on else set()
+    competitors = [peers.eager(), *(peers.package(name, name in brief) for name in args.backends)]
+    if (theirs := peers.tome(sets[0])) is not None:
+        competitors.append(theirs)
+    if competing_compiler:
+        bar.set_postfix_str("torch.compile")
+        competitors.insert(1, peers.compiled())
+    bar.set_postfix_str("checking")
+    truth = verify.Truth(sets[0])
+    checks = {peer.name: verify.check(peer, truth).fields() for peer in competitors}
+    del truth
+    ready = {peer.name: [calls(peer, inputs) for inputs in sets] for peer in competitors}
+
+    for op, direction in CELLS:
+        bar.set_postfix_str(f"{op} {direction}")
+        sides = {name: [c[op, direction] for c in each] for name, each in ready.items() if (op, direction) in each[0]}
+        nbytes = measure.least_bytes(shape, n, dtype.itemsize, op, direction)
+        sides["copy"] = measure.copies(nbytes, len(sets), device)
+        if op == "merge" and direction != "forward+backward":
+            result = (sets[0].grad if direction == "forward" else sets[0].x).nbytes
+            sides["copy of result"] = measure.copies(2 * result, len(sets), device)
+            sides["clone of result"] = measure.copies(2 * result, len(sets), device, fresh=True)
+        graph = {p.name for p in competitors if p.graphs and n <= GRAPH_ITEMS and direction != "backward"}
+        times = measure.measure(sides, device, seconds, graph)
+        middle = {name: measure.percentile(found["samples"], 0.5) for name, found in times.items()}
+        for peer in competitors:
+            if peer.name not in times:
+                continue
+            yield {
+                **{"shape": shape.name, "n": n, "tokens": shape.tokens, "dim": shape.dim, "heads": shape.heads},
+                **{"channels": sets[0].metric.shape[-1], "protected": shape.protected, "r": shape.r},
+                "dtype": str(dtype).removeprefix("torch."),
+                "metric_form": "x" if shape.metric == "x" else peer.metric_form,
+                **{"op": op, "direction": direction, "impl": peer.name, "backend": peer.backend},
+                **numbers(times[peer.name], nbytes, middle, peer.name),
+                **{"input_sets": len(sets), **checks[peer.name]},
+            }
+        bar.update()
+
+
+def numbers(times: measure.Times, nbytes: int, middle: dict[str, float], name: str) -> dict:
+    """The measured part of a row; ``middle`` holds every side's median in µs."""
+    samples, t, copy = times["samples"], middle[name], middle["copy"]
+    result = {how: middle.get(f"{how} of result") for how in ("copy", "clone")}
+    return {
+        **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) for k in (20, 50, 80)},
+        **{"wall_us": times.get("wall_us"), "graph_us": times.get("graph_us"), "runs": len(samples)},
+        **{"bytes": nbytes, "gb_per_s": round(nbytes / t / 1e3, 3), "copy_gb_per_s": round(nbytes / copy / 1e3, 3)},
+        "share_of_copy": round(copy / t, 4),
+        **{f"times_{how}_of_result": round(t / other, 4) if other else None for how, other in result.items()},
+        "speedup_vs_eager": round(middle["eager"] / t, 4),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each measurement: µs, speed-up over eager and, for the last one, its share of the copy bandwidth."""
+    names = list(dict.fromkeys(row["impl"] for row in rows))
+    head = f"{'shape':17} {'dtype':8} {'op':11} {'direction':16}"
+    lines, lost = [head + "".join(f" {name:>18}" for name in names) + "  fastest: share of copy speed"], []
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = (row["shape"], row["dtype"], row["op"], row["direction"])
+        cells.setdefault(key, {})[row["impl"]] = row
+    for (shape, dtype, op, direction), found in cells.items():
+        line = f"{shape:17} {dtype:8} {op:11} {direction:16}"
+        for name in names:
+            if name not in found:
+                line += f" {'–':>17} "
+                continue
+            t, ratio = found[name]["p50_us"], found[name]["speedup_vs_eager"]
+            slower = ratio < 1 and found[name]["backend"] is not None
+            if slower:
+                lost.append(f"{name}: {shape}, {dtype}, {op}, {direction}: {ratio:.2f}×")
+            line += f" {t:9.1f} {ratio:6.2f}×{'!' if slower else ' '}"
+        best = min(found.values(), key=lambda row: row["p50_us"])
+        result = best["times_copy_of_result"]
+        line += f" {best['impl']}: {best['share_of_copy']:.0%}"
+        line += f", {result:.2f}× copy_ of its result" if result else ""
+        graphs = [f"{name} {row['graph_us']:.1f}" for name, row in found.items() if row["graph_us"]]
+        lines.append(line + (f"; in a CUDA graph, µs: {', '.join(graphs)}" if graphs else ""))
+    lines.append(
+        "µs of a call (median) and speed-up over eager; copy speed: copy_ of as many bytes as must move, same run"
+    )
+    unsteady = sum(row["p80_us"] > 2 * row["p20_us"] for row in rows)
+    if unsteady:
+        lines.append(f"{unsteady} of {len(rows)} times are unsteady (p80 > 2 × p20): is something else running here?")
+    fast = [text for text in lost if not text.startswith("reference")]
+    if fast:
+        lines += [f"\n! slower than eager PyTorch in {len(fast)} places:", *(f"!   {text}" for text in fast)]
+    if len(lost) > len(fast):
+        lines.append(
+            f"! reference: slower than eager PyTorch in {len(lost) - len(fast)} places; it is there to be read"
+        )
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, rows: list[dict], save: Callable[[], None]) -> None:
+    """Measure everything, into ``rows``."""
+    shapes = chosen_shapes(args)
+    cells = len(shapes) * len(CELLS) * len(args.dtypes)
+    seconds = (args.seconds or (10 if args.quick else 45)) / cells
+    where = measure.environment(args.device, args.commit)
+    with tqdm(total=cells, unit="cell", disable=None) as bar:
+        for dtype in args.dtypes:
+            for shape in shapes:
+                bar.set_description(f"{shape.name} {dtype}")
+                try:
+                    for row in measure_shape(shape, getattr(torch, dtype), args, bar, seconds):
+                        rows.append(where | row)
+                except torch.OutOfMemoryError:
+                    bar.write(f"{shape.name}, {dtype}: skipped, not enough GPU memory for N = {shape.n(args.device)}")
+                    bar.update(len(CELLS))
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+                save()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if "list" in args.shapes:
+        for shape in data.SHAPES.values():
+            sizes = f"T {shape.tokens:4} → {shape.tokens_out:4}  D {shape.dim:4}  heads {shape.heads:2}"
+            rest = f"protected {shape.protected:2}  metric {shape.metric}"
+            print(f"{shape.name:17} N {shape.n(args.device):4} on {args.device}  {sizes}  {rest}")
+        return 0
+    where = measure.environment(args.device, args.commit)
+    file = args.json
+    if file and (file.is_dir() or not file.suffix):
+        file = file / f"{measure.slug(where)}.json"
+    if file and file.exists():
+        try:
+            measure.read_rows(file)
+        except ValueError as error:
+            print(f"error: --json: {error}; name another file", file=sys.stderr)
+            return 2
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, stoptome_kernels {where['package']}")
+    for backend, reason in args.skipped.items():
+        print(f"not measured: {backend}: {reason}")
+    rows: list[dict] = []
+    status = 0
+
+    def save() -> None:
+        if file and rows:
+            measure.write_rows(file, rows)
+
+    try:
+        run(args, rows, save)
+    except verify.WrongResult as error:
+        print(f"error: a wrong result is not timed: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+        status = 130
+    save()
+    if rows:
+        print(table(rows))
+        if file:
+            print(f"rows: {file}")
+        if args.plot:
+            import plot
+
+            plot.chart(rows, args.plot)
+            print(f"chart: {args.plot}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
