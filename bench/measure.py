@@ -68,26 +68,26 @@ def _cpu(sides: dict[str, Calls], seconds: float) -> dict[str, Times]:
     for name, (call,) in sides.items():
         run(call, 1)
         inner[name] = max(1, min(100, math.ceil(200 / run(call, 1))))
-    trim = _heap_trim()
-
-    def sample(name: str, turn: int) -> float:
-        # Every side in its own steady state, as if it were alone in the process: else a side may run on warm pages that
-        # another one's temporaries left in the heap (eager PyTorch then took 15 ms instead of 40, by luck of the order).
-        trim()
-        run(sides[name][0], 1)
-        return run(sides[name][0], inner[name])
-
-    found = _rounds(sides, seconds, sample)
+    found = _rounds(sides, seconds, lambda name, turn: run(sides[name][0], inner[name]))
     return {name: Times(samples=samples) for name, samples in found.items()}
 
 
-def _heap_trim() -> Callable[[], object]:
-    """Gives free pages of the C heap back to the system; does nothing where the C library is not glibc."""
+def settle_heap(pages: str) -> str | None:
+    """Fix where the C library takes large blocks from; what was fixed, or None where it is not glibc.
+
+    By default glibc moves the limit as a program runs, so that whether a 30 MB temporary reuses warm pages or pays for
+    fresh ones hangs on what ran before it: eager PyTorch took 15 or 40 ms for the same merge. ``fresh``: blocks of
+    16 MiB and more come from the system each time, as glibc's own limit of 32 MiB has it for the full-size batches that
+    a CPU run is scaled down from. ``reused``: all freed memory stays with the process, as with jemalloc or tcmalloc.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return lambda: None
-    return lambda: trim(0)
+        return None
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 16 << 20) if pages == "fresh" else mallopt(mmap_max, 0)
+    return pages
 
 
 def _gpu(sides: dict[str, Calls], seconds: float, graph: set[str]) -> dict[str, Times]:
@@ -197,6 +197,7 @@ def least_bytes(shape: Shape, n: int, itemsize: int, op: str, direction: str) ->
     parts = {
         ("match", "forward"): match,
         ("merge", "forward"): forward,
+        ("merge", "forward, out="): forward,
         ("merge", "backward"): backward,
         ("merge", "forward+backward"): forward + backward,
         ("match+merge", "forward"): match + forward,
@@ -264,7 +265,7 @@ def slug(row: dict) -> str:
 
 # -- the file of rows -------------------------------------------------------------------------------------------------
 
-IDENTITY = ("device", "threads", "torch", "shape", "n", "dtype", "op", "direction", "impl")
+IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", "direction", "impl")
 
 
 def read_rows(file: Path) -> list[dict]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 CELLS = (  # what is measured of every shape
     ("match", "forward"),
     ("merge", "forward"),
+    ("merge", "forward, out="),  # into memory that is there already, as copy_ does; eager PyTorch has no such way
     ("merge", "backward"),
     ("merge", "forward+backward"),
     ("match+merge", "forward"),
@@ -73,6 +74,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
     add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--pages", choices=("fresh", "reused"), default="fresh", help="CPU: where blocks of 16 MiB and more come from")
     add("--seconds", type=positive(float), metavar="S", help="time for the clocks; checks and compilation come on top")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
@@ -82,6 +84,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
@@ -117,6 +120,7 @@ def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[]
         found |= {
             ("match", "forward"): lambda: peer.match(i),
             ("merge", "forward"): lambda: peer.merge(i, i.x, plan),
+            ("merge", "forward, out="): peer.into(i, plan) if peer.into else lambda: peer.merge(i, i.x, plan),
             ("merge", "backward"): lambda: torch.autograd.grad(tracked, leaf, i.grad, retain_graph=True),
             ("merge", "forward+backward"): lambda: back(peer.merge(i, leaf, plan)[0]),
             ("unmerge", "forward"): lambda: peer.unmerge(i, y, plan),
@@ -161,7 +165,7 @@ def measure_shape(
         nbytes = measure.least_bytes(shape, n, dtype.itemsize, op, direction)
         sides["copy"] = measure.copies(nbytes, len(sets), device)
         if op == "merge" and direction != "forward+backward":
-            result = (sets[0].grad if direction == "forward" else sets[0].x).nbytes
+            result = (sets[0].x if direction == "backward" else sets[0].grad).nbytes
             sides["copy of result"] = measure.copies(2 * result, len(sets), device)
             sides["clone of result"] = measure.copies(2 * result, len(sets), device, fresh=True)
         graph = {p.name for p in competitors if p.graphs and n <= GRAPH_ITEMS and direction != "backward"}
@@ -243,7 +247,7 @@ def run(args: argparse.Namespace, rows: list[dict], save: Callable[[], None]) ->
     shapes = chosen_shapes(args)
     cells = len(shapes) * len(CELLS) * len(args.dtypes)
     seconds = (args.seconds or (10 if args.quick else 45)) / cells
-    where = measure.environment(args.device, args.commit)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
     with tqdm(total=cells, unit="cell", disable=None) as bar:
         for dtype in args.dtypes:
             for shape in shapes:
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
             rest = f"protected {shape.protected:2}  metric {shape.metric}"
             print(f"{shape.name:17} N {shape.n(args.device):4} on {args.device}  {sizes}  {rest}")
         return 0
-    where = measure.environment(args.device, args.commit)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
     file = args.json
     if file and (file.is_dir() or not file.suffix):
         file = file / f"{measure.slug(where)}.json"
@@ -277,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: --json: {error}; name another file", file=sys.stderr)
             return 2
-    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, stoptome_kernels {where['package']}")
+    memory = f", {args.pages} pages" if args.pages else ""
+    print(f"{where['device']}, {where['threads']} threads{memory}, torch {where['torch']}, package {where['package']}")
     for backend, reason in args.skipped.items():
         print(f"not measured: {backend}: {reason}")
     rows: list[dict] = []

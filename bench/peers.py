@@ -80,6 +80,7 @@ class Peer:
     merge: Callable[[Inputs, Tensor, Any], tuple[Tensor, Tensor]]  # (inputs, x, plan) -> y, size
     unmerge: Callable[[Inputs, Tensor, Any], Tensor]
     both: Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
+    into: Callable[[Inputs, Any], Callable[[], object]] | None = None  # (inputs, plan) -> a merge into existing memory
     only_both: bool = False  # measure match + merge alone
     fused: bool = False  # held to this package's contract: float32 inside, one rounding at the end
     graphs: bool = True  # try to capture it in a CUDA graph
@@ -128,6 +129,10 @@ def package(backend: str, only_both: bool = False) -> Peer:
     def both(i: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
         return stk.merge(x, stk.match(i.metric, *i.args, backend=backend), i.size, backend=backend)
 
+    def into(i: Inputs, plan: stk.MergePlan) -> Callable[[], object]:
+        out = stk.merge(i.x, plan, i.size, backend=backend)
+        return lambda: stk.merge(i.x, plan, i.size, backend=backend, out=out)
+
     return Peer(
         backend,
         backend,
@@ -135,6 +140,7 @@ def package(backend: str, only_both: bool = False) -> Peer:
         lambda i, x, plan: stk.merge(x, plan, i.size, backend=backend),
         lambda i, y, plan: stk.unmerge(y, plan, backend=backend),
         both,
+        into,
         only_both=only_both,
         fused=True,
         graphs=backend != "reference",

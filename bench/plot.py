@@ -27,6 +27,11 @@ SHARES = {"forward": "#0b6e99", "backward": "#8ec3d8"}
 SPEEDUP = "match + merge: speed-up over eager PyTorch"
 OURS = ("triton", "native", "reference")  # best first
 DIRECTIONS = ("forward", "forward+backward")
+BOUNDS = (  # like with like: existing memory against existing memory, fresh against fresh
+    ("merge, `out=` ÷ `copy_`", "forward, out=", "times_copy_of_result"),
+    ("merge ÷ `clone`", "forward", "times_clone_of_result"),
+    ("backward ÷ `clone`", "backward", "times_clone_of_result"),
+)
 Cells = dict[tuple[str, str, str, str], dict]  # (shape, op, direction, impl) -> row
 
 
@@ -34,7 +39,8 @@ def groups(rows: list[dict]) -> dict[tuple, Cells]:
     """The rows of each machine and dtype."""
     found: dict[tuple, Cells] = {}
     for row in rows:
-        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], row["dtype"])
+        pages = row["pages"] or ""
+        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], pages, row["dtype"])
         found.setdefault(key, {})[row["shape"], row["op"], row["direction"], row["impl"]] = row
     return dict(sorted(found.items()))
 
@@ -49,6 +55,7 @@ def title(row: dict) -> str:
         where = f"{row['device']}, driver {row['driver']}, CUDA {row['cuda']}, Triton {row['triton']}"
     else:
         where = f"{row['device']}, {row['threads']} of {row['cpus']} cores"
+        where += f", {row['pages']} pages" if row["pages"] else ""
     return f"{where}, torch {row['torch']}, {row['dtype']}"
 
 
@@ -154,7 +161,7 @@ def table(rows: list[dict]) -> str:
         head = ["shape", "N × T → T′, D"]
         for what in ("", " + backward"):
             head += [f"eager{what}", *(f"{name}{what}" for name in impls)]
-        head += ["merge ÷ `copy_` of its result"] + ["in a CUDA graph"] * graphs
+        head += [name for name, _, _ in BOUNDS] + ["in a CUDA graph"] * graphs
         lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
         for shape in distinct(cells, 0):
             lines.append("| " + " | ".join(_line(cells, shape, impls, graphs)) + " |")
@@ -163,7 +170,9 @@ def table(rows: list[dict]) -> str:
         )
     note = (
         "match + merge of each shape: median time of a call, and in brackets the speed-up over eager PyTorch in the "
-        "same run (slower is marked). Made by `python bench/plot.py --readme README.md` from the rows in "
+        "same run (slower is marked). Last columns: the merge alone against copying its result, both into memory that "
+        "is there already, then both into fresh memory, and its backward likewise. Made by "
+        "`python bench/plot.py --readme README.md` from the rows in "
         "`bench/results`."
     )
     return "\n\n".join([*parts, note])
@@ -181,8 +190,9 @@ def _line(cells: Cells, shape: str, impls: list[str], graphs: bool) -> list[str]
                 ratio = row["speedup_vs_eager"]
                 text += f" ({ratio:.2g}×)" if ratio >= 1 else f" (**{ratio:.2g}×, slower**)"
             line.append(text)
-    merge = _ours(cells, shape, "forward")
-    line.append(f"{merge['times_copy_of_result']:.2f}" if merge else "")
+    for _, direction, against in BOUNDS:
+        row = _ours(cells, shape, direction)
+        line.append(f"{row[against]:.2f}" if row else "")
     if graphs:
         theirs, ours = (
             cells.get((shape, "match+merge", "forward", "eager")),

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from .api import match, merge, unmerge
-from .backends import backends
+from .dispatch import backends
 from .plan import MergePlan
 
 try:

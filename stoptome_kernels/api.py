@@ -47,7 +47,13 @@ def match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> 
 
 
 def merge(
-    x: Tensor, plan: MergePlan, size: Tensor | None = None, mode: str = "mean", backend: str = "auto"
+    x: Tensor,
+    plan: MergePlan,
+    size: Tensor | None = None,
+    mode: str = "mean",
+    backend: str = "auto",
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the tokens of ``x`` as ``plan`` says.
 
@@ -58,6 +64,8 @@ def merge(
             gradient flows into it.
         mode: ``mean`` weighted by size, ``sum`` (unweighted) or ``max`` (elementwise; NaN if a member is NaN).
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
+        out: ``(y, size)`` to write the results to, contiguous and apart from x; for inference, where fresh memory can
+            cost more than the merge itself (on a CPU its pages come from the system one by one).
 
     Returns:
         ``y (N, T - r, D)`` in x's dtype and ``size (N, T - r)`` float32. Sums run in float32 (float64 for float64) in
@@ -66,7 +74,7 @@ def merge(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
-        RuntimeError: an explicit backend can't run here; the message says why.
+        RuntimeError: an explicit backend can't run here, or ``out`` was given where x needs a gradient.
 
     Differentiable in x, twice. The gradient of ``max`` goes to the lowest token that reaches the maximum.
 
@@ -78,10 +86,26 @@ def merge(
         checks.tensor(size, "size", "(N, T)")
         size = size.detach()
     checks.choice(mode, "mode", checks.MODES)
+    if out is not None:
+        return _merge_into(x, plan, size, mode, backend, out)
     if plan.r == 0:  # an op may not return its input, and there is nothing to compute
         ops.check_merge(x, plan.members, plan.offsets, size, mode, backend)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
+
+
+def _merge_into(
+    x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, backend: str, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out must be a pair (y, size) of tensors, got {type(out).__name__}")
+    y, size_out = out
+    checks.tensor(y, "out[0]", "(N, T - r, D)")
+    checks.tensor(size_out, "out[1]", "(N, T - r)")
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise RuntimeError("out=... can't be differentiated: call it under torch.no_grad(), or leave out away")
+    torch.ops.stoptome.merge_out(x, plan.members, plan.offsets, size, mode, backend, y, size_out)
+    return y, size_out
 
 
 def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:

@@ -109,6 +109,34 @@ def size(value: Tensor | None, members: Tensor) -> None:
         raise ValueError(f"size is on {value.device}, but the plan is on {members.device}; move one of them")
 
 
+def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
+    """``out=(y, size_out)`` of a merge."""
+    n, tokens = x.shape[0], offsets.shape[1] - 1
+    for value, name, shape, dtype in (
+        (y, "out[0]", (n, tokens, x.shape[2]), x.dtype),
+        (size_out, "out[1]", (n, tokens), torch.float32),
+    ):
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+        if tuple(value.shape) != shape or not value.is_contiguous():
+            kind = "contiguous" if value.is_contiguous() else "strided"
+            raise ValueError(f"{name} must be contiguous of shape {shape}, got {kind} of shape {tuple(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one of them")
+
+
+def no_overlap(y: Tensor, x: Tensor) -> None:
+    """Rows are gathered while others are written: input and output must be different memory."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    (a, b), (c, d) = span(y), span(x)
+    if a < d and c < b:
+        raise ValueError("out[0] shares memory with x; merging can't be done in place: give it memory of its own")
+
+
 def extremes(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:
     """The gradient of a maximum needs input and output of the merge."""
     if mode != "max":

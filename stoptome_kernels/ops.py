@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import checks, dispatch
 from .reference import identity, winners
 
 _LIBRARY = torch.library.Library("stoptome", "FRAGMENT")
@@ -36,7 +36,7 @@ def _capped(metric: Tensor, r: int, protected: int) -> int:
 def _match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     checks.match(metric, r, protected, backend)
     r = _capped(metric, r, protected)
-    run = backends.choose(backend, metric)
+    run = dispatch.choose(backend, metric)
     metric = metric if metric.dim() == 4 else metric.unsqueeze(1)
     if r == 0 or metric.shape[0] == 0:
         return identity(metric.shape[0], metric.shape[2], metric.shape[2] - r, metric.device)
@@ -70,7 +70,7 @@ def _merge(
     x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None = None, mode: str = "mean", backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     check_merge(x, members, offsets, size, mode, backend)
-    return backends.choose(backend, x).reduce(x, members, offsets, size, mode)
+    return dispatch.choose(backend, x).reduce(x, members, offsets, size, mode)
 
 
 def _merge_fake(
@@ -79,6 +79,27 @@ def _merge_fake(
     check_merge(x, members, offsets, size, mode, backend)
     n, out = x.shape[0], offsets.shape[1] - 1
     return x.new_empty(n, out, x.shape[2]), x.new_empty(n, out, dtype=torch.float32)
+
+
+def _merge_out(
+    x: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    how: str,
+    backend: str,
+    y: Tensor,
+    size_out: Tensor,
+) -> None:
+    check_merge(x, members, offsets, size, how, backend)
+    checks.outputs(y, size_out, x, offsets)
+    checks.no_overlap(y, x)
+    dispatch.choose(backend, x).reduce(x, members, offsets, size, how, (y, size_out))
+
+
+def _merge_out_fake(x, members, offsets, size, how, backend, y, size_out) -> None:
+    check_merge(x, members, offsets, size, how, backend)
+    checks.outputs(y, size_out, x, offsets)
 
 
 def _merge_backward(
@@ -95,7 +116,7 @@ def _merge_backward(
     checks.size(size, members)
     checks.choice(mode, "mode", checks.MODES)
     checks.extremes(x, y, grad, members, mode)
-    return backends.choose(backend, grad).spread(grad, members, offsets, size, mode, x, y)
+    return dispatch.choose(backend, grad).spread(grad, members, offsets, size, mode, x, y)
 
 
 def _merge_backward_fake(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
@@ -107,6 +128,13 @@ _define(
     " -> (Tensor, Tensor)",
     _merge,
     _merge_fake,
+)
+# `how` is the mode under another name: torch's functionalization has an argument `mode` of its own and mixes them up
+_define(
+    "merge_out(Tensor x, Tensor members, Tensor offsets, Tensor? size, str how, str backend, Tensor(a!) y,"
+    " Tensor(b!) size_out) -> ()",
+    _merge_out,
+    _merge_out_fake,
 )
 _define(
     "merge_backward(Tensor grad, Tensor members, Tensor offsets, Tensor? size, Tensor? x, Tensor? y, str mode,"
@@ -162,7 +190,7 @@ def check_unmerge(y: Tensor, members: Tensor, offsets: Tensor, backend: str) -> 
 
 def _unmerge(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
     check_unmerge(y, members, offsets, backend)
-    return backends.choose(backend, y).spread(y, members, offsets, None, "all")
+    return dispatch.choose(backend, y).spread(y, members, offsets, None, "all")
 
 
 def _unmerge_fake(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
@@ -172,7 +200,7 @@ def _unmerge_fake(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "a
 
 def _unmerge_backward(grad: Tensor, members: Tensor, offsets: Tensor, backend: str) -> Tensor:
     checks.rows(grad, "grad", members.shape[1], members, offsets, backend)
-    return backends.choose(backend, grad).reduce(grad, members, offsets, None, "all")[0]
+    return dispatch.choose(backend, grad).reduce(grad, members, offsets, None, "all")[0]
 
 
 def _unmerge_backward_fake(grad: Tensor, members: Tensor, offsets: Tensor, backend: str) -> Tensor:

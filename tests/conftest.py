@@ -18,7 +18,7 @@ import numpy as np
 
 import stoptome_kernels as stk
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 ROOT = Path(__file__).parent.parent

@@ -3,6 +3,7 @@
 
 from itertools import pairwise
 
+import hypothesis
 import torch
 from torch import Tensor
 
@@ -16,6 +17,12 @@ ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
     return [d for d in DTYPES if not (backend == "triton" and d == torch.float64)]
+
+
+def examples(backend: str, **strategies):
+    """hypothesis.given; on Triton's interpreter, which takes a thousand times longer, fewer examples."""
+    count = 8 if backend == "triton" and not torch.cuda.is_available() else 40
+    return lambda f: hypothesis.settings(max_examples=count)(hypothesis.given(**strategies)(f))
 
 
 def eager_merge(x: Tensor, plan: stk.MergePlan, size: Tensor | None, mode: str = "mean") -> Tensor:

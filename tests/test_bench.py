@@ -18,7 +18,21 @@ pytest.importorskip("tqdm")
 NUMBERS = ("p20_us", "p50_us", "p80_us", "gb_per_s", "copy_gb_per_s", "share_of_copy", "speedup_vs_eager")
 KEYS = {
     *("device", "device_kind", "driver", "cuda", "cpu", "cpus", "threads", "torch", "triton", "python", "package"),
-    *("commit", "dirty", "date", "shape", "n", "tokens", "dim", "heads", "channels", "protected", "r", "dtype"),
+    *(
+        "commit",
+        "dirty",
+        "date",
+        "pages",
+        "shape",
+        "n",
+        "tokens",
+        "dim",
+        "heads",
+        "channels",
+        "protected",
+        "r",
+        "dtype",
+    ),
     *("metric_form", "op", "direction", "impl", "backend", "runs", "input_sets", "bytes", "wall_us", "graph_us"),
     *(
         "times_copy_of_result",
@@ -62,7 +76,7 @@ def test_rows_are_complete(rows_file):
     assert {row["impl"] for row in rows} >= {"eager"}
     assert {(row["op"], row["direction"]) for row in rows} == {
         *(("match", "forward"), ("unmerge", "forward")),
-        *(("merge", direction) for direction in ("forward", "backward", "forward+backward")),
+        *(("merge", direction) for direction in ("forward", "forward, out=", "backward", "forward+backward")),
         *(("match+merge", direction) for direction in ("forward", "forward+backward")),
     }
     for row in rows:

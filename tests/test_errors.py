@@ -138,3 +138,22 @@ def test_a_corrupt_plan_is_never_followed_out_of_range():
         offsets[0, 3] = wrong
         with pytest.raises(IndexError, match="plan points outside of its items"):
             torch.ops.stoptome.merge(X, plan.members, offsets, None, "mean", "native")
+
+
+def test_out(backend, device):
+    x = X.to(device)
+    plan = stk.match(METRIC.to(device), 2, 1, backend)
+    y, size = torch.empty(2, 7, 3, device=device), torch.empty(2, 7, device=device)
+    for out, error, words in (
+        (y, TypeError, r"out must be a pair \(y, size\)"),
+        ((y, None), TypeError, r"out\[1\] must be a torch.Tensor"),
+        ((y.double(), size), TypeError, r"out\[0\] must be torch.float32, got torch.float64"),
+        ((y, size.long()), TypeError, r"out\[1\] must be torch.float32, got torch.int64"),
+        ((y[:, 1:], size), ValueError, r"out\[0\] must be contiguous of shape \(2, 7, 3\)"),
+        ((y, size.T.contiguous().T), ValueError, r"out\[1\] must be contiguous .* got strided"),
+        ((x.flatten()[:42].view(2, 7, 3), size), ValueError, r"out\[0\] shares memory with x"),
+    ):
+        with pytest.raises(error, match=words):
+            stk.merge(x, plan, backend=backend, out=out)
+    with pytest.raises(RuntimeError, match=r"out=... can't be differentiated"):
+        stk.merge(x.clone().requires_grad_(), plan, backend=backend, out=(y, size))

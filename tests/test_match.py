@@ -4,12 +4,9 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import DTYPES, ROUNDOFF, assert_valid, dtypes_of, groups, similarity_gap
-from hypothesis import HealthCheck, given, settings
+from helpers import DTYPES, ROUNDOFF, assert_valid, dtypes_of, examples, groups, similarity_gap
 
 import stoptome_kernels as stk
-
-FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def metric_of(n, heads, tokens, channels, dtype, seed, device="cpu"):
@@ -36,24 +33,26 @@ def unpack(shape, dtype, device):
     return metric, shape["r"], min(shape["protected"], shape["tokens"])
 
 
-@FIXTURES
-@given(shape=shapes, dtype=st.sampled_from(DTYPES))
-def test_agrees_with_the_reference(backend, device, shape, dtype):
-    if dtype not in dtypes_of(backend):
-        dtype = torch.float32
-    metric, r, protected = unpack(shape, dtype, device)
-    plan, reference = stk.match(metric, r, protected, backend), stk.match(metric, r, protected, "reference")
-    assert_valid(plan)
-    assert plan.r == min(r, (shape["tokens"] - protected) // 2)
-    # a dot product of C rounded products, of vectors that were rounded twice
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-    band = 4 * (shape["channels"] + 4) * ROUNDOFF[accumulated]
-    for item in range(shape["n"]):
-        if not torch.equal(plan.dest[item], reference.dest[item]):
-            gap = similarity_gap(
-                metric[item].cpu(), protected, plan.dest[item].cpu(), reference.dest[item].cpu(), plan.r
-            )
-            assert gap <= band
+def test_agrees_with_the_reference(backend, device):
+    @examples(backend, shape=shapes, dtype=st.sampled_from(DTYPES))
+    def check(shape, dtype):
+        if dtype not in dtypes_of(backend):
+            dtype = torch.float32
+        metric, r, protected = unpack(shape, dtype, device)
+        plan, reference = stk.match(metric, r, protected, backend), stk.match(metric, r, protected, "reference")
+        assert_valid(plan)
+        assert plan.r == min(r, (shape["tokens"] - protected) // 2)
+        # a dot product of C rounded products, of vectors that were rounded twice
+        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+        band = 4 * (shape["channels"] + 4) * ROUNDOFF[accumulated]
+        for item in range(shape["n"]):
+            if not torch.equal(plan.dest[item], reference.dest[item]):
+                gap = similarity_gap(
+                    metric[item].cpu(), protected, plan.dest[item].cpu(), reference.dest[item].cpu(), plan.r
+                )
+                assert gap <= band
+
+    check()
 
 
 @pytest.mark.parametrize("tokens", [54, 197])
@@ -65,38 +64,44 @@ def test_flips_near_a_tie_are_rare(backend, device, tokens):
     assert (plan.dest != reference.dest).any(1).sum().item() <= n // 32
 
 
-@FIXTURES
-@given(shape=shapes, exponent=st.integers(-100, 100))
-def test_scale_of_a_token_does_not_matter(backend, device, shape, exponent):
-    metric, r, protected = unpack(shape | {"heads": 0}, torch.float32, device)
-    scale = torch.full((shape["tokens"], 1), 2.0**exponent, device=device)
-    scale[::3] = 1.0
-    plan, scaled = stk.match(metric, r, protected, backend), stk.match(metric * scale, r, protected, backend)
-    assert torch.equal(plan.dest, scaled.dest)  # a power of two rounds nothing: bit for bit
-    assert torch.equal(plan.members, scaled.members)
+def test_scale_of_a_token_does_not_matter(backend, device):
+    @examples(backend, shape=shapes, exponent=st.integers(-100, 100))
+    def check(shape, exponent):
+        metric, r, protected = unpack(shape | {"heads": 0}, torch.float32, device)
+        scale = torch.full((shape["tokens"], 1), 2.0**exponent, device=device)
+        scale[::3] = 1.0
+        plan, scaled = stk.match(metric, r, protected, backend), stk.match(metric * scale, r, protected, backend)
+        assert torch.equal(plan.dest, scaled.dest)  # a power of two rounds nothing: bit for bit
+        assert torch.equal(plan.members, scaled.members)
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_items_are_independent(backend, device, shape):
-    metric, r, protected = unpack(shape, torch.float32, device)
-    order = torch.randperm(shape["n"])
-    plan = stk.match(metric, r, protected, backend)
-    permuted = stk.match(metric[order.to(device)], r, protected, backend)
-    assert torch.equal(plan.dest[order], permuted.dest)
-    alone = stk.match(metric[:1], r, protected, backend)
-    assert torch.equal(alone.dest, plan.dest[:1])
+def test_items_are_independent(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        metric, r, protected = unpack(shape, torch.float32, device)
+        order = torch.randperm(shape["n"])
+        plan = stk.match(metric, r, protected, backend)
+        permuted = stk.match(metric[order.to(device)], r, protected, backend)
+        assert torch.equal(plan.dest[order], permuted.dest)
+        alone = stk.match(metric[:1], r, protected, backend)
+        assert torch.equal(alone.dest, plan.dest[:1])
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_protected_tokens_are_not_looked_at(backend, device, shape):
-    metric, r, protected = unpack(shape, torch.float32, device)
-    changed = metric.clone()
-    changed[..., :protected, :] = torch.nan
-    assert torch.equal(
-        stk.match(metric, r, protected, backend).members, stk.match(changed, r, protected, backend).members
-    )
+def test_protected_tokens_are_not_looked_at(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        metric, r, protected = unpack(shape, torch.float32, device)
+        changed = metric.clone()
+        changed[..., :protected, :] = torch.nan
+        assert torch.equal(
+            stk.match(metric, r, protected, backend).members, stk.match(changed, r, protected, backend).members
+        )
+
+    check()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

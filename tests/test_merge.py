@@ -4,12 +4,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, assert_valid, dtypes_of, eager_merge
-from hypothesis import HealthCheck, given, settings
+from helpers import assert_as_exact_as_eager, assert_valid, dtypes_of, eager_merge, examples
 
 import stoptome_kernels as stk
 
-FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 MODES = ["mean", "sum", "max"]
 
 shapes = st.fixed_dictionaries(
@@ -34,106 +32,119 @@ def make(shape, device, dtype=torch.float32):
     return stk.match(metric, shape["r"], shape["protected"], "reference"), x, size
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_bit_for_bit_the_reference(backend, device, shape):
+def test_bit_for_bit_the_reference(backend, device):
     """Every product, sum and quotient is rounded once, in the same order, on every backend."""
-    for dtype in dtypes_of(backend):
-        plan, x, size = make(shape, device, dtype)
-        for mode in MODES:
+
+    @examples(backend, shape=shapes)
+    def check(shape):
+        for dtype in dtypes_of(backend):
+            plan, x, size = make(shape, device, dtype)
+            for mode in MODES:
+                results = []
+                for name in (backend, "reference"):
+                    leaf = x.clone().requires_grad_()
+                    y, size_out = stk.merge(leaf, plan, size, mode, name)
+                    y.backward(y.detach() * 0.75 + 1)
+                    results.append((y, size_out, leaf.grad))
+                for ours, theirs in zip(*results, strict=True):
+                    assert torch.equal(ours, theirs), (dtype, mode)
+            y = stk.merge(x, plan, size, backend=backend)[0]
             results = []
             for name in (backend, "reference"):
-                leaf = x.clone().requires_grad_()
-                y, size_out = stk.merge(leaf, plan, size, mode, name)
-                y.backward(y.detach() * 0.75 + 1)
-                results.append((y, size_out, leaf.grad))
+                leaf = y.clone().requires_grad_()
+                x_hat = stk.unmerge(leaf, plan, name)
+                x_hat.backward(x)
+                results.append((x_hat, leaf.grad))
             for ours, theirs in zip(*results, strict=True):
-                assert torch.equal(ours, theirs), (dtype, mode)
-        y = stk.merge(x, plan, size, backend=backend)[0]
-        results = []
-        for name in (backend, "reference"):
-            leaf = y.clone().requires_grad_()
-            x_hat = stk.unmerge(leaf, plan, name)
-            x_hat.backward(x)
-            results.append((x_hat, leaf.grad))
-        for ours, theirs in zip(*results, strict=True):
-            assert torch.equal(ours, theirs), dtype
+                assert torch.equal(ours, theirs), dtype
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_as_exact_as_eager(backend, device, shape):
-    for dtype in dtypes_of(backend):
-        plan, x, size = make(shape, device, dtype)
-        for mode in MODES:
-            leaves = [t.detach().clone().requires_grad_() for t in (x, x, x.double())]
-            ours = stk.merge(leaves[0], plan, size, mode, backend)[0]
-            eager, exact = (eager_merge(leaf, plan, size, mode) for leaf in leaves[1:])
-            assert_as_exact_as_eager(ours, eager, exact)
-            if mode == "max" and x.element_size() == 2:
-                continue  # equal maxima are common in 16 bits: eager splits the gradient, we give it to the first
-            grad = torch.randn_like(exact)
-            for out in (ours, eager, exact):
-                out.backward(grad.to(out.dtype))
-            assert_as_exact_as_eager(*(leaf.grad for leaf in leaves))
-            assert leaves[0].grad.abs().sum() > 0
+def test_as_exact_as_eager(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        for dtype in dtypes_of(backend):
+            plan, x, size = make(shape, device, dtype)
+            for mode in MODES:
+                leaves = [t.detach().clone().requires_grad_() for t in (x, x, x.double())]
+                ours = stk.merge(leaves[0], plan, size, mode, backend)[0]
+                eager, exact = (eager_merge(leaf, plan, size, mode) for leaf in leaves[1:])
+                assert_as_exact_as_eager(ours, eager, exact)
+                if mode == "max" and x.element_size() == 2:
+                    continue  # equal maxima are common in 16 bits: eager splits the gradient, we give it to the first
+                grad = torch.randn_like(exact)
+                for out in (ours, eager, exact):
+                    out.backward(grad.to(out.dtype))
+                assert_as_exact_as_eager(*(leaf.grad for leaf in leaves))
+                assert leaves[0].grad.abs().sum() > 0
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_mass_is_conserved(backend, device, shape):
-    plan, x, size = make(shape, device)
-    y, size_out = stk.merge(x, plan, size, backend=backend)
-    size = torch.ones_like(x[..., 0]) if size is None else size
-    assert torch.equal(size_out.sum(1), size.sum(1))
-    mass, before = (size_out[..., None] * y).double().sum(1), (size[..., None] * x).double().sum(1)
-    torch.testing.assert_close(mass, before, rtol=1e-5, atol=1e-5 * size.sum().item())
+def test_mass_is_conserved(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        plan, x, size = make(shape, device)
+        y, size_out = stk.merge(x, plan, size, backend=backend)
+        size = torch.ones_like(x[..., 0]) if size is None else size
+        assert torch.equal(size_out.sum(1), size.sum(1))
+        mass, before = (size_out[..., None] * y).double().sum(1), (size[..., None] * x).double().sum(1)
+        torch.testing.assert_close(mass, before, rtol=1e-5, atol=1e-5 * size.sum().item())
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_single_tokens_are_copied_bit_for_bit(backend, device, shape):
-    for dtype in dtypes_of(backend):
-        plan, x, _ = make(shape, device, dtype)
-        x.flatten()[::7] = -0.0
-        x[:, -1] = torch.nan
-        x[:, 0, 0] = torch.inf
-        size = torch.rand(x.shape[:2], device=device) + 0.1
-        bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
-        for mode in MODES:
+def test_single_tokens_are_copied_bit_for_bit(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        for dtype in dtypes_of(backend):
+            plan, x, _ = make(shape, device, dtype)
+            x.flatten()[::7] = -0.0
+            x[:, -1] = torch.nan
+            x[:, 0, 0] = torch.inf
+            size = torch.rand(x.shape[:2], device=device) + 0.1
+            bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+            for mode in MODES:
+                y, _ = stk.merge(x, plan, size, mode, backend)
+                for item in range(shape["n"]):
+                    dest = plan.dest[item].tolist()
+                    for token, output in enumerate(dest):
+                        if dest.count(output) == 1:
+                            assert torch.equal(y[item, output].view(bits), x[item, token].view(bits))
+
+    check()
+
+
+def test_merging_again_what_was_unmerged_changes_nothing(backend, device):
+    @examples(backend, shape=shapes)
+    def check(shape):
+        plan, x, size = make(shape, device)
+        for mode in ("mean", "max"):
             y, _ = stk.merge(x, plan, size, mode, backend)
-            for item in range(shape["n"]):
-                dest = plan.dest[item].tolist()
-                for token, output in enumerate(dest):
-                    if dest.count(output) == 1:
-                        assert torch.equal(y[item, output].view(bits), x[item, token].view(bits))
+            again, _ = stk.merge(stk.unmerge(y, plan, backend), plan, size, mode, backend)
+            torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-6)
+
+    check()
 
 
-@FIXTURES
-@given(shape=shapes)
-def test_merging_again_what_was_unmerged_changes_nothing(backend, device, shape):
-    plan, x, size = make(shape, device)
-    for mode in ("mean", "max"):
-        y, _ = stk.merge(x, plan, size, mode, backend)
-        again, _ = stk.merge(stk.unmerge(y, plan, backend), plan, size, mode, backend)
-        torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-6)
+def test_composed_plan_equals_composed_merges(backend, device):
+    @examples(backend, shape=shapes, r=st.integers(1, 6))
+    def check(shape, r):
+        first, x, size = make(shape, device)
+        y, size_1 = stk.merge(x, first, size, backend=backend)
+        second = stk.match(y, r, min(1, shape["protected"]), backend)
+        z, size_2 = stk.merge(y, second, size_1, backend=backend)
+        both = first.then(second)
+        assert_valid(both)
+        at_once, size_both = stk.merge(x, both, size, backend=backend)
+        assert torch.equal(size_both, size_2)
+        torch.testing.assert_close(at_once, z, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            stk.unmerge(z, both, backend), stk.unmerge(stk.unmerge(z, second, backend), first, backend), rtol=0, atol=0
+        )
 
-
-@FIXTURES
-@given(shape=shapes, r=st.integers(1, 6))
-def test_composed_plan_equals_composed_merges(backend, device, shape, r):
-    first, x, size = make(shape, device)
-    y, size_1 = stk.merge(x, first, size, backend=backend)
-    second = stk.match(y, r, min(1, shape["protected"]), backend)
-    z, size_2 = stk.merge(y, second, size_1, backend=backend)
-    both = first.then(second)
-    assert_valid(both)
-    at_once, size_both = stk.merge(x, both, size, backend=backend)
-    assert torch.equal(size_both, size_2)
-    torch.testing.assert_close(at_once, z, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        stk.unmerge(z, both, backend), stk.unmerge(stk.unmerge(z, second, backend), first, backend), rtol=0, atol=0
-    )
+    check()
 
 
 def test_composition_of_weight_0_tokens(backend, device):
@@ -247,3 +258,38 @@ def test_float16_subnormals_and_overflow(backend, device):
     want = (x.half()[0, 1].float() + x.half()[0, 2].float()).half()
     assert torch.equal(y, want)
     assert y.isinf().sum() == 2
+
+
+@pytest.mark.parametrize("r", [5, 0])
+def test_out(backend, device, r):
+    for dtype in dtypes_of(backend):
+        x, size = torch.randn(3, 20, 24, device=device, dtype=dtype), torch.rand(3, 20, device=device) + 1
+        plan = stk.match(x, r, 1, backend)
+        out = (torch.empty(3, 20 - r, 24, device=device, dtype=dtype), torch.empty(3, 20 - r, device=device))
+        for mode in MODES:
+            got = stk.merge(x, plan, size, mode, backend, out=out)
+            assert got[0] is out[0]
+            assert got[1] is out[1]
+            want = stk.merge(x, plan, size, mode, "reference")
+            if r:
+                assert torch.equal(out[0], want[0])
+                assert torch.equal(out[1], want[1])
+            else:
+                assert torch.equal(out[0], x)
+                assert torch.equal(out[1], size)
+
+
+def test_out_in_compiled_code(backend, device):
+    torch._dynamo.reset()
+    x = torch.randn(3, 20, 24, device=device)
+    plan = stk.match(x, 5, 1, backend)
+
+    def step(x, y, size):
+        stk.merge(x.sin(), plan, None, "mean", backend, out=(y, size))
+        return y * 2
+
+    eager, compiled = ((torch.zeros(3, 15, 24, device=device), torch.zeros(3, 15, device=device)) for _ in range(2))
+    want = step(x, *eager)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled), want)
+    assert torch.equal(compiled[0], eager[0])
+    assert torch.equal(compiled[1], eager[1])

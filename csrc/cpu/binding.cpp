@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module stoptome_kernels._native. It takes addresses, sizes and strides instead of tensors, so that it needs
-// no torch header and one binary serves every torch version. stoptome_kernels/backends/native.py checks shapes, dtypes
+// no torch header and one binary serves every torch version. stoptome_kernels/dispatch/native.py checks shapes, dtypes
 // and devices before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -215,7 +215,7 @@ void spread(Strided grad, Strided out, int dtype, int mode, uintptr_t members, u
 }  // namespace stk
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.backends.";
+  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.dispatch.";
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

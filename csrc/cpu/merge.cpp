@@ -47,7 +47,7 @@ STK_INLINE void copy_row(void *to, const void *from, int64_t bytes, bool stream)
   }
 #endif
   (void)stream;
-  __builtin_memcpy(to, from, bytes);
+  if (bytes) __builtin_memcpy(to, from, bytes);  // rows of width 0 have no address
 }
 
 STK_INLINE void fence(bool stream) {
@@ -199,7 +199,7 @@ bool spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
         const int64_t token = token_of(g.member[k]);
         T *out = row_of<T>(args.out, item, token);
         if (mode != Mode::all && g.member[k] < 0) {
-          __builtin_memset(out, 0, bytes);
+          if (bytes) __builtin_memset(out, 0, bytes);
         } else if (mode != Mode::mean || g.valid == 1) {
           copy_row(out, grad, bytes, args.stream);
         } else {

@@ -57,13 +57,20 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     return dest, members, offsets
 
 
-def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.reduce`."""
+def reduce(
+    x: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write, contiguous."""
     x, members, offsets = _unit(x), members.contiguous(), offsets.contiguous()
     n, tokens, dim = x.shape
     tokens_out = offsets.shape[1] - 1
-    y = x.new_empty((n, tokens_out, dim))
-    size_out = x.new_empty((n, tokens_out), dtype=torch.float32)
+    y = x.new_empty((n, tokens_out, dim)) if out is None else out[0]
+    size_out = x.new_empty((n, tokens_out), dtype=torch.float32) if out is None else out[1]
     _native.reduce(
         _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n, tokens,
         tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), torch.get_num_threads(),

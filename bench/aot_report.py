@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every Triton kernel ahead of time and report registers, spills and shared memory; needs no GPU.
+
+    python bench/aot_report.py                                  # all shapes, dtypes and architectures
+    python bench/aot_report.py --arch 90 --dtype bf16 --shape stop-b32-train --json rows.json
+
+The launches come from the launchers themselves, called with tensors on the meta device, so what is compiled is what
+runs. A kernel that spills registers or wants more shared memory than the architecture has fails the run (exit 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stoptome_kernels.kernels import match, merge
+
+# name: (N, T, D, heads, protected, r); heads 0: the metric is x itself
+SHAPES = {
+    "stop-b32-train": (1536, 54, 768, 12, 5, 2),
+    "stop-b32-video": (12, 54, 768, 12, 5, 8),
+    "clip-b16": (768, 197, 768, 12, 1, 10),
+    "tempme-68": (384, 68, 768, 0, 2, 20),
+    "tempme-88": (192, 88, 768, 0, 4, 26),
+    "tempme-168": (64, 168, 768, 0, 12, 50),
+    "vit-b16": (256, 197, 768, 12, 1, 16),
+    "vit-l16-384": (64, 577, 1024, 16, 1, 23),
+    "long": (8, 4097, 1024, 16, 1, 512),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have (CUDA guide, table 27)
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
+    """What the shape runs, forward and backward, as (what, launch)."""
+    n, tokens, dim, heads, protected, r = SHAPES[shape]
+    groups = tokens - r
+
+    def meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=dtype, device="meta")
+
+    x, y = meta(n, tokens, dim, dtype=dtype), meta(n, groups, dim, dtype=dtype)
+    size, size_out = meta(n, tokens, dtype=torch.float32), meta(n, groups, dtype=torch.float32)
+    dest, members = meta(n, tokens, dtype=torch.int32), meta(n, tokens, dtype=torch.int32)
+    offsets = meta(n, groups + 1, dtype=torch.int32)
+    # keys as attention has them, (N, H, T, C) inside a packed (N, T, 3, H, C)
+    packed = meta(n, tokens, 3, max(heads, 1), dim // max(heads, 1), dtype=dtype)
+    metric = packed[:, :, 1].transpose(1, 2) if heads else x[:, None]
+
+    found = [("match", launch) for launch in match.launches(metric, r, protected, dest, members, offsets)]
+    plan = (members, offsets)
+    found += [
+        ("merge mean", merge.reduce_launch(x, *plan, size, y, size_out, "mean")),
+        ("merge mean, no size", merge.reduce_launch(x, *plan, None, y, size_out, "mean")),
+        ("merge sum", merge.reduce_launch(x, *plan, size, y, size_out, "sum")),
+        ("merge max", merge.reduce_launch(x, *plan, size, y, size_out, "max")),
+        ("grad of mean", merge.spread_launch(y, *plan, size, x, "mean", None, None)),
+        ("grad of mean, no size", merge.spread_launch(y, *plan, None, x, "mean", None, None)),
+        ("grad of sum", merge.spread_launch(y, *plan, None, x, "sum", None, None)),
+        ("grad of max", merge.spread_launch(y, *plan, None, x, "max", x, y)),
+        ("unmerge", merge.spread_launch(y, *plan, None, x, "all", None, None)),
+        ("grad of unmerge", merge.reduce_launch(x, *plan, None, y, size_out, "all")),
+    ]
+    return found
+
+
+def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
+    """The specialisation that a launch with such arguments compiles: divisibility by 16, and 1 as a constant."""
+    signature, values, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], values[(index,)] = "constexpr", constants[parameter.name]
+            continue
+        value = arguments[index]
+        if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], values[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, values, attributes)
+
+
+def _tool(name: str) -> str:
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(bundled) if bundled.exists() else name
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, bytes of stack and local memory: where spilled registers go."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
+        ).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    return {"registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"])}
+
+
+def compile_one(launch: tuple, arch: int) -> dict:
+    """Compile a launch for an architecture and measure the result."""
+    kernel, grid, arguments, meta = launch
+    names = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {name: value for name, value in meta.items() if name in names}
+    options = {name: value for name, value in meta.items() if name not in names}
+    built = triton.compile(source(kernel, arguments, constants), target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = built.asm["ptx"]
+    row = {
+        "kernel": kernel.__name__,
+        "grid": grid[0],
+        "warps": meta["num_warps"],
+        **resources(built.asm["cubin"]),
+        "shared": built.metadata.shared,
+        "loads128": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+        "stores128": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
+    }
+    # blocks that fit a multiprocessor by its 65536 registers (given out in 256 per warp) and 2048 threads
+    row["blocks"] = min(65536 // (-(-row["registers"] // 8) * 8 * 32 * row["warps"]), 64 // row["warps"])
+    row["ok"] = row["spill"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
+    return row
+
+
+def main() -> int:
+    """Compile, print a table, return 1 if a kernel spills or asks for too much."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--what", default="", help="only launches whose name contains this, such as match or grad")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+
+    rows = []
+    print(f"Triton {triton.__version__}; spill and shared in bytes; blocks = resident per multiprocessor by registers")
+    print(f"{'sm':>3} {'dtype':5} {'shape':15} {'what':22} {'kernel':13} {'grid':>7} {'warps':>5}", end=" ")
+    print(f"{'regs':>4} {'spill':>5} {'shared':>6} {'blocks':>6} {'ld128':>5} {'st128':>5}")
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for shape in options.shape:
+                for what, launch in launches(shape, DTYPES[dtype]):
+                    if options.what not in what:
+                        continue
+                    row = {"arch": arch, "dtype": dtype, "shape": shape, "what": what, **compile_one(launch, arch)}
+                    rows.append(row)
+                    print(
+                        f"{arch:3} {dtype:5} {shape:15} {what:22} {row['kernel']:13} {row['grid']:7} {row['warps']:5} "
+                        f"{row['registers']:4} {row['spill']:5} {row['shared']:6} {row['blocks']:6} "
+                        f"{row['loads128']:5} {row['stores128']:5}{'' if row['ok'] else '  <-- FAILS'}",
+                        flush=True,
+                    )
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    failed = sum(not row["ok"] for row in rows)
+    print(f"{len(rows)} kernels, {failed} with spills or too much shared memory")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels as a backend, for NVIDIA GPUs; Triton itself is imported at the first call."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # another name on the wheel, as pytorch-triton
+        return None
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < (3, 2):
+        return f"it needs Triton 3.2 or later, found {found}: pip install -U triton"
+    return None
+
+
+@cache
+def _no_gpu() -> str | None:
+    """Asked only once there is a CUDA tensor or a CUDA device."""
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the Triton kernels need a GPU of compute capability 8.0 or later, this one has {major}.{minor}"
+    return None
+
+
+def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
+    """The reason why the Triton kernels can't run on such tensors here, or None.
+
+    CPU tensors are taken only when asked for and under Triton's interpreter, which is thousands of times slower.
+    """
+    if device != "cuda":
+        if not explicit or device != "cpu":
+            return f"the Triton kernels run on CUDA tensors, not on {device}"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the Triton kernels need an NVIDIA GPU; CPU tensors they take only under TRITON_INTERPRET=1, for tests"
+    if dtype not in _DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    return _no_triton() or (_no_gpu() if device == "cuda" else None)
+
+
+def _on(tensor: Tensor):
+    """Triton launches on the current device; a switch costs microseconds, so only where it is needed."""
+    if not tensor.is_cuda:  # interpreted by numpy, which would warn of every NaN and overflow
+        import numpy
+
+        return numpy.errstate(all="ignore")
+    if tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.match`."""
+    from ..kernels import match as kernels
+
+    with _on(metric):
+        return kernels.match(metric, r, protected)
+
+
+def reduce(
+    x: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write, contiguous."""
+    from ..kernels import merge as kernels
+
+    with _on(x):
+        return kernels.reduce(x, members, offsets, size, mode, out)
+
+
+def spread(
+    grad: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """See :func:`stoptome_kernels.reference.spread`."""
+    from ..kernels import merge as kernels
+
+    with _on(grad):
+        return kernels.spread(grad, members, offsets, size, mode, x, y)

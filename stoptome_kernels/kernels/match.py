@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bipartite soft matching (ToMe, section 3) as Triton kernels.
+
+One launch of one program per item while all sources fit a tile. Beyond, one launch scores and one plans, both parallel
+over blocks of tokens, and one before them takes the mean over heads, which every block would otherwise repeat. Sorting
+is done by counting: the place of a token is the number of tokens that come before it, so there are no atomics and no
+order that could differ from run to run.
+
+Sources are the set A, targets the set B of the reference; both are counted from 0 in ascending token order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .similarity import nearest
+
+# the choice of a source that is not merged: above every target, so that comparisons of choices need no mask
+_UNMERGED = tl.constexpr(1 << 30)
+_LOWEST = tl.constexpr(-(1 << 31))
+
+
+@triton.jit
+def _count(mask):
+    return tl.sum(mask.to(tl.int32), 1)
+
+
+@triton.jit
+def _count_sources(a, choice, other, other_choice):
+    """How many of the other sources are merged and come before a: in token order, and in order of destination."""
+    earlier = other[None, :] < a[:, None]
+    removed = _count((other_choice[None, :] < _UNMERGED) & earlier)
+    ahead = (other_choice[None, :] < choice[:, None]) | ((other_choice[None, :] == choice[:, None]) & earlier)
+    return removed, _count(ahead)
+
+
+@triton.jit
+def _count_targets(b, even, other, other_choice):
+    """How many sources merge into a target before b, and how many into b itself that come before it in token order."""
+    same = (other_choice[None, :] == b[:, None]) & (other[None, :] < (b + even)[:, None])
+    return _count(other_choice[None, :] < b[:, None]), _count(same)
+
+
+@triton.jit
+def _write_sources(dest, members, offsets, a, choice, best, removed, ahead, sources, protected, base, even):
+    token = protected + 1 - even + 2 * a
+    merged = choice < _UNMERGED
+    out = tl.where(merged, base + choice, protected + a - removed)
+    # a target comes before its source if its token does: even says that source a comes right before target a
+    place = tl.where(merged, out + ahead + (a >= choice + even).to(tl.int32), out)
+    weightless = merged & (best == float("-inf"))
+    inside = a < sources
+    tl.store(dest + token, out, mask=inside)
+    tl.store(members + place, tl.where(weightless, ~token, token), mask=inside)
+    tl.store(offsets + out, out, mask=inside & ~merged)
+
+
+@triton.jit
+def _write_targets(dest, members, offsets, b, below, same, targets, protected, base, even):
+    token = protected + even + 2 * b
+    out = base + b
+    inside = b < targets
+    tl.store(dest + token, out, mask=inside)
+    tl.store(offsets + out, out + below, mask=inside)
+    tl.store(members + out + below + same, token, mask=inside)
+
+
+@triton.jit
+def _write_protected(dest, members, offsets, first, step, protected, BLOCK: tl.constexpr):
+    for start in range(first, protected, step):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(dest + i, i, mask=i < protected)
+        tl.store(members + i, i, mask=i < protected)
+        tl.store(offsets + i, i, mask=i < protected)
+
+
+@triton.jit(do_not_specialize=["tokens", "r", "protected"])
+def match_item(
+    metric, dest, members, offsets, tokens, r, protected, item_stride, head_stride, token_stride,
+    C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
+    PRODUCT: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The whole matching of an item whose sources and targets fit one tile; grid (N,)."""
+    item = tl.program_id(0).to(tl.int64)
+    even = 1 - protected % 2
+    sources = (tokens - protected + even) // 2
+    targets = (tokens - protected + 1 - even) // 2
+    base = protected + sources - r
+    metric += item * item_stride
+    dest += item * tokens
+    members += item * tokens
+    offsets += item * (tokens - r + 1)
+
+    a = tl.arange(0, BLOCK_A)
+    best, partner = nearest(
+        metric, a, protected + 1 - even, protected + even, sources, targets, head_stride, token_stride,
+        C, H, SHRINK, SHIFT, PRODUCT, TYPE, BLOCK_B, BLOCK_C,
+    )  # fmt: skip
+    # Counting goes over the others in chunks, or it would take more registers than there are. The lists travel between
+    # threads through what the plan overwrites in the end: no memory of their own, and they never leave the cache.
+    scores = members.to(tl.pointer_type(tl.float32))
+    tl.store(scores + a, best, mask=a < sources)
+    tl.debug_barrier()
+    rank = tl.zeros((BLOCK_A,), tl.int32)
+    for start in range(0, sources, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        score = tl.load(scores + other, mask=other < sources, other=float("-inf"))  # past the end: after all others
+        tied = (score[None, :] == best[:, None]) & (other[None, :] < a[:, None])
+        rank += _count((score[None, :] > best[:, None]) | tied)
+    choice = tl.where((rank < r) & (a < sources), partner, _UNMERGED)
+    tl.store(dest + a, choice, mask=a < sources)
+    tl.debug_barrier()
+
+    removed = tl.zeros((BLOCK_A,), tl.int32)
+    ahead = tl.zeros((BLOCK_A,), tl.int32)
+    below = tl.zeros((BLOCK_A,), tl.int32)
+    same = tl.zeros((BLOCK_A,), tl.int32)
+    for start in range(0, sources, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_choice = tl.load(dest + other, mask=other < sources, other=_UNMERGED)
+        more_removed, more_ahead = _count_sources(a, choice, other, other_choice)
+        more_below, more_same = _count_targets(a, even, other, other_choice)
+        removed += more_removed
+        ahead += more_ahead
+        below += more_below
+        same += more_same
+    tl.debug_barrier()
+    _write_sources(dest, members, offsets, a, choice, best, removed, ahead, sources, protected, base, even)
+    _write_targets(dest, members, offsets, a, below, same, targets, protected, base, even)
+    _write_protected(dest, members, offsets, 0, BLOCK_A, protected, BLOCK_A)
+    tl.store(offsets + tokens - r, tokens)
+
+
+@triton.jit(do_not_specialize=["tokens", "protected", "blocks"])
+def score_blocks(
+    metric, best, partner, tokens, protected, blocks, item_stride, head_stride, token_stride,
+    C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
+    PRODUCT: tl.constexpr, TYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The proposals of a block of sources: best (N, |A|) float32, partner (N, |A|) int32; grid (N·blocks,)."""
+    block = tl.program_id(0) % blocks
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    even = 1 - protected % 2
+    sources = (tokens - protected + even) // 2
+    targets = (tokens - protected + 1 - even) // 2
+    a = block * BLOCK_A + tl.arange(0, BLOCK_A)
+    value, target = nearest(
+        metric + item * item_stride, a, protected + 1 - even, protected + even, sources, targets,
+        head_stride, token_stride, C, H, SHRINK, SHIFT, PRODUCT, TYPE, BLOCK_B, BLOCK_C,
+    )  # fmt: skip
+    tl.store(best + item * sources + a, value, mask=a < sources)
+    tl.store(partner + item * sources + a, target, mask=a < sources)
+
+
+@triton.jit
+def _load_keys(best, a, sources):
+    """Similarities as integers of the same order; _LOWEST, below all of them, past the end."""
+    bits = tl.load(best + a, mask=a < sources, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(a < sources, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
+
+
+@triton.jit
+def _at_least(best, keys, limit, sources, ONE: tl.constexpr, SPAN: tl.constexpr):
+    """How many sources have a key of at least limit."""
+    count = tl.sum((keys >= limit).to(tl.int32), 0)
+    if not ONE:
+        for start in range(SPAN, sources, SPAN):
+            more = _load_keys(best, start + tl.arange(0, SPAN), sources)
+            count += tl.sum((more >= limit).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _select(best, sources, r, ONE: tl.constexpr, SPAN: tl.constexpr):
+    """The r-th best source: its key, found bit by bit, and its index. Those of a higher key, and those of the same
+    key up to that index, are merged."""
+    span = tl.arange(0, SPAN)
+    keys = _load_keys(best, span, sources)
+    limit = tl.where(_at_least(best, keys, 0, sources, ONE, SPAN) >= r, 0, _LOWEST)
+    for bit in range(31):
+        higher = limit + (1 << (30 - bit))
+        limit = tl.where(_at_least(best, keys, higher, sources, ONE, SPAN) >= r, higher, limit)
+    need = r - _at_least(best, keys, limit + 1, sources, ONE, SPAN)
+    tied = (keys == limit).to(tl.int32)
+    cut = tl.max(tl.where((tied > 0) & (tl.cumsum(tied, 0) <= need), span, -1), 0)
+    if not ONE:
+        need -= tl.sum(tied, 0)
+        for start in range(SPAN, sources, SPAN):
+            tied = (_load_keys(best, start + span, sources) == limit).to(tl.int32)
+            cut = tl.maximum(cut, tl.max(tl.where((tied > 0) & (tl.cumsum(tied, 0) <= need), start + span, -1), 0))
+            need -= tl.sum(tied, 0)
+    return limit, cut
+
+
+@triton.jit
+def _choices(best, partner, a, sources, limit, cut):
+    """The target of each source a that is merged, _UNMERGED for the others."""
+    key = _load_keys(best, a, sources)
+    merged = (a < sources) & ((key > limit) | ((key == limit) & (a <= cut)))
+    return tl.where(merged, tl.load(partner + a, mask=a < sources, other=0), _UNMERGED)
+
+
+@triton.jit(do_not_specialize=["tokens", "r", "protected", "blocks"])
+def plan_blocks(
+    best, partner, dest, members, offsets, tokens, r, protected, blocks,
+    ONE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
+    block = tl.program_id(0) % blocks
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    even = 1 - protected % 2
+    sources = (tokens - protected + even) // 2
+    targets = (tokens - protected + 1 - even) // 2
+    base = protected + sources - r
+    best += item * sources
+    partner += item * sources
+    dest += item * tokens
+    members += item * tokens
+    offsets += item * (tokens - r + 1)
+
+    limit, cut = _select(best, sources, r, ONE, SPAN)
+    own = block * BLOCK + tl.arange(0, BLOCK)  # as sources and as targets
+    choice = _choices(best, partner, own, sources, limit, cut)
+    removed = tl.zeros((BLOCK,), tl.int32)
+    ahead = tl.zeros((BLOCK,), tl.int32)
+    below = tl.zeros((BLOCK,), tl.int32)
+    same = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, sources, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_choice = _choices(best, partner, other, sources, limit, cut)
+        more_removed, more_ahead = _count_sources(own, choice, other, other_choice)
+        more_below, more_same = _count_targets(own, even, other, other_choice)
+        removed += more_removed
+        ahead += more_ahead
+        below += more_below
+        same += more_same
+    score = tl.load(best + own, mask=own < sources, other=0.0)
+    _write_sources(dest, members, offsets, own, choice, score, removed, ahead, sources, protected, base, even)
+    _write_targets(dest, members, offsets, own, below, same, targets, protected, base, even)
+    _write_protected(dest, members, offsets, block * BLOCK, blocks * BLOCK, protected, BLOCK)
+    if block == 0:
+        tl.store(offsets + tokens - r, tokens)
+
+
+_COMPILED = isinstance(match_item, triton.runtime.JITFunction)  # and not interpreted (TRITON_INTERPRET=1)
+
+
+def launches(metric: Tensor, r: int, protected: int, dest: Tensor, members: Tensor, offsets: Tensor) -> list[tuple]:
+    """What one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order.
+
+    bench/aot_report.py calls this with tensors on the meta device and compiles what it returns.
+    """
+    n, heads, tokens, channels = metric.shape
+    sources = (tokens - protected + 1 - protected % 2) // 2
+    larger = (tokens - protected + 1) // 2  # of the two sets
+    meta = config.match(heads, channels, larger, metric.dtype, _COMPILED)
+    strides = metric.stride()[:3]
+    steps = []
+    if meta["item"]:
+        arguments = (metric, dest, members, offsets, tokens, r, protected, *strides)
+        steps.append((match_item, (n,), arguments, meta["item"]))
+        return steps
+
+    best = metric.new_empty(n, sources, dtype=torch.float32)
+    partner = metric.new_empty(n, sources, dtype=torch.int32)
+    blocks = triton.cdiv(sources, meta["score"]["BLOCK_A"])
+    steps.append(
+        (score_blocks, (n * blocks,), (metric, best, partner, tokens, protected, blocks, *strides), meta["score"])
+    )
+    blocks = triton.cdiv(larger, meta["plan"]["BLOCK"])
+    arguments = (best, partner, dest, members, offsets, tokens, r, protected, blocks)
+    steps.append((plan_blocks, (n * blocks,), arguments, meta["plan"]))
+    return steps
+
+
+def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dest, members, offsets)`` of metric (N, H, T, C); see :func:`stoptome_kernels.reference.match`."""
+    if metric.stride(3) != 1 and metric.shape[3] > 1:
+        metric = metric.contiguous()
+    n, _, tokens, _ = metric.shape
+    dest = metric.new_empty((n, tokens), dtype=torch.int32)
+    members = metric.new_empty((n, tokens), dtype=torch.int32)
+    offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
+    for kernel, grid, arguments, meta in launches(metric, r, protected, dest, members, offsets):
+        kernel[grid](*arguments, **meta)
+    return dest, members, offsets

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging and its adjoint as Triton kernels: gathers, one program for a tile of output rows of one item.
+
+A row is read once and written once, sums run in float32 in ascending member order, there are no atomics. Nearly all
+tiles hold groups of one token alone; these are copied as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+
+
+@triton.jit
+def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Where this program works: item, chunk, its groups (ROWS,), their first position and length, its columns."""
+    chunk = tl.program_id(0) % CHUNKS  # the chunks of a row follow each other, so that DRAM pages are read in a go
+    block = tl.program_id(0) // CHUNKS
+    item = (block // blocks).to(tl.int64)
+    group = (block % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = group < groups
+    offsets += item * (groups + 1)
+    first = tl.load(offsets + group, mask=inside, other=0)
+    last = tl.load(offsets + group + 1, mask=inside, other=0)
+    # whatever a damaged plan holds, no position leaves the item
+    first = tl.minimum(tl.maximum(first, 0), tokens)
+    length = tl.minimum(last, tokens) - first
+    column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    return item, chunk, group, first, length, column
+
+
+@triton.jit
+def _rows(inside, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The mask of a tile: (ROWS, BLOCK_D), or (ROWS, 1) where no tile reaches past a row's end."""
+    mask = inside[:, None]
+    if D % BLOCK_D or D == 0:
+        mask = mask & (column < D)[None, :]
+    return mask
+
+
+@triton.jit
+def _member(members, size, at, inside, tokens, MODE: tl.constexpr, SIZED: tl.constexpr):
+    """The token at position ``at``, whether it counts, and its weight (0 if it does not)."""
+    code = tl.load(members + at, mask=inside, other=0)
+    token = tl.where(code < 0, ~code, code)
+    token = tl.minimum(token, tokens - 1)
+    valid = inside
+    if MODE != "all":
+        valid = inside & (code >= 0)
+    weight = valid.to(tl.float32)
+    if SIZED:
+        weight = tl.load(size + token, mask=valid, other=0.0)
+    return token.to(tl.int64), valid, weight
+
+
+_COMPILED = tl.constexpr(isinstance(_member, triton.runtime.JITFunction))  # not interpreted (TRITON_INTERPRET=1)
+
+
+@triton.jit
+def _narrowed(value, dtype: tl.constexpr):
+    """float32 to the dtype of the rows, to nearest even."""
+    out = value.to(dtype)
+    if dtype == tl.bfloat16 and not _COMPILED:  # the interpreter cuts off instead
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        out = tl.where(value == value, nearest, out)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks"])
+def reduce_rows(
+    x, members, offsets, size, y, size_out, tokens, groups, blocks, item_stride, token_stride,
+    D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """y (N, groups, D) and size_out (N, groups) from x (N, tokens, D); grid (N·blocks·CHUNKS,)."""
+    item, chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, CHUNKS)
+    inside = group < groups
+    x += item * item_stride + column[None, :]
+    members += item * tokens
+    if SIZED:
+        size += item * tokens
+    y += item * groups * D + group.to(tl.int64)[:, None] * D + column[None, :]
+    size_out += item * groups + group
+
+    token, valid, total = _member(members, size, first, length > 0, tokens, MODE, SIZED)
+    alone = tl.load(x + token[:, None] * token_stride, mask=_rows(valid, column, D, BLOCK_D), other=0.0)
+    longest = tl.max(length, 0)
+    tl.store(y, alone, mask=_rows(inside & (length <= 1), column, D, BLOCK_D))  # bit for bit
+    if longest > 1:
+        value = alone.to(tl.float32)
+        if MODE == "max":
+            value = tl.where(valid[:, None], value, float("-inf"))
+        else:
+            if MODE == "mean":
+                value = value * total[:, None]
+            value = tl.where(valid[:, None], value, 0.0) + 0.0  # sums start from +0: −0 alone would stay −0
+        counted = valid.to(tl.int32)
+        last = token
+        for k in range(1, longest):
+            token, valid, weight = _member(members, size, first + k, k < length, tokens, MODE, SIZED)
+            row = tl.load(x + token[:, None] * token_stride, mask=_rows(valid, column, D, BLOCK_D), other=0.0)
+            more = row.to(tl.float32)
+            if MODE == "max":
+                value = tl.where(valid[:, None] & ((more > value) | (more != more)), more, value)
+            else:
+                if MODE == "mean":
+                    more = more * weight[:, None]
+                value += tl.where(valid[:, None], more, 0.0)
+            last = tl.where(valid, token, last)
+            counted += valid.to(tl.int32)
+            total += weight
+        if MODE == "mean":
+            weights = tl.where(length > 1, total, 1.0)
+            value = tl.div_rn(value, tl.broadcast_to(weights[:, None], value.shape))
+        tl.store(
+            y, _narrowed(value, alone.dtype), mask=_rows(inside & (length > 1) & (counted != 1), column, D, BLOCK_D)
+        )
+        # all others of weight 0: rare, so the row is read again rather than kept in registers
+        lonely = inside & (length > 1) & (counted == 1)
+        row = tl.load(x + last[:, None] * token_stride, mask=_rows(lonely, column, D, BLOCK_D), other=0.0)
+        tl.store(y, row, mask=_rows(lonely, column, D, BLOCK_D))
+    if chunk == 0:
+        tl.store(size_out, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks"])
+def spread_rows(
+    grad, members, offsets, size, x, y, out, tokens, groups, blocks,
+    grad_item, grad_token, x_item, x_token, y_item, y_token,
+    D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above."""
+    item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, CHUNKS)
+    members += item * tokens
+    if SIZED:
+        size += item * tokens
+    out += item * tokens * D + column[None, :]
+    row = group.to(tl.int64)[:, None]
+    mask = _rows(group < groups, column, D, BLOCK_D)
+    given = tl.load(grad + item * grad_item + row * grad_token + column[None, :], mask=mask, other=0.0)
+    nothing = tl.zeros(given.shape, given.dtype)
+
+    longest = tl.max(length, 0)
+    if MODE == "mean":
+        total = tl.zeros((ROWS,), tl.float32)
+        counted = tl.zeros((ROWS,), tl.int32)
+        if longest > 1:
+            for k in range(0, longest):
+                token, valid, weight = _member(members, size, first + k, k < length, tokens, MODE, SIZED)
+                total += weight
+                counted += valid.to(tl.int32)
+        else:
+            counted += 1
+        total = tl.where(counted == 1, 1.0, total)
+        total = tl.where(length > 0, total, 1.0)
+    if MODE == "max":
+        x += item * x_item + column[None, :]
+        reached = tl.load(y + item * y_item + row * y_token + column[None, :], mask=mask, other=0.0)
+        reached_nan = reached != reached
+        waiting = tl.full(given.shape, 1, tl.int1)
+    for k in range(0, longest):
+        inside = k < length
+        token, valid, weight = _member(members, size, first + k, inside, tokens, MODE, SIZED)
+        value = given
+        if MODE == "mean":
+            share = tl.where(counted == 1, 1.0, tl.div_rn(weight, total))
+            value = tl.where(
+                (counted == 1)[:, None], given, _narrowed(share[:, None] * given.to(tl.float32), given.dtype)
+            )
+        if MODE == "max":
+            entry = tl.load(x + token[:, None] * x_token, mask=_rows(valid, column, D, BLOCK_D), other=0.0)
+            hit = ((entry == reached) | ((entry != entry) & reached_nan)) & waiting & valid[:, None]
+            value = tl.where(hit, given, nothing)
+            waiting = waiting & ~hit
+        elif MODE != "all":
+            value = tl.where(valid[:, None], value, nothing)
+        tl.store(out + token[:, None] * D, value, mask=_rows(inside, column, D, BLOCK_D))
+
+
+def reduce_launch(
+    x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, y: Tensor, size_out: Tensor, mode: str
+) -> tuple:
+    """What reduce runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the same."""
+    n, tokens, dim = x.shape
+    groups = y.shape[1]
+    meta = config.merge(dim, groups, x.dtype)
+    blocks = triton.cdiv(groups, meta["ROWS"])
+    arguments = (x, members, offsets, size, y, size_out, tokens, groups, blocks, x.stride(0), x.stride(1))
+    return reduce_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+
+
+def spread_launch(
+    grad: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    out: Tensor,
+    mode: str,
+    x: Tensor | None,
+    y: Tensor | None,
+) -> tuple:
+    """What spread runs: (kernel, grid, arguments, constants and options)."""
+    n, groups, dim = grad.shape
+    meta = config.merge(dim, groups, grad.dtype)
+    blocks = triton.cdiv(groups, meta["ROWS"])
+    strides = (0, 0, 0, 0) if x is None or y is None else (*x.stride()[:2], *y.stride()[:2])
+    arguments = (
+        grad, members, offsets, size, x, y, out, out.shape[1], groups, blocks, grad.stride(0), grad.stride(1), *strides
+    )  # fmt: skip
+    return spread_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x with neighbouring channels next to each other, copied only if they are not."""
+    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+
+
+def reduce(
+    x: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, size_out)`` of x (N, T, D), in ``out`` if given; see :func:`stoptome_kernels.reference.reduce`."""
+    n, _, dim = x.shape
+    groups = offsets.shape[1] - 1
+    y = x.new_empty((n, groups, dim)) if out is None else out[0]
+    size_out = x.new_empty((n, groups), dtype=torch.float32) if out is None else out[1]
+    if n * groups > 0:
+        size = None if size is None else size.contiguous()
+        kernel, grid, arguments, meta = reduce_launch(
+            _unit(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
+        )
+        kernel[grid](*arguments, **meta)
+    return y, size_out
+
+
+def spread(
+    grad: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    mode: str,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """The adjoint: (N, T, D) from grad (N, T_out, D); see :func:`stoptome_kernels.reference.spread`."""
+    n, groups, dim = grad.shape
+    out = grad.new_empty((n, members.shape[1], dim))
+    if n * groups * dim > 0:
+        if mode == "max":
+            x, y = _unit(x), _unit(y)  # type: ignore[arg-type]
+        if mode != "mean":
+            size = None
+        kernel, grid, arguments, meta = spread_launch(
+            _unit(grad), members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous(), out,
+            mode, x, y,
+        )  # fmt: skip
+        kernel[grid](*arguments, **meta)
+    return out

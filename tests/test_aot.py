@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels compile for the GPUs they are meant for, without spilling registers; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+REPORT = Path(__file__).parents[1] / "bench" / "aot_report.py"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux"),
+]
+
+
+def report(tmp_path: Path, *arguments: str) -> list[dict]:
+    """The rows of the report; an error if a kernel does not compile, spills, or wants too much shared memory."""
+    out = tmp_path / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(REPORT), "--json", str(out), *arguments],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())["rows"]
+
+
+def test_no_merge_spills(tmp_path):
+    """Forward and backward of every mode, in a half and a full precision, on the oldest and the newest architecture."""
+    rows = report(tmp_path, "--arch", "80", "100", "--dtype", "bf16", "fp32", "--shape", "stop-b32-train")
+    assert {row["kernel"] for row in rows} == {"match_item", "reduce_rows", "spread_rows"}
+
+
+def test_no_matching_spills(tmp_path):
+    """One launch and two, keys and x as metric."""
+    shapes = ("stop-b32-train", "clip-b16", "tempme-168", "vit-l16-384")
+    rows = report(tmp_path, "--arch", "90", "--dtype", "bf16", "fp32", "--what", "match", "--shape", *shapes)
+    assert {row["kernel"] for row in rows} == {"match_item", "score_blocks", "plan_blocks"}
+
+
+def test_rows_move_in_128_bit_accesses(tmp_path):
+    """The merge is bound by memory: every access to rows of 768 bfloat16 is as wide as the hardware has them."""
+    for row in report(tmp_path, "--arch", "90", "--dtype", "bf16", "--shape", "stop-b32-train", "--what", "merge"):
+        assert row["loads128"] >= 2, row
+        assert row["stores128"] >= 2, row

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: real shapes, launches, synchronisation, CUDA graphs. The other files run on it too."""
+
+import pytest
+import torch
+from conftest import GPU
+from helpers import ROUNDOFF, assert_as_exact_as_eager, assert_valid, eager_merge, similarity_gap
+
+import stoptome_kernels as stk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
+
+# name: N, T, D, heads, protected, r; heads 0: the tokens themselves are the metric
+SHAPES = {
+    "STOP B/32": (128 * 12, 54, 768, 12, 5, 2),
+    "one video": (12, 54, 768, 12, 5, 8),
+    "CLIP B/16": (64 * 12, 197, 768, 12, 1, 10),
+    "TempMe 2": (64 * 6, 68, 768, 0, 2, 20),
+    "TempMe 4": (64 * 3, 88, 768, 0, 4, 26),
+    "TempMe 12": (64, 168, 768, 0, 12, 50),
+    "ViT-L 384": (64, 577, 1024, 16, 1, 23),
+    "long": (8, 4097, 1024, 16, 1, 512),
+}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def inputs(name, dtype):
+    n, tokens, dim, heads, protected, r = SHAPES[name]
+    x = torch.randn(n, tokens, dim, device="cuda", dtype=dtype)
+    metric = x
+    if heads:
+        metric = torch.randn(n, tokens, 3, heads, 64, device="cuda", dtype=dtype)[:, :, 1].transpose(1, 2)
+    size = torch.randint(1, 9, (n, tokens), device="cuda").float()
+    return metric, x, size, r, protected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_real_shapes(name, dtype):
+    metric, x, size, r, protected = inputs(name, dtype)
+    plan = stk.match(metric, r, protected, "triton")
+    reference = stk.match(metric, r, protected, "reference")
+    differ = (plan.dest != reference.dest).any(1).nonzero().flatten().tolist()
+    assert len(differ) <= max(1, len(plan.dest) // 50), f"{len(differ)} of {len(plan.dest)} items differ"
+    assert_valid(stk.MergePlan(plan.dest[:1], plan.members[:1], plan.offsets[:1], protected))
+    band = 4 * (metric.shape[-1] + 4) * ROUNDOFF[torch.float32]
+    for item in differ[:20]:
+        gap = similarity_gap(metric[item].cpu(), protected, plan.dest[item].cpu(), reference.dest[item].cpu(), plan.r)
+        assert gap <= band
+
+    for mode in ("mean", "sum", "max"):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        ours, theirs = (
+            stk.merge(leaf, plan, size, mode, b) for leaf, b in zip(leaves, ("triton", "reference"), strict=True)
+        )
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+        grad = torch.randn_like(ours[0])
+        ours[0].backward(grad)
+        theirs[0].backward(grad)
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+    y = ours[0].detach()
+    assert torch.equal(stk.unmerge(y, plan, "triton"), stk.unmerge(y, plan, "reference"))
+    torch.use_deterministic_algorithms(False)  # the eager peer scatters
+    if not (plan.members < 0).any():
+        y = stk.merge(x, plan, size, backend="triton")[0]
+        assert_as_exact_as_eager(y, eager_merge(x, plan, size), eager_merge(x.double(), plan, size))
+
+
+@pytest.mark.parametrize("name", ["STOP B/32", "ViT-L 384", "TempMe 12"])
+def test_deterministic(name):
+    metric, x, size, r, protected = inputs(name, torch.bfloat16)
+
+    def once():
+        plan = stk.match(metric, r, protected, "triton")
+        leaf = x.clone().requires_grad_()
+        y, size_out = stk.merge(leaf, plan, size, backend="triton")
+        y.sum().backward()
+        return plan.members, plan.offsets, y.detach(), size_out, leaf.grad
+
+    first = once()
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "most"), [("STOP B/32", 2), ("one video", 2), ("CLIP B/16", 2), ("ViT-L 384", 3)])
+def test_launches(name, most):
+    """One kernel matches while the sources fit a tile; merging is one kernel, and so is its gradient."""
+    metric, x, size, r, protected = inputs(name, torch.bfloat16)
+    torch.use_deterministic_algorithms(False)  # filling outputs with NaN is a launch too
+
+    def kernels(run):
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def both():
+        return stk.merge(x, stk.match(metric, r, protected), size)
+
+    found = kernels(both)
+    assert len(found) <= most, found
+    leaf = x.requires_grad_()
+    y = both()[0]
+    grad = torch.randn_like(y)
+    assert len(kernels(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True))) == 1
+
+
+@pytest.mark.parametrize("name", ["one video", "ViT-L 384"])
+def test_no_host_synchronisation(name):
+    metric, x, size, r, protected = inputs(name, torch.bfloat16)
+    x.requires_grad_()
+
+    def step():
+        plan = stk.match(metric, r, protected)
+        y, size_out = stk.merge(x, plan, size)
+        following = stk.match(y, r, protected)
+        z, _ = stk.merge(y, following, size_out)
+        return torch.autograd.grad(stk.unmerge(z, plan.then(following)).sum(), x)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["one video", "ViT-L 384"])
+def test_cuda_graph(name):
+    metric, x, size, r, protected = inputs(name, torch.bfloat16)
+    static = [metric.clone(), x.clone(), size.clone()]
+
+    def step(metric, x, size):
+        plan = stk.match(metric, r, protected)
+        y, size_out = stk.merge(x, plan, size)
+        return y, size_out, plan.dest, stk.unmerge(y, plan)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*static)
+    for _ in range(3):
+        fresh = inputs(name, torch.bfloat16)[:3]
+        for target, source in zip(static, fresh, strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, step(*fresh), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile(mode):
+    torch._dynamo.reset()
+    metric, x, size, r, protected = inputs("one video", torch.bfloat16)
+    x.requires_grad_()
+
+    def step(metric, x, size):
+        plan = stk.match(metric, r, protected)
+        y, size_out = stk.merge(x * 2, plan, size)
+        return stk.unmerge(y, plan) + x, size_out
+
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    for _ in range(4):
+        ours, want = compiled(metric, x, size), step(metric, x, size)
+        assert torch.equal(ours[1], want[1])
+        torch.testing.assert_close(ours[0], want[0])
+        grad = torch.autograd.grad(ours[0].float().square().sum(), x)[0]
+        torch.testing.assert_close(grad, torch.autograd.grad(want[0].float().square().sum(), x)[0])
+
+
+def test_auto_is_triton():
+    metric, x, size, r, protected = inputs("one video", torch.bfloat16)
+    plan = stk.match(metric, r, protected)
+    assert torch.equal(plan.members, stk.match(metric, r, protected, "triton").members)
+    assert stk.backends()["triton"] is None
+    with pytest.raises(RuntimeError, match="native kernels run on CPU tensors, not on cuda"):
+        stk.merge(x, plan, size, backend="native")
+    with pytest.raises(ValueError, match=r"x is on cpu, but the plan is on cuda"):
+        stk.merge(x.cpu(), plan)
+    stk.match(metric.double(), r, protected)  # float64 falls back to the reference
+
+
+def test_more_than_2_31_elements():
+    torch.use_deterministic_algorithms(False)
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    n, tokens, dim = 2800, 1025, 1024
+    row = torch.randn(1, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    plan_1 = stk.match(row, 256, 1)
+    x = row.expand(n, -1, -1).contiguous()
+    plan = stk.match(x, 256, 1)
+    assert torch.equal(plan.members[-1], plan_1.members[0])
+    y = stk.merge(x, plan)[0]
+    assert y.numel() > 2**31
+    assert torch.equal(y[-1:], stk.merge(row, plan_1)[0])
+    assert torch.equal(stk.unmerge(y, plan)[-1:], stk.unmerge(y[:1], plan_1))
+
+
+def test_a_corrupt_plan_reads_and_writes_nothing_outside():
+    """Indices are clamped on the device, where raising would need a synchronisation."""
+    metric, x, size, r, protected = inputs("one video", torch.float32)
+    plan = stk.match(metric, r, protected)
+    for wrong in (54, 2**31 - 1, -(2**31)):
+        members = plan.members.clone()
+        members[3, 20] = wrong
+        y, _ = torch.ops.stoptome.merge(x, members, plan.offsets, size)
+        torch.ops.stoptome.unmerge(y, members, plan.offsets)
+        torch.cuda.synchronize()
+        for item in (0, 1, 2, 4):
+            assert torch.equal(y[item], stk.merge(x, plan, size)[0][item])

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of the Triton kernels that small shapes under the interpreter do not take by themselves."""
+
+import pytest
+import torch
+from conftest import GPU
+from helpers import ROUNDOFF, assert_valid, similarity_gap
+
+import stoptome_kernels as stk
+
+config = pytest.importorskip("stoptome_kernels.kernels.config", reason="Triton has no packages for this system")
+
+pytestmark = pytest.mark.skipif(GPU, reason="on a GPU the kernels choose these paths by shape: see test_gpu.py")
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """Changes the table of configurations for one test."""
+
+    def use(one_launch: int = config.ONE_LAUNCH, dots: bool = False, span: int | None = None) -> None:
+        table = config.match.__wrapped__
+
+        def match(heads, channels, larger, dtype, compiled=False):
+            found = table(heads, channels, larger, dtype, False)
+            for kernel in ("item", "score"):
+                if dots and found[kernel]:
+                    # The interpreter multiplies by BLAS instead, to make exact ties. Here: what a GPU multiplies.
+                    found[kernel] |= {"PRODUCT": table(heads, channels, larger, dtype, True)[kernel]["PRODUCT"]}
+            if span and found["plan"]:
+                found["plan"] |= {"SPAN": span, "ONE": larger <= span}
+            return found
+
+        monkeypatch.setattr(config, "ONE_LAUNCH", one_launch)
+        monkeypatch.setattr(config, "match", match)
+
+    return use
+
+
+def compare(metric, r, protected):
+    plan, reference = (stk.match(metric, r, protected, b) for b in ("triton", "reference"))
+    assert_valid(plan)
+    band = 4 * (metric.shape[-1] + 4) * ROUNDOFF[torch.float32]
+    differ = (plan.dest != reference.dest).any(1).nonzero().flatten().tolist()
+    assert len(differ) <= len(metric) // 4
+    for item in differ:
+        assert similarity_gap(metric[item], protected, plan.dest[item], reference.dest[item], plan.r) <= band
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "channels", "product"),
+    [(4, 40, 64, "float32"), (1, 40, 64, None), (4, 90, 64, "thirds"), (3, 90, 40, "thirds"), (1, 90, 100, None)],
+)
+def test_products_of_a_gpu(configure, dtype, heads, tokens, channels, product):
+    """float32 in FMAs, float32 as three bfloat16 on tensor cores, 16-bit rows as they are."""
+    expected = product or ("narrow" if dtype != torch.float32 else "float32" if tokens == 40 else "thirds")
+    found = config.match(heads, channels, (tokens + 1) // 2, dtype, True)["item"]["PRODUCT"]
+    assert found == expected
+    configure(dots=True)
+    metric = torch.randn(4, heads, tokens, channels).to(dtype)
+    metric[:, :, 5] *= 1e-4  # far from 1 within what float16 holds
+    compare(metric, tokens // 4, 1)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(4, 16), (1, 100)])
+@pytest.mark.parametrize(("tokens", "protected"), [(9, 1), (40, 0), (83, 5), (150, 2)])
+def test_two_launches(configure, heads, channels, tokens, protected):
+    configure(one_launch=0)
+    metric = torch.randn(4, heads, tokens, channels)
+    for r in (1, tokens // 5, tokens):
+        compare(metric, r, protected)
+
+
+@pytest.mark.parametrize("span", [16, 64])
+def test_more_sources_than_a_span(configure, span):
+    """The r-th best of all is searched over several spans; ties across them go to the lowest source."""
+    configure(one_launch=0, span=span)
+    metric = torch.randn(3, 1, 201, 8)
+    metric[1, :, ::3] = metric[1, :, :1]
+    metric[2] = metric[2, :, :1]
+    metric[0, :, 31] = torch.nan
+    plan, reference = (stk.match(metric, 70, 1, b) for b in ("triton", "reference"))
+    assert torch.equal(plan.members, reference.members)
+    assert torch.equal(plan.offsets, reference.offsets)
+
+
+def test_launches():
+    """One launch to match while the sources fit a tile, two beyond; merging takes one more."""
+    from stoptome_kernels.kernels import match
+
+    for tokens, most in ((54, 1), (197, 1), (257, 1), (577, 2), (4097, 2)):
+        for heads, channels in ((12, 64), (12, 80), (1, 768)):
+            metric = torch.empty(2, heads, tokens, channels, device="meta")
+            index = [torch.empty(2, n, dtype=torch.int32, device="meta") for n in (tokens, tokens, tokens - 7)]
+            assert len(match.launches(metric, 8, 1, *index)) == most
