@@ -11,6 +11,7 @@ Environment: ``CXX`` (compiler), ``STOPTOME_CXXFLAGS`` (appended, for instance `
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,13 @@ def ninja() -> str:
         return shutil.which("ninja") or "ninja"
 
 
+def shell(path: object) -> str:
+    """A path inside a command of build.ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def escape(path: object) -> str:
+    """A path in a build line of build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -87,7 +94,10 @@ class NinjaBuild(build_ext):
         root, temp = Path.cwd(), Path(self.build_temp).absolute()
         temp.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        compiler = os.environ.get("CXX", "").replace("$", "$$") or (
+            shell(found) if found else ""
+        )  # CXX may be a command
         if not compiler:
             raise OSError("no C++ compiler found (set CXX)")
         sets = instruction_sets()
@@ -96,9 +106,9 @@ class NinjaBuild(build_ext):
             "-Wall", "-Wextra",
             *(f"-DSTK_HAVE_{name.upper()}" for name in sets),
         ]  # fmt: skip
-        extra = os.environ.get("STOPTOME_CXXFLAGS", "")
+        extra = os.environ.get("STOPTOME_CXXFLAGS", "").replace("$", "$$")
         headers = [sysconfig.get_path("include"), pybind11.get_include()]
-        includes = " ".join(f"-isystem {escape(path)}" for path in headers)
+        includes = " ".join(f"-isystem {shell(path)}" for path in headers)
         link = (
             "-shared -Wl,--as-needed -ldl" if sys.platform.startswith("linux") else "-bundle -undefined dynamic_lookup"
         )

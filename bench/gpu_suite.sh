@@ -82,11 +82,11 @@ export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 # warnings of another torch's or Triton's are no failures; kernels of many shapes compile on as many cores as there are
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default)
 python3 -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
-stage tests 150 "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
+stage tests 140 "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
 commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
 bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 30 "${commit[@]}")
-stage bench-bfloat16 140 "${bench[@]}" --dtype bfloat16
-stage bench-float32 90 "${bench[@]}" --dtype float32 --no-compile
+stage bench-bfloat16 120 "${bench[@]}" --dtype bfloat16
+stage bench-float32 80 "${bench[@]}" --dtype float32 --no-compile
 stage charts 30 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
 
 {

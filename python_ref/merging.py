@@ -15,6 +15,15 @@ def _split(members: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, members, ~members).long(), valid
 
 
+def _checked(offsets: Tensor, tokens: int) -> Tensor:
+    """Offsets that stay within an item: a corrupt plan is an error on the CPU, and harmless where asking would wait."""
+    if offsets.device.type == "cpu":
+        bad = (offsets.diff(dim=1) < 0).any() or (offsets[:, 0] != 0).any() or (offsets[:, -1] != tokens).any()
+        if offsets.shape[0] and bool(bad):
+            raise IndexError("plan points outside of its items: it was changed after match(), or is no plan")
+    return offsets.clamp(0, tokens).cummax(1).values
+
+
 def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
     """Reduce ``(N, T, D)`` rows, sorted by group, to ``(N, T_out, D)``; each group in ascending order, no atomics."""
     n, tokens, dim = rows.shape
@@ -28,12 +37,9 @@ def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
 
 def _group_of(offsets: Tensor, tokens: int) -> Tensor:
     """Output token of each position of ``members``: ``(N, T)`` int64."""
-    n, groups = offsets.shape[0], offsets.shape[1] - 1
-    if n * tokens == 0:
-        return torch.zeros(n, tokens, dtype=torch.int64, device=offsets.device)
-    each = torch.arange(groups, device=offsets.device).repeat(n)
-    lengths = offsets.diff(dim=1).flatten().long()
-    return torch.repeat_interleave(each, lengths, output_size=n * tokens).view(n, tokens)
+    position = torch.arange(tokens, dtype=offsets.dtype, device=offsets.device).repeat(offsets.shape[0], 1)
+    group = torch.searchsorted(offsets[:, 1:].contiguous(), position, right=True)
+    return group.clamp_max(max(offsets.shape[1] - 2, 0))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -54,6 +60,7 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
         y ``(N, T_out, D)`` in x's dtype, accumulated in float32 (float64 for float64) in ascending member order, and
         size_out ``(N, T_out)`` float32 = Σ s. A group of one token is copied bit for bit.
     """
+    offsets = _checked(offsets, members.shape[1])
     index, valid = _split(members)
     if mode == "all":
         valid = torch.ones_like(valid)
@@ -98,6 +105,7 @@ def spread(
         ``(N, T, D)`` in grad's dtype: ``mean`` s_i / Σ s · grad, ``sum`` grad, ``max`` grad where the token is the
         first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
     """
+    offsets = _checked(offsets, members.shape[1])
     if mode == "max":
         if x is None or y is None:
             raise ValueError("mode 'max' needs x and y")

@@ -9,7 +9,7 @@ def match(
 ) -> None: ...
 def reduce(
     x: _Strided, y: _Strided, dtype: int, mode: int, members: int, offsets: int, items: int, tokens_in: int,
-    tokens_out: int, dim: int, size: _Strided, size_out: int, threads: int,
+    tokens_out: int, dim: int, size: _Strided, size_out: int, fresh: bool, threads: int,
 ) -> None: ...
 def spread(
     grad: _Strided, out: _Strided, dtype: int, mode: int, members: int, offsets: int, items: int, tokens_in: int,

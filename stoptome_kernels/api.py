@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, dispatch, ops
 from .plan import MergePlan
 
 
@@ -42,6 +42,7 @@ def match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> 
     r = checks.count(r, "r", "tokens to remove from each item")
     protected = checks.count(protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
+    checks.plain(metric, "metric")
     dest, members, offsets = torch.ops.stoptome.match(metric.detach(), r, protected, backend)
     return MergePlan(dest, members, offsets, protected)
 
@@ -76,21 +77,24 @@ def merge(
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
         RuntimeError: an explicit backend can't run here, or ``out`` was given where x needs a gradient.
 
-    Differentiable in x, twice. The gradient of ``max`` goes to the lowest token that reaches the maximum.
+    Differentiable in x, twice, in reverse mode (forward mode and vmap raise). The gradient of ``max`` goes to the lowest
+    token that reaches the maximum.
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size".
     """
     checks.tensor(x, "x", "(N, T, D)")
     _check_plan(plan)
+    checks.plain(x, "x")
     if size is not None:
         checks.tensor(size, "size", "(N, T)")
-        size = size.detach()
     checks.choice(mode, "mode", checks.MODES)
     if out is not None:
         return _merge_into(x, plan, size, mode, backend, out)
     if plan.r == 0:  # an op may not return its input, and there is nothing to compute
         ops.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
+    size = None if size is None else size.detach()
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
 
 
@@ -104,7 +108,9 @@ def _merge_into(
     checks.tensor(size_out, "out[1]", "(N, T - r)")
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise RuntimeError("out=... can't be differentiated: call it under torch.no_grad(), or leave out away")
-    torch.ops.stoptome.merge_out(x, plan.members, plan.offsets, size, mode, backend, y, size_out)
+    torch.ops.stoptome.merge_out(
+        x, plan.members, plan.offsets, None if size is None else size.detach(), mode, backend, y, size_out
+    )
     return y, size_out
 
 
@@ -127,8 +133,10 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     """
     checks.tensor(y, "y", "(N, tokens_out, D)")
     _check_plan(plan)
+    checks.plain(y, "y")
     if plan.r == 0:
         ops.check_unmerge(y, plan.members, plan.offsets, backend)
+        _check_backend(backend, y)
         return y
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
 
@@ -136,3 +144,9 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
 def _check_plan(plan: object) -> None:
     if not isinstance(plan, MergePlan):
         raise TypeError(f"plan must be a MergePlan from match(), got {type(plan).__name__}")
+
+
+def _check_backend(backend: str, tensor: Tensor) -> None:
+    """A backend that can't run says so even where there is nothing for it to do; a traced graph runs on no backend."""
+    if not torch.compiler.is_compiling():
+        dispatch.choose(backend, tensor)

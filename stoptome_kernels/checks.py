@@ -10,6 +10,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = ("mean", "sum", "max")
@@ -34,7 +35,20 @@ def count(value: object, name: str, what: str) -> int:
     number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[arg-type]
     if number < 0:
         raise ValueError(f"{name} must be 0 or more ({what}), got {number}")
-    return number  # type: ignore[return-value]
+    # the operators' schema takes 64 bits; what is larger is larger than any tensor
+    return min(number, 2**63 - 1) if isinstance(number, int) else number  # type: ignore[return-value]
+
+
+def plain(value: Tensor, name: str) -> None:
+    """Refuse what torch.library can't differentiate or batch for us: it would give zeros or a wrong plan silently."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_batchedtensor(value):
+        raise NotImplementedError(f"{name} is inside torch.vmap, which is not supported: items are the batch already")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent (jvp), which is not supported: use torch.autograd.grad"
+        )
 
 
 def choice(value: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -55,6 +69,8 @@ def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
         raise ValueError(f"metric must have at least one channel in its last axis, got shape {tuple(metric.shape)}")
     if metric.dim() == 4 and metric.shape[1] == 0:
         raise ValueError(f"metric must have at least one head in its axis 1, got shape {tuple(metric.shape)}")
+    if metric.shape[-2] >= 2**31:
+        raise ValueError(f"metric has T = {metric.shape[-2]} tokens an item, but plans index them with int32")
     count(r, "r", "tokens to remove from each item")
     count(protected, "protected", "leading tokens that are never merged")
     if protected > metric.shape[-2]:
@@ -125,16 +141,20 @@ def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one of them")
 
 
-def no_overlap(y: Tensor, x: Tensor) -> None:
-    """Rows are gathered while others are written: input and output must be different memory."""
+def no_overlap(outputs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
+    """Rows are gathered while others are written: every output must be memory of its own."""
 
     def span(t: Tensor) -> tuple[int, int]:
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
         return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
-    (a, b), (c, d) = span(y), span(x)
-    if a < d and c < b:
-        raise ValueError("out[0] shares memory with x; merging can't be done in place: give it memory of its own")
+    taken = [(name, span(t)) for name, t in inputs.items() if t is not None]
+    for name, output in outputs.items():
+        begin, end = span(output)
+        for other, (low, high) in taken:
+            if begin < high and low < end:
+                raise ValueError(f"{name} shares memory with {other}; merging can't be done in place: give it its own")
+        taken.append((name, (begin, end)))
 
 
 def extremes(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:

@@ -93,7 +93,8 @@ def _merge_out(
 ) -> None:
     check_merge(x, members, offsets, size, how, backend)
     checks.outputs(y, size_out, x, offsets)
-    checks.no_overlap(y, x)
+    checks.no_overlap({"out[0]": y, "out[1]": size_out}, {"x": x, "size": size})
+    torch.autograd.graph.increment_version((y, size_out))  # graphs that saved them must notice
     dispatch.choose(backend, x).reduce(x, members, offsets, size, how, (y, size_out))
 
 

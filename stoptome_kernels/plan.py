@@ -102,7 +102,10 @@ def _unflatten(tensors, protected: int) -> MergePlan:
     return MergePlan(dest, members, offsets, protected)
 
 
-# a pytree node, so that torch.export, vmap and tree_map look inside a plan that a model returns
+# a pytree node, so that torch.export and tree_map look inside a plan that a model returns
 torch.utils._pytree.register_pytree_node(
     MergePlan, _flatten, _unflatten, serialized_type_name="stoptome_kernels.MergePlan"
 )
+
+# torch.load(weights_only=True), its default, may restore a saved plan: it is three tensors and a number
+torch.serialization.add_safe_globals([MergePlan])

@@ -121,29 +121,74 @@ def test_operators_check_too(backend, device):
         torch.ops.stoptome.merge_backward(x[:, :7], plan.members, plan.offsets, None, None, None, "max", backend)
 
 
-def test_a_corrupt_plan_is_never_followed_out_of_range():
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_corrupt_plan_is_never_followed_out_of_range(backend):
     """What a plan points at is checked where it is used: on the CPU an error, whatever the index."""
     plan = stk.match(METRIC, 2)
     for wrong in (9, 10**6, 2**31 - 1, ~9, -(2**31)):
         members = plan.members.clone()
         members[1, 4] = wrong
-        for run in (
-            lambda m: torch.ops.stoptome.merge(X, m, plan.offsets, None, "mean", "native"),
-            lambda m: torch.ops.stoptome.unmerge(X[:, :7], m, plan.offsets, "native"),
-        ):
-            with pytest.raises(IndexError, match="plan points outside of its items"):
-                run(members)
-    for wrong in (-5, 10, 2**31 - 1):
+        for op, rows in ((torch.ops.stoptome.unmerge_backward, X), (torch.ops.stoptome.unmerge, X[:, :7])):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|plan points outside of its items"):
+                op(rows, members, plan.offsets, backend)
+    for place, wrong in ((3, -5), (3, 10), (3, 2**31 - 1), (0, -(10**7)), (7, 10**8), (7, -(2**31))):
         offsets = plan.offsets.clone()
-        offsets[0, 3] = wrong
-        with pytest.raises(IndexError, match="plan points outside of its items"):
-            torch.ops.stoptome.merge(X, plan.members, offsets, None, "mean", "native")
+        offsets[0, place] = wrong
+        for op, rows in ((torch.ops.stoptome.unmerge_backward, X), (torch.ops.stoptome.unmerge, X[:, :7])):
+            with pytest.raises(IndexError, match="plan points outside of its items"):
+                op(rows, plan.members, offsets, backend)
+
+
+def test_a_group_that_ends_too_early_is_not_read_past_its_item():
+    """The kernels look ahead to the next group's row: not beyond the last member there is."""
+    plan = stk.match(METRIC[:1], 2)
+    offsets = plan.offsets.clone()
+    offsets[0, 3:] = 9
+    with pytest.raises(IndexError, match="plan points outside of its items"):
+        torch.ops.stoptome.merge(X[:1], plan.members, offsets, None, "mean", "native")
+
+
+@pytest.mark.parametrize("r", [2, 0])
+def test_what_torch_library_can_not_transform_is_refused(backend, device, r):
+    """Without a refusal forward mode gives a gradient of zero, and vmap a plan of the wrong sizes."""
+    x, metric = X.to(device), METRIC.to(device)
+    plan = stk.match(metric, r, 1, backend)
+    for run, rows in (
+        (lambda t: stk.merge(t, plan, backend=backend)[0], x),
+        (lambda t: stk.unmerge(t, plan, backend), x[:, : 9 - r]),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            torch.func.jvp(run, (rows,), (rows,))
+        with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+            torch.vmap(run)(rows[None])
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+        torch.vmap(lambda m: stk.match(m, r, 1, backend).dest)(metric[None])
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_plan_of_r_0_still_asks_for_the_backend(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device = "cpu" if name == "triton" else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        device, name = "cpu", "triton"
+    plan = stk.match(METRIC.to(device), 0, backend="reference")
+    with pytest.raises(RuntimeError, match=f"backend='{name}' can't run this"):
+        stk.merge(X.to(device), plan, backend=name)
+    with pytest.raises(RuntimeError, match=f"backend='{name}' can't run this"):
+        stk.unmerge(X.to(device), plan, backend=name)
+
+
+def test_numbers_beyond_64_bits(backend, device):
+    metric = METRIC.to(device)
+    assert stk.match(metric, 2**70, 1, backend).r == 4
+    with pytest.raises(ValueError, match="protected must be at most the number of tokens T = 9"):
+        stk.match(metric, 2, 2**70, backend)
 
 
 def test_out(backend, device):
     x = X.to(device)
     plan = stk.match(METRIC.to(device), 2, 1, backend)
-    y, size = torch.empty(2, 7, 3, device=device), torch.empty(2, 7, device=device)
+    y, size, sizes = (torch.ones(*shape, device=device) for shape in ((2, 7, 3), (2, 7), (2, 9)))
     for out, error, words in (
         (y, TypeError, r"out must be a pair \(y, size\)"),
         ((y, None), TypeError, r"out\[1\] must be a torch.Tensor"),
@@ -152,8 +197,11 @@ def test_out(backend, device):
         ((y[:, 1:], size), ValueError, r"out\[0\] must be contiguous of shape \(2, 7, 3\)"),
         ((y, size.T.contiguous().T), ValueError, r"out\[1\] must be contiguous .* got strided"),
         ((x.flatten()[:42].view(2, 7, 3), size), ValueError, r"out\[0\] shares memory with x"),
+        ((y, x.flatten()[:14].view(2, 7)), ValueError, r"out\[1\] shares memory with x"),
+        ((y, sizes.flatten()[:14].view(2, 7)), ValueError, r"out\[1\] shares memory with size"),
+        ((y, y.flatten()[:14].view(2, 7)), ValueError, r"out\[1\] shares memory with out\[0\]"),
     ):
         with pytest.raises(error, match=words):
-            stk.merge(x, plan, backend=backend, out=out)
+            stk.merge(x, plan, sizes, backend=backend, out=out)
     with pytest.raises(RuntimeError, match=r"out=... can't be differentiated"):
         stk.merge(x.clone().requires_grad_(), plan, backend=backend, out=(y, size))

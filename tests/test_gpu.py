@@ -213,3 +213,9 @@ def test_a_corrupt_plan_reads_and_writes_nothing_outside():
         torch.cuda.synchronize()
         for item in (0, 1, 2, 4):
             assert torch.equal(y[item], stk.merge(x, plan, size)[0][item])
+    for wrong in (55, 2**31 - 1, -(2**31)):
+        offsets = plan.offsets.clone()
+        offsets[3, 20] = wrong
+        y, _ = torch.ops.stoptome.merge(x, plan.members, offsets, size)
+        torch.ops.stoptome.unmerge(y, plan.members, offsets)
+        torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 """The operators inside PyTorch: opcheck, gradcheck, compile, export, autocast, copies of a plan."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -199,6 +200,10 @@ def test_a_plan_can_not_be_changed():
     plan = stk.match(torch.randn(2, 9, 4), 2)
     with pytest.raises(AttributeError):
         plan.protected = 2
+    file = io.BytesIO()
+    torch.save(plan, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file).members, plan.members)
     assert "2 items, 9 -> 7 tokens, r=2, protected=1" in repr(plan)
 
 

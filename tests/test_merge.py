@@ -293,3 +293,14 @@ def test_out_in_compiled_code(backend, device):
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled), want)
     assert torch.equal(compiled[0], eager[0])
     assert torch.equal(compiled[1], eager[1])
+
+
+def test_out_is_noticed_by_graphs_that_saved_it(backend, device):
+    x = torch.randn(3, 20, 24, device=device)
+    plan = stk.match(x, 5, 1, backend)
+    y, size = torch.randn(3, 15, 24, device=device), torch.empty(3, 15, device=device)
+    weight = torch.randn_like(y, requires_grad=True)
+    product = (weight * y).sum()
+    stk.merge(x, plan, backend=backend, out=(y, size))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

@@ -192,12 +192,12 @@ Groups groups(uintptr_t members, uintptr_t offsets, int64_t items, int64_t token
 }
 
 void reduce(Strided x, Strided y, int dtype, int mode, uintptr_t members, uintptr_t offsets, int64_t items,
-            int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out, int threads) {
+            int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out, bool fresh, int threads) {
   const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
   ReduceArgs args{rows(x), rows(y), Dtype(dtype), Mode(mode), groups(members, offsets, items, tokens_in, tokens_out), dim,
                   reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
                   reinterpret_cast<float *>(size_out), bytes > stream_bytes};
-  expect_writes(args.y, bytes);
+  if (fresh) expect_writes(args.y, bytes);  // memory of the caller's stays as he has it
   over_rows(args, kernels().merge->reduce, threads);
 }
 

@@ -39,7 +39,8 @@ struct Layout {
   }
 };
 
-// The mean over heads is wanted up to a positive factor only (the similarity does not see it), so heads are summed.
+// The mean over heads is wanted up to a positive factor only (the similarity does not see it): heads are summed, times a
+// power of two of at most 1 / heads, so that finite heads have a finite sum.
 // Writes `channels` values and zeros up to `width`.
 // A token's heads lie together or apart, and the next token of the same set is two strides on: too irregular for the
 // processor to foresee, so the lines of the token after next are asked for while this one is summed.
@@ -47,16 +48,19 @@ template <class T, class Real>
 STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, int64_t channels, int64_t width, int64_t ahead,
                           Real *row) {
   constexpr int lanes = Vec<Real>::lanes;
+  Real shrink = 1;
+  while (shrink * heads > 1) shrink /= 2;
   int64_t c = 0;
   for (; c + 4 * lanes <= channels; c += 4 * lanes) {  // four sums at once, for as many loads in flight
     const T *p = token + c;
-    auto s0 = load(p), s1 = load(p + lanes), s2 = load(p + 2 * lanes), s3 = load(p + 3 * lanes);
+    auto s0 = shrink * load(p), s1 = shrink * load(p + lanes), s2 = shrink * load(p + 2 * lanes),
+         s3 = shrink * load(p + 3 * lanes);
     for (int64_t h = 1; h < heads; ++h) {
       p += stride_head;
-      s0 += load(p);
-      s1 += load(p + lanes);
-      s2 += load(p + 2 * lanes);
-      s3 += load(p + 3 * lanes);
+      s0 += shrink * load(p);
+      s1 += shrink * load(p + lanes);
+      s2 += shrink * load(p + 2 * lanes);
+      s3 += shrink * load(p + 3 * lanes);
       for (int64_t k = 0; k < 4 * lanes; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p + k) + uintptr_t(ahead)));
     }
     store(row + c, s0);
@@ -66,7 +70,7 @@ STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, in
   }
   for (; c < channels; ++c) {
     Real s = 0;
-    for (int64_t h = 0; h < heads; ++h) s += widen(token[h * stride_head + c]);
+    for (int64_t h = 0; h < heads; ++h) s += shrink * widen(token[h * stride_head + c]);
     row[c] = s;
   }
   for (; c < width; ++c) row[c] = 0;

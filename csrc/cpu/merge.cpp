@@ -118,6 +118,17 @@ STK_INLINE void reduce_span(const Group &g, const T *x, int64_t stride, const fl
   S::put(y + at, sum);
 }
 
+// The group after this one starts elsewhere in the item: have its row on the way.
+template <class T>
+STK_INLINE void prefetch_after(const ReduceArgs &args, const Group &g, int64_t item) {
+  const int32_t *next = g.member + g.count;
+  if (next >= args.groups.members + (item + 1) * args.groups.tokens_in) return;
+  const int64_t token = token_of(*next);
+  if (token >= args.groups.tokens_in) return;  // a corrupt plan: found when its turn comes
+  const char *line = reinterpret_cast<const char *>(row_of<T>(args.x, item, token));
+  for (int64_t k = 0; k < args.dim * int64_t(sizeof(T)); k += 64) __builtin_prefetch(line + k);
+}
+
 template <class T, Mode mode>
 bool reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
   typedef typename WideOf<T>::type Real;
@@ -134,11 +145,7 @@ bool reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
       if (mode == Mode::all || g.member[k] >= 0)
         total += size ? Real(size[token_of(g.member[k]) * args.size_stride_token]) : Real(1);
     args.size_out[row] = float(total);
-    if (row + 1 < end) {  // the group after this one starts elsewhere: have its row on the way
-      const int64_t next = output + 1 < args.groups.tokens_out ? item : item + 1;
-      const char *line = reinterpret_cast<const char *>(row_of<T>(args.x, next, token_of(g.member[g.count])));
-      for (int64_t k = 0; k < args.dim * int64_t(sizeof(T)); k += 64) __builtin_prefetch(line + k);
-    }
+    prefetch_after<T>(args, g, item);
     if (g.valid == 1) {
       copy_row(y, x + g.only * args.x.stride_row, args.dim * int64_t(sizeof(T)), args.stream);
     } else {

@@ -112,8 +112,9 @@ STK_INLINE float widen(bf16 v) { return bitcast<float>(uint32_t(v.raw) << 16); }
 STK_INLINE float widen(f16 v) {
   const uint32_t sign = uint32_t(v.raw & 0x8000u) << 16, rest = v.raw & 0x7fffu;
   if (rest >= 0x7c00u) return bitcast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, NaN
-  // subnormals too: 2^112 moves the exponent, and the product is exact
-  return bitcast<float>(sign | bitcast<uint32_t>(bitcast<float>(rest << 13) * 5.192296858534828e33f));
+  // subnormals are multiples of 2^-24; no float32 subnormal comes up, which a flushing processor would take for 0
+  if (rest < 0x400u) return bitcast<float>(sign | bitcast<uint32_t>(float(rest) * 5.9604644775390625e-8f));
+  return bitcast<float>(sign | ((rest << 13) + (112u << 23)));
 }
 
 STK_INLINE double narrow(double v, double) { return v; }

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -15,9 +12,8 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
-    # one pool of threads in the process: the OpenMP runtime that torch itself runs on
-    _suffix = "dylib" if sys.platform == "darwin" else "so"
-    _native.use_openmp_of(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_suffix}"))
+    # one pool of threads in the process: the OpenMP runtime that torch itself depends on
+    _native.use_openmp_of(torch._C.__file__)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"mean": 0, "sum": 1, "max": 2, "all": 3}
@@ -73,7 +69,8 @@ def reduce(
     size_out = x.new_empty((n, tokens_out), dtype=torch.float32) if out is None else out[1]
     _native.reduce(
         _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n, tokens,
-        tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), torch.get_num_threads(),
+        tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), out is None,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, size_out
 

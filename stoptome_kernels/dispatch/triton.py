@@ -48,7 +48,9 @@ def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
         if not explicit or device != "cpu":
             return f"the Triton kernels run on CUDA tensors, not on {device}"
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "the Triton kernels need an NVIDIA GPU; CPU tensors they take only under TRITON_INTERPRET=1, for tests"
+            return (
+                "the Triton kernels need an NVIDIA GPU; they take CPU tensors only under TRITON_INTERPRET=1, in tests"
+            )
     if dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return _no_triton() or (_no_gpu() if device == "cuda" else None)

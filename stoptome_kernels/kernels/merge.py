@@ -28,7 +28,7 @@ def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.const
     last = tl.load(offsets + group + 1, mask=inside, other=0)
     # whatever a damaged plan holds, no position leaves the item
     first = tl.minimum(tl.maximum(first, 0), tokens)
-    length = tl.minimum(last, tokens) - first
+    length = tl.minimum(tl.maximum(last, first), tokens) - first
     column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     return item, chunk, group, first, length, column
 
