@@ -76,9 +76,9 @@ def settle_heap(pages: str) -> str | None:
     """Fix where the C library takes large blocks from; what was fixed, or None where it is not glibc.
 
     By default glibc moves the limit as a program runs, so that whether a 30 MB temporary reuses warm pages or pays for
-    fresh ones hangs on what ran before it: eager PyTorch took 15 or 40 ms for the same merge. ``fresh``: blocks of
-    16 MiB and more come from the system each time, as glibc's own limit of 32 MiB has it for the full-size batches that
-    a CPU run is scaled down from. ``reused``: all freed memory stays with the process, as with jemalloc or tcmalloc.
+    fresh ones hangs on what ran before it: eager PyTorch took 15 or 40 ms for the same merge. ``reused``: all freed
+    memory stays with the process, as with jemalloc or tcmalloc. ``fresh``: blocks of 16 MiB and more come from the
+    system each time, as glibc has it for the full-size batches that a CPU run is scaled down from.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
     try:

@@ -74,7 +74,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
     add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--pages", choices=("fresh", "reused"), default="fresh", help="CPU: where blocks of 16 MiB and more come from")
+    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where blocks of 16 MiB and more come from")
     add("--seconds", type=positive(float), metavar="S", help="time for the clocks; checks and compilation come on top")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")

@@ -77,8 +77,8 @@ def merge(
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
         RuntimeError: an explicit backend can't run here, or ``out`` was given where x needs a gradient.
 
-    Differentiable in x, twice, in reverse mode (forward mode and vmap raise). The gradient of ``max`` goes to the lowest
-    token that reaches the maximum.
+    Differentiable in x, twice, in reverse mode (forward mode and vmap raise). The gradient of ``max`` goes to the
+    lowest token that reaches the maximum.
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size".
     """
