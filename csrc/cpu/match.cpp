@@ -97,13 +97,16 @@ STK_INLINE bool normalise(Real *row, int64_t width) {
   typename V::type squares = {};
   for (int64_t c = 0; c < width; c += V::lanes) {
     const auto v = load(row + c) * scale;
-    store(row + c, v);
     squares += v * v;
   }
   const Real sum = across<Add, Real, kBytes>(squares);
-  // divided, not multiplied by a reciprocal: with one channel every token then comes out as 1 or -1 exactly
   const Real norm = sizeof(Real) == 4 ? Real(__builtin_sqrtf(float(sum))) : Real(__builtin_sqrt(double(sum)));
-  for (int64_t c = 0; c < width; c += V::lanes) store(row + c, load(row + c) / norm);
+  if (width == V::lanes) {  // divided: a single channel then comes out as 1 or -1 exactly
+    store(row, load(row) * scale / norm);
+  } else {  // a product takes a tenth of the time, and long rows have no such ties to keep
+    const Real inverse = Real(1) / norm;
+    for (int64_t c = 0; c < width; c += V::lanes) store(row + c, load(row + c) * scale * inverse);
+  }
   return true;
 }
 
