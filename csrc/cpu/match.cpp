@@ -42,6 +42,13 @@ struct Layout {
 // The mean over heads is wanted up to a positive factor only (the similarity does not see it): heads are summed, times a
 // power of two of at most 1 / heads, so that finite heads have a finite sum.
 // Writes `channels` values and zeros up to `width`.
+// Asks for the lines of `count` elements, `ahead` bytes from p; an address, not a pointer: it may lie behind the tensor.
+template <int count, class T>
+STK_INLINE void fetch(const T *p, int64_t ahead) {
+  for (int k = 0; k < count; k += 64 / int(sizeof(T)))
+    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p + k) + uintptr_t(ahead)));
+}
+
 // A token's heads lie together or apart, and the next token of the same set is two strides on: too irregular for the
 // processor to foresee, so the lines of the token after next are asked for while this one is summed.
 template <class T, class Real>
@@ -53,15 +60,16 @@ STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, in
   int64_t c = 0;
   for (; c + 4 * lanes <= channels; c += 4 * lanes) {  // four sums at once, for as many loads in flight
     const T *p = token + c;
+    fetch<4 * lanes>(p, ahead);
     auto s0 = shrink * load(p), s1 = shrink * load(p + lanes), s2 = shrink * load(p + 2 * lanes),
          s3 = shrink * load(p + 3 * lanes);
     for (int64_t h = 1; h < heads; ++h) {
       p += stride_head;
+      fetch<4 * lanes>(p, ahead);
       s0 += shrink * load(p);
       s1 += shrink * load(p + lanes);
       s2 += shrink * load(p + 2 * lanes);
       s3 += shrink * load(p + 3 * lanes);
-      for (int64_t k = 0; k < 4 * lanes; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p + k) + uintptr_t(ahead)));
     }
     store(row + c, s0);
     store(row + c + lanes, s1);
@@ -190,15 +198,24 @@ struct Best {
   typename Vec<Real>::itype index[kRows];
 };
 
-// kRows sources against `columns` neighbouring panels, the first of which holds target j.
+// Sums of products of one tile of A and `columns` panels.
 template <class Real, int columns>
-STK_INLINE void against(const Real *a, int64_t width, int64_t channels, const Real *panel, const Real *bias, int64_t j,
-                        Best<Real> &best) {
-  using V = Vec<Real>;
-  constexpr int lanes = V::lanes;
-  typename V::type sum[kRows][columns] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    typename V::type right[columns];
+struct Sums {
+  typename Vec<Real>::type at[kRows][columns];
+};
+
+// Adds channels [begin, end) to the sums.
+template <class Real, int columns>
+STK_INLINE void multiply(const Real *a, int64_t width, const Real *panel, int64_t begin, int64_t end,
+                         Sums<Real, columns> &sums) {
+  constexpr int lanes = Vec<Real>::lanes;
+  typename Vec<Real>::type sum[kRows][columns];  // in registers
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int k = 0; k < columns; ++k) sum[i][k] = begin ? sums.at[i][k] : typename Vec<Real>::type{};
+  for (int64_t c = begin; c < end; ++c) {
+    typename Vec<Real>::type right[columns];
 #pragma GCC unroll 2
     for (int k = 0; k < columns; ++k) right[k] = load(panel + (k * width + c) * lanes);
 #pragma GCC unroll 8
@@ -208,18 +225,48 @@ STK_INLINE void against(const Real *a, int64_t width, int64_t channels, const Re
       for (int k = 0; k < columns; ++k) sum[i][k] += left * right[k];
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int k = 0; k < columns; ++k) sums.at[i][k] = sum[i][k];
+}
+
+// Takes finished sums of the panels whose first target is j into account.
+template <class Real, int columns>
+STK_INLINE void compare(const Sums<Real, columns> &sums, const Real *bias, int64_t j, Best<Real> &best) {
+  using V = Vec<Real>;
   typename V::itype lane;
-  for (int l = 0; l < lanes; ++l) lane[l] = l;
+  for (int l = 0; l < V::lanes; ++l) lane[l] = l;
 #pragma GCC unroll 2
   for (int k = 0; k < columns; ++k) {
-    const typename V::type shift = load(bias + j + k * lanes);
-    const typename V::itype index = lane + (typename V::bits)(j + k * lanes);
+    const typename V::type shift = load(bias + j + k * V::lanes);
+    const typename V::itype index = lane + (typename V::bits)(j + k * V::lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename V::type s = sum[i][k] + shift;
+      const typename V::type s = sums.at[i][k] + shift;
       const auto better = (typename V::itype)(s > best.value[i]);  // strict: the lowest index of a lane stays
       best.value[i] = better ? s : best.value[i];
       best.index[i] = better ? index : best.index[i];
+    }
+  }
+}
+
+// Channels that are multiplied at a time: two panels of so many fill 32 KiB of the first cache and serve a group of
+// tiles before the next are fetched. Sums still run over the channels in order.
+constexpr int64_t kDepth = 16384 / kBytes;
+constexpr int64_t kGroup = 16;
+
+template <class Real, int columns>
+STK_INLINE void against(const Layout<Real> &at, int64_t channels, const Real *scratch, int64_t panel, int64_t begin,
+                        int64_t end, Best<Real> *best) {
+  Sums<Real, columns> sums[kGroup];
+  const Real *b = scratch + at.b + panel * at.width * Vec<Real>::lanes;
+  for (int64_t from = 0; from < channels; from += kDepth) {
+    const int64_t to = from + kDepth < channels ? from + kDepth : channels;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      multiply<Real, columns>(scratch + at.a + tile * kRows * at.width, at.width, b, from, to, sums[tile - begin]);
+      if (to == channels)
+        compare<Real, columns>(sums[tile - begin], scratch + at.bias, panel * at.lanes, best[tile - begin]);
     }
   }
 }
@@ -229,25 +276,25 @@ template <class Real>
 void propose(const Metric &m, const Sets &sets, const Real *scratch, Proposals<Real> out, int64_t begin, int64_t end) {
   using V = Vec<Real>;
   const Layout<Real> at(m.channels, sets.sources, sets.targets);
-  const Real *bias = scratch + at.bias;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const Real *a = scratch + at.a + tile * kRows * at.width;
-    Best<Real> best;
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      best.value[i] = typename V::type{} - Real(__builtin_inff());
-      best.index[i] = typename V::itype{};
+  for (int64_t first = begin; first < end; first += kGroup) {
+    const int64_t last = first + kGroup < end ? first + kGroup : end;
+    Best<Real> best[kGroup];
+    for (int64_t t = 0; t < last - first; ++t) {
+      for (int i = 0; i < kRows; ++i) {
+        best[t].value[i] = typename V::type{} - Real(__builtin_inff());
+        best[t].index[i] = typename V::itype{};
+      }
     }
     int64_t p = 0;
-    for (; p + 2 <= at.panels; p += 2)
-      against<Real, 2>(a, at.width, m.channels, scratch + at.b + p * at.width * V::lanes, bias, p * V::lanes, best);
-    if (p < at.panels)
-      against<Real, 1>(a, at.width, m.channels, scratch + at.b + p * at.width * V::lanes, bias, p * V::lanes, best);
-    for (int64_t i = 0; i < kRows && tile * kRows + i < sets.sources; ++i) {
-      const int64_t source = tile * kRows + i;
-      const Real value = across<Max, Real, kBytes>(best.value[i]);
-      const auto tied = (typename V::itype)(best.value[i] == value);  // the lowest index of all lanes that reach it
-      const auto candidates = tied ? best.index[i] : V::abs_mask - typename V::itype{};
+    for (; p + 2 <= at.panels; p += 2) against<Real, 2>(at, m.channels, scratch, p, first, last, best);
+    if (p < at.panels) against<Real, 1>(at, m.channels, scratch, p, first, last, best);
+
+    for (int64_t source = first * kRows; source < last * kRows && source < sets.sources; ++source) {
+      const Best<Real> &tile = best[source / kRows - first];
+      const int64_t i = source % kRows;
+      const Real value = across<Max, Real, kBytes>(tile.value[i]);
+      const auto tied = (typename V::itype)(tile.value[i] == value);  // the lowest index of all lanes that reach it
+      const auto candidates = tied ? tile.index[i] : V::abs_mask - typename V::itype{};
       const typename V::bits index = across<Min, typename V::bits, kBytes>(candidates);
       const bool bad = out.best[source] < 0;
       out.best[source] = bad ? out.best[source] : value;
