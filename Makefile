@@ -19,7 +19,7 @@ endif
 .PHONY: bench test lint gpu asan clean
 
 bench: $(STAMP)
-	$(RUN) bench/merge.py $(ARGS)
+	$(RUN) bench/merge.py --plot bench.png $(ARGS)
 
 test: $(STAMP)
 	$(RUN) -m ruff check .
