@@ -95,9 +95,8 @@ class NinjaBuild(build_ext):
         temp.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        compiler = os.environ.get("CXX", "").replace("$", "$$") or (
-            shell(found) if found else ""
-        )  # CXX may be a command
+        asked = os.environ.get("CXX", "").replace("$", "$$")  # a command, perhaps with arguments
+        compiler = asked or (shell(found) if found else "")
         if not compiler:
             raise OSError("no C++ compiler found (set CXX)")
         sets = instruction_sets()

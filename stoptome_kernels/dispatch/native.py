@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import unit
+
 _missing: str | None = None
 try:
     from stoptome_kernels import _native
@@ -29,18 +31,13 @@ def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     return None
 
 
-def _unit(x: Tensor) -> Tensor:
-    """The kernels take any strides but want the last axis contiguous; that is the one case that copies."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _rows(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`stoptome_kernels.reference.match`."""
-    metric = _unit(metric)
+    metric = unit(metric)
     n, heads, tokens, channels = metric.shape
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
     members = metric.new_empty((n, tokens), dtype=torch.int32)
@@ -62,7 +59,7 @@ def reduce(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write, contiguous."""
-    x, members, offsets = _unit(x), members.contiguous(), offsets.contiguous()
+    x, members, offsets = unit(x), members.contiguous(), offsets.contiguous()
     n, tokens, dim = x.shape
     tokens_out = offsets.shape[1] - 1
     y = x.new_empty((n, tokens_out, dim)) if out is None else out[0]
@@ -85,10 +82,10 @@ def spread(
     y: Tensor | None = None,
 ) -> Tensor:
     """See :func:`stoptome_kernels.reference.spread`."""
-    grad, members, offsets = _unit(grad), members.contiguous(), offsets.contiguous()
+    grad, members, offsets = unit(grad), members.contiguous(), offsets.contiguous()
     n, tokens_out, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
-    x, y = (None if t is None else _unit(t) for t in (x, y))
+    x, y = (None if t is None else unit(t) for t in (x, y))
     _native.spread(
         _rows(grad), _rows(out), _DTYPES[grad.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n,
         members.shape[1], tokens_out, dim, _NOTHING if size is None else _rows(size),

@@ -16,12 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import unit
 from . import config
 from .similarity import nearest
 
 # the choice of a source that is not merged: above every target, so that comparisons of choices need no mask
 _UNMERGED = tl.constexpr(1 << 30)
 _LOWEST = tl.constexpr(-(1 << 31))
+
+
+@triton.jit
+def _sets(tokens, protected):
+    """Whether the first source comes right before the first target (0 or 1), and the sizes of both sets."""
+    even = 1 - protected % 2
+    return even, (tokens - protected + even) // 2, (tokens - protected + 1 - even) // 2
 
 
 @triton.jit
@@ -87,9 +95,7 @@ def match_item(
 ):  # fmt: skip
     """The whole matching of an item whose sources and targets fit one tile; grid (N,)."""
     item = tl.program_id(0).to(tl.int64)
-    even = 1 - protected % 2
-    sources = (tokens - protected + even) // 2
-    targets = (tokens - protected + 1 - even) // 2
+    even, sources, targets = _sets(tokens, protected)
     base = protected + sources - r
     metric += item * item_stride
     dest += item * tokens
@@ -145,9 +151,7 @@ def score_blocks(
     """The proposals of a block of sources: best (N, |A|) float32, partner (N, |A|) int32; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    even = 1 - protected % 2
-    sources = (tokens - protected + even) // 2
-    targets = (tokens - protected + 1 - even) // 2
+    even, sources, targets = _sets(tokens, protected)
     a = block * BLOCK_A + tl.arange(0, BLOCK_A)
     value, target = nearest(
         metric + item * item_stride, a, protected + 1 - even, protected + even, sources, targets,
@@ -213,9 +217,7 @@ def plan_blocks(
     """The plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    even = 1 - protected % 2
-    sources = (tokens - protected + even) // 2
-    targets = (tokens - protected + 1 - even) // 2
+    even, sources, targets = _sets(tokens, protected)
     base = protected + sources - r
     best += item * sources
     partner += item * sources
@@ -280,8 +282,7 @@ def launches(metric: Tensor, r: int, protected: int, dest: Tensor, members: Tens
 
 def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(dest, members, offsets)`` of metric (N, H, T, C); see :func:`stoptome_kernels.reference.match`."""
-    if metric.stride(3) != 1 and metric.shape[3] > 1:
-        metric = metric.contiguous()
+    metric = unit(metric)
     n, _, tokens, _ = metric.shape
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
     members = metric.new_empty((n, tokens), dtype=torch.int32)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import unit
 from . import config
 
 
@@ -216,11 +217,6 @@ def spread_launch(
     return spread_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x with neighbouring channels next to each other, copied only if they are not."""
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
-
-
 def reduce(
     x: Tensor,
     members: Tensor,
@@ -237,7 +233,7 @@ def reduce(
     if n * groups > 0:
         size = None if size is None else size.contiguous()
         kernel, grid, arguments, meta = reduce_launch(
-            _unit(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
+            unit(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
         )
         kernel[grid](*arguments, **meta)
     return y, size_out
@@ -257,11 +253,11 @@ def spread(
     out = grad.new_empty((n, members.shape[1], dim))
     if n * groups * dim > 0:
         if mode == "max":
-            x, y = _unit(x), _unit(y)  # type: ignore[arg-type]
+            x, y = unit(x), unit(y)  # type: ignore[arg-type]
         if mode != "mean":
             size = None
         kernel, grid, arguments, meta = spread_launch(
-            _unit(grad), members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous(), out,
+            unit(grad), members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous(), out,
             mode, x, y,
         )  # fmt: skip
         kernel[grid](*arguments, **meta)
