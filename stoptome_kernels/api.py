@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops
+from . import checks, dispatch
+from .ops import merging
 from .plan import MergePlan
 
 
@@ -91,7 +92,7 @@ def merge(
     if out is not None:
         return _merge_into(x, plan, size, mode, backend, out)
     if plan.r == 0:  # an op may not return its input, and there is nothing to compute
-        ops.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        merging.check_merge(x, plan.members, plan.offsets, size, mode, backend)
         _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     size = None if size is None else size.detach()
@@ -135,7 +136,7 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     _check_plan(plan)
     checks.plain(y, "y")
     if plan.r == 0:
-        ops.check_unmerge(y, plan.members, plan.offsets, backend)
+        merging.check_unmerge(y, plan.members, plan.offsets, backend)
         _check_backend(backend, y)
         return y
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)

@@ -1,30 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators ``torch.ops.stoptome.*``: schema, implementation, fake kernel and gradient of each.
-
-Registered by ``define`` and ``impl`` rather than by ``custom_op``: a call costs less than half. Under autocast an op
-has no rule of its own, which means the input's dtype is kept: matching computes in float32 whatever it is given, and a
-merge changes no precision.
-"""
+"""The operators match, merge and unmerge, and the backward of the last two."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
-from .reference import identity, winners
-
-_LIBRARY = torch.library.Library("stoptome", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-
-def _define(schema: str, implementation, fake) -> None:
-    name = schema.split("(")[0]
-    # the dispatcher leaves out arguments that have their schema's default: implementations repeat the defaults
-    _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stoptome::{name}", fake, lib=_LIBRARY)
-
+from .. import checks, dispatch
+from ..reference import identity, winners
+from .library import define, gradient
 
 # -- match ------------------------------------------------------------------------------------------------------------
 
@@ -50,7 +34,7 @@ def _match_fake(metric: Tensor, r: int, protected: int = 1, backend: str = "auto
     return tuple(metric.new_empty(n, k, dtype=torch.int32) for k in (tokens, tokens, out))  # type: ignore[return-value]
 
 
-_define(
+define(
     "match(Tensor metric, SymInt r, SymInt protected=1, str backend='auto') -> (Tensor, Tensor, Tensor)",
     _match,
     _match_fake,
@@ -124,20 +108,20 @@ def _merge_backward_fake(grad, members, offsets, size, x, y, mode, backend) -> T
     return grad.new_empty(grad.shape[0], members.shape[1], grad.shape[2])
 
 
-_define(
+define(
     "merge(Tensor x, Tensor members, Tensor offsets, Tensor? size=None, str mode='mean', str backend='auto')"
     " -> (Tensor, Tensor)",
     _merge,
     _merge_fake,
 )
 # `how` is the mode under another name: torch's functionalization has an argument `mode` of its own and mixes them up
-_define(
+define(
     "merge_out(Tensor x, Tensor members, Tensor offsets, Tensor? size, str how, str backend, Tensor(a!) y,"
     " Tensor(b!) size_out) -> ()",
     _merge_out,
     _merge_out_fake,
 )
-_define(
+define(
     "merge_backward(Tensor grad, Tensor members, Tensor offsets, Tensor? size, Tensor? x, Tensor? y, str mode,"
     " str backend) -> Tensor",
     _merge_backward,
@@ -176,10 +160,8 @@ def _grad_merge_backward(ctx, grad):
     return twice, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("stoptome::merge", _grad_merge, setup_context=_save_merge, lib=_LIBRARY)
-torch.library.register_autograd(
-    "stoptome::merge_backward", _grad_merge_backward, setup_context=_save_merge_backward, lib=_LIBRARY
-)
+gradient("merge", _grad_merge, _save_merge)
+gradient("merge_backward", _grad_merge_backward, _save_merge_backward)
 
 # -- unmerge ----------------------------------------------------------------------------------------------------------
 
@@ -208,8 +190,8 @@ def _unmerge_backward_fake(grad: Tensor, members: Tensor, offsets: Tensor, backe
     return grad.new_empty(grad.shape[0], offsets.shape[1] - 1, grad.shape[2])
 
 
-_define("unmerge(Tensor y, Tensor members, Tensor offsets, str backend='auto') -> Tensor", _unmerge, _unmerge_fake)
-_define(
+define("unmerge(Tensor y, Tensor members, Tensor offsets, str backend='auto') -> Tensor", _unmerge, _unmerge_fake)
+define(
     "unmerge_backward(Tensor grad, Tensor members, Tensor offsets, str backend) -> Tensor",
     _unmerge_backward,
     _unmerge_backward_fake,
@@ -229,7 +211,5 @@ def _grad_unmerge_backward(ctx, grad):
     return torch.ops.stoptome.unmerge(grad, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
-torch.library.register_autograd("stoptome::unmerge", _grad_unmerge, setup_context=_save_unmerge, lib=_LIBRARY)
-torch.library.register_autograd(
-    "stoptome::unmerge_backward", _grad_unmerge_backward, setup_context=_save_unmerge, lib=_LIBRARY
-)
+gradient("unmerge", _grad_unmerge, _save_unmerge)
+gradient("unmerge_backward", _grad_unmerge_backward, _save_unmerge)
