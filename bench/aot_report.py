@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stoptome_kernels.kernels import match, merge
+from stoptome_kernels.kernels import attention, match, merge, norm
 
 # name: (N, T, D, heads, protected, r); heads 0: the metric is x itself
 SHAPES = {
@@ -75,7 +75,45 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
         ("unmerge", merge.spread_launch(y, *plan, None, x, "all", None, None)),
         ("grad of unmerge", merge.reduce_launch(x, *plan, None, y, size_out, "all")),
     ]
-    return found
+    row, full = meta(dim, dtype=torch.float32), meta(n, tokens, dim, dtype=torch.float32)
+    outputs = (y, y, size_out, size_out, size_out)
+    mixed = (meta(n, groups, dim, dtype=torch.float32), *outputs[1:])
+    saved = (y, size_out, size_out, *plan)
+    found += [
+        ("merge_norm", norm.norm_launch(x, x, *plan, size, row, row, outputs, 1e-5)),
+        ("merge_norm, plain", norm.norm_launch(x, x, *plan, None, None, None, outputs, 1e-5)),
+        ("merge_norm, autocast", norm.norm_launch(full, x, *plan, size, row, row, mixed, 1e-5)),
+        ("grad of merge_norm", norm.norm_grad_launch(y, y, *saved, size, row, x, True)),
+        ("grad of merge_norm, x", norm.norm_grad_launch(y, y, *saved, size, row, x, False)),
+        ("grad of merge_norm, n", norm.norm_grad_launch(y, None, *saved, None, None, x, False)),
+    ]
+    return found + attention_launches(shape, dtype)
+
+
+def attention_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
+    """Attention with sizes over all tokens; in STOP and TempMe with four prompts in front, one set for 12 items."""
+    n, tokens, dim, heads, _, _ = SHAPES[shape]
+    heads = heads or 12
+    prompts = 4 if shape.startswith(("stop", "tempme")) else 0
+    if tokens + prompts > 256:
+        return []  # torch's own function runs
+
+    def rows(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*sizes, dim // heads, dtype=dtype, device="meta")
+
+    q, k, v = rows(n, tokens, 3, heads).permute(2, 0, 3, 1, 4)
+    size, lse = (torch.empty(*sizes, device="meta") for sizes in ((n, tokens), (n, heads, tokens)))
+    prefix = [rows(n // 12, heads, prompts) for _ in range(2)] if prompts else [None, None]
+    parts = [rows(n, heads, prompts, dtype=torch.float32) for _ in range(2)] if prompts else [None, None]
+    out = rows(n, tokens, heads).transpose(1, 2)
+    grads = attention.grad_launches(out, q, k, v, size, *prefix, lse, out, out, out, *parts, out, 0.125)
+    plain = attention.grad_launches(out, q, k, v, None, None, None, lse, out, out, out, None, None, out, 0.125)
+    return [
+        ("attention", attention.attend_launch(q, k, v, size, *prefix, out, lse, 0.125)),
+        ("attention, plain", attention.attend_launch(q, k, v, None, None, None, out, lse, 0.125)),
+        *(("grad of attention", launch) for launch in grads),
+        *(("grad of attention, plain", launch) for launch in plain),
+    ]
 
 
 def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
@@ -92,6 +130,8 @@ def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
         else:
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
             aligned = value % 16 == 0 and not parameter.do_not_specialize

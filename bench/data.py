@@ -107,6 +107,11 @@ def frames(count: int, per_video: int, pixels: int, device: str, seed: int) -> T
     return F.grid_sample(photo, grid, padding_mode="border", align_corners=False)
 
 
+def video(count: int, pixels: int, seed: int = 0) -> Tensor:
+    """``(count, 3, pixels, pixels)`` in [0, 1]: one video, to be looked at."""
+    return (frames(count, count, pixels, "cpu", seed) * 0.25 + 0.5).clamp(0, 1)
+
+
 @cache
 def projection(rows: int, columns: int, seed: int) -> Tensor:
     """``(rows, columns)`` with orthonormal rows or columns, whichever are fewer: it keeps angles nearly as they are."""

@@ -6,7 +6,22 @@ and Shen et al., *TempMe* (ICLR 2025, arXiv 2409.01156). It is the yardstick of 
 nothing faster can. It needs torch alone, works on any device, never waits for the device and uses no atomics on floats.
 """
 
+from .attention import attention, attention_backward
 from .matching import build_groups, identity, match, match_sets, similarity
 from .merging import reduce, spread, winners
+from .norm import merge_norm, merge_norm_backward
 
-__all__ = ["build_groups", "identity", "match", "match_sets", "reduce", "similarity", "spread", "winners"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "build_groups",
+    "identity",
+    "match",
+    "match_sets",
+    "merge_norm",
+    "merge_norm_backward",
+    "reduce",
+    "similarity",
+    "spread",
+    "winners",
+]

@@ -19,13 +19,40 @@ except ImportError as error:
         "in it, or leave the folder to use an installed copy"
     ) from error
 
-from .api import match, merge, unmerge
+from .api import attention, match, merge, merge_norm, unmerge
 from .dispatch import backends
 from .plan import MergePlan
+from .tome import (
+    ToMeConfig,
+    Trace,
+    add_tome_args,
+    apply_from_config,
+    apply_tome_patch,
+    remove_tome_patch,
+    tome_trace,
+)
+from .visualize import visualize
 
 try:
     __version__ = version("stoptome_kernels")
 except PackageNotFoundError:  # a copied folder
     __version__ = "0+unknown"
 
-__all__ = ["MergePlan", "backends", "match", "merge", "reference", "unmerge"]
+__all__ = [
+    "MergePlan",
+    "ToMeConfig",
+    "Trace",
+    "add_tome_args",
+    "apply_from_config",
+    "apply_tome_patch",
+    "attention",
+    "backends",
+    "match",
+    "merge",
+    "merge_norm",
+    "reference",
+    "remove_tome_patch",
+    "tome_trace",
+    "unmerge",
+    "visualize",
+]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: match, merge, unmerge."""
+"""The public functions: match, merge, unmerge, merge_norm, attention."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
+from . import checks, dispatch, reference
+from .ops import attention as attending
+from .ops import merge_norm as fused
 from .ops import merging
 from .plan import MergePlan
 
@@ -140,6 +142,154 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
         _check_backend(backend, y)
         return y
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
+
+
+def merge_norm(
+    x: Tensor,
+    residual: Tensor,
+    plan: MergePlan,
+    size: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add ``residual`` to the stream ``x``, merge the tokens as ``plan`` says, and normalise what comes out: what a
+    pre-norm block does between attention and MLP, in one pass over the rows.
+
+    The same as ``y, size = merge(x + residual, plan, size)`` and ``normed = layer_norm(y, (D,), weight, bias, eps)``,
+    but for the rounding of x + residual to the stream's dtype, which does not happen.
+
+    Args:
+        x: ``(N, T, D)``, D ≥ 1, float32, float64, bfloat16 or float16, any strides.
+        residual: ``(N, T, D)``, of any of these dtypes: what a layer adds to x. The dtype of the stream is
+            ``torch.promote_types(x.dtype, residual.dtype)`` (under autocast x is float32 and residual bfloat16).
+        plan: from :func:`match`.
+        size: ``(N, T)`` float32, how many original tokens each token stands for (positive); None for all ones. No
+            gradient flows into it.
+        weight, bias: ``(D,)``, of any of these dtypes (float32 beside a 16-bit stream is usual), each or both None.
+        eps: added to the variance; positive and finite.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``.
+
+    Returns:
+        ``y (N, T - r, D)``, the merged stream, and ``normed (N, T - r, D)``, both in the stream's dtype; and
+        ``size (N, T - r)`` float32. An output token is ``Σ s (x + residual) / Σ s`` over its members, where sums of all
+        kinds run in float32 (float64 for a float64 stream), in ascending token order, and are rounded once; a token
+        that nothing was merged into is ``x + residual``; tokens of weight 0 (see :func:`match`) are left out. normed
+        is the LayerNorm of y as rounded: ``(y − mean) / sqrt(var + eps) · weight + bias`` with the biased variance in
+        two passes. y is the same bit for bit on every backend, normed up to the order of its sums; both are so from
+        run to run and for any number of threads. For a plan with r = 0: ``x + residual``, its layer_norm (computed in
+        float32 if it is given different dtypes), and ``size`` as it is.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; the message names it.
+        RuntimeError: an explicit backend can't run here; the message says why.
+
+    Differentiable in x, residual (which get the same gradient), weight and bias, once and in reverse mode: a second
+    derivative through ``normed`` raises NotImplementedError. Kept for the gradient are y and two numbers a row, neither
+    x nor residual. Gradients are deterministic; those of weight and bias are sums over fixed blocks of rows.
+
+    Source: Bolya et al., ICLR 2023, "Tracking Token Size"; Ba et al., Layer Normalization, 2016.
+    """
+    checks.tensor(x, "x", "(N, T, D)")
+    checks.tensor(residual, "residual", "(N, T, D)")
+    _check_plan(plan)
+    for value, name, shape in ((size, "size", "(N, T)"), (weight, "weight", "(D,)"), (bias, "bias", "(D,)")):
+        if value is not None:
+            checks.tensor(value, name, shape)
+    for value, name in ((x, "x"), (residual, "residual"), (weight, "weight"), (bias, "bias")):
+        if value is not None:
+            checks.plain(value, name)
+    eps = checks.number(eps, "eps", "added to the variance")
+    if plan.r == 0:
+        fused.check_merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)
+        _check_backend(backend, fused.wider(x, residual))
+        y = x + residual
+        size = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
+        return y, _layer_norm(y, weight, bias, eps), size
+    size = None if size is None else size.detach()
+    index = (plan.members, plan.offsets)
+    return torch.ops.stoptome.merge_norm(x, residual, *index, size, weight, bias, eps, backend)[:3]
+
+
+def _layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    rows = y
+    if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        rows, weight, bias = y.to(wide), *(None if t is None else t.to(wide) for t in (weight, bias))
+    # autocast may compute it in another dtype
+    return torch.nn.functional.layer_norm(rows, y.shape[-1:], weight, bias, eps).to(y.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Proportional attention: ``softmax(scale · q kᵀ + log size) v``, in which a merged key counts as often as the
+    tokens it stands for.
+
+    Args:
+        q: ``(N, H, Tq, d)``, float32, float64, bfloat16 or float16, any strides (a view of a packed projection
+            ``(N, T, 3, H, d)``, say).
+        k, v: ``(N, H, T, d)``, of q's dtype; T may differ from Tq.
+        size: ``(N, T)`` float32, how many tokens each key stands for; None for all ones. A key of size 0 is never
+            attended to (and a query that has no other gets 0). No gradient flows into it.
+        prefix_k, prefix_v: ``(M, H, G, d)``, keys and values in front of those of the item, which count once each; or
+            None. M divides N, and item n has the prefix ``n // (N / M)``: the frames of a video share one.
+        scale: factor of the products, ``1 / sqrt(d)`` if None.
+        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU
+            torch's own ``scaled_dot_product_attention``, with the prefix concatenated and the sizes as a mask of one
+            row an item) or ``reference``. ``auto`` takes torch's function on any device where ``triton`` can't run, and
+            without size and prefix, as there is nothing faster.
+
+    Returns:
+        ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``
+        copies nothing. The softmax is computed in float32 (float64 for float64). Products of float32 inputs are full
+        float32, unless torch's own function runs and tf32 was allowed.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
+        RuntimeError: an explicit backend can't run here; the message says why.
+
+    Under autocast q, k, v and the prefix are cast as by ``scaled_dot_product_attention``.
+
+    Differentiable in q, k, v and the prefix, in reverse mode and once (``backend="reference"``: twice); gradients are
+    deterministic, the prefix's is summed over the items that share it.
+
+    Source: Bolya et al., ICLR 2023, section 3, "Tracking Token Size" (proportional attention); Vaswani et al., 2017.
+    """
+    checks.tensor(q, "q", "(N, H, Tq, d)")
+    checks.tensor(k, "k", "(N, H, T, d)")
+    checks.tensor(v, "v", "(N, H, T, d)")
+    for value, name, shape in (
+        (size, "size", "(N, T)"),
+        (prefix_k, "prefix_k", "(M, H, G, d)"),
+        (prefix_v, "prefix_v", "(M, H, G, d)"),
+    ):
+        if value is not None:
+            checks.tensor(value, name, shape)
+    for value, name in ((q, "q"), (k, "k"), (v, "v"), (prefix_k, "prefix_k"), (prefix_v, "prefix_v")):
+        if value is not None:
+            checks.plain(value, name)
+    scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
+    q, k, v, prefix_k, prefix_v = attending.as_autocast(q, k, v, prefix_k, prefix_v)
+    checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
+    size = None if size is None else size.detach()
+    how = dispatch.attends(
+        backend, q.device.type, q.dtype, attending.limit(q, k, prefix_k) is None, size is None and prefix_k is None
+    )
+    if how == "sdpa":
+        return attending.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
+    if how == "reference":  # not as an operator: so it can be differentiated twice
+        scale = attending.default_scale(q) if scale is None else scale
+        return reference.attention(q, k, v, size, prefix_k, prefix_v, scale)[0]
+    return torch.ops.stoptome.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)[0]
 
 
 def _check_plan(plan: object) -> None:

@@ -6,7 +6,9 @@ Everything is decided from types, shapes, dtypes and devices: no check reads a t
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -166,3 +168,110 @@ def extremes(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, 
         if value is None or tuple(value.shape) != shape or value.dtype != grad.dtype or value.device != grad.device:
             have = None if value is None else f"{tuple(value.shape)} {value.dtype} on {value.device}"
             raise ValueError(f"mode 'max' needs {name} of shape {shape} {grad.dtype} on {grad.device}, got {have}")
+
+
+def merge_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """What merge_norm asks beside what merge asks of x, plan and size."""
+    if x.shape[2] == 0:
+        raise ValueError(f"x must have at least one channel in its last axis, got shape {tuple(x.shape)}")
+    _floating(residual, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, but x is on {x.device}; move one of them")
+    affine(weight, "weight", x)
+    affine(bias, "bias", x)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite (it is added to the variance), got {eps}")
+
+
+def affine(value: Tensor | None, name: str, x: Tensor) -> None:
+    """A parameter of LayerNorm."""
+    if value is None:
+        return
+    _floating(value, name)
+    if tuple(value.shape) != (x.shape[2],):
+        raise ValueError(f"{name} must have shape (D,) = ({x.shape[2]},), got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one of them")
+
+
+def number(value: object, name: str, what: str) -> float:
+    """``value`` as a float (a SymFloat passes as it is)."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float ({what}), got {type(value).__name__}")
+    return float(value)
+
+
+def exactly(value: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """What one operator saved for another."""
+    if value is None:
+        return
+    if tuple(value.shape) != shape or value.dtype != dtype or value.device != device:
+        have = f"{tuple(value.shape)} {value.dtype} on {value.device}"
+        raise ValueError(f"{name} must be of shape {shape} {dtype} on {device}, got {have}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> None:
+    """Queries, keys, values, the keys' sizes and a prefix fit each other."""
+    if (prefix_k is None) != (prefix_v is None):
+        missing = "prefix_k" if prefix_k is None else "prefix_v"
+        raise ValueError(f"prefix_k and prefix_v come together, but {missing} is None")
+    _heads(q, "q", "(N, H, Tq, d)")
+    n, heads, _, d = q.shape
+    others: list[tuple[Tensor, str, str, int | None]] = [(k, "k", "(N, H, T, d)", n), (v, "v", "(N, H, T, d)", n)]
+    if prefix_k is not None and prefix_v is not None:
+        others += [(prefix_k, "prefix_k", "(M, H, G, d)", None), (prefix_v, "prefix_v", "(M, H, G, d)", None)]
+    for value, name, shape, items in others:
+        _heads(value, name, shape)
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name} must be of q's dtype {q.dtype}, got {value.dtype}; cast one of them")
+        if value.device != q.device:
+            raise ValueError(f"{name} is on {value.device}, but q is on {q.device}; move one of them")
+        if value.shape[1] != heads or value.shape[3] != d or items not in (None, value.shape[0]):
+            want = f"N = {n}, H = {heads} and d = {d}" if items is not None else f"H = {heads} and d = {d}"
+            raise ValueError(f"{name} must have shape {shape} with {want} as q has, got {tuple(value.shape)}")
+    if d == 0:
+        raise ValueError(f"q must have at least one channel in its last axis, got shape {tuple(q.shape)}")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v must have as many tokens as k, {k.shape[2]}, got shape {tuple(v.shape)}")
+    keys = k.shape[2]
+    if prefix_k is not None and prefix_v is not None:
+        if prefix_v.shape != prefix_k.shape:
+            have, wanted = tuple(prefix_v.shape), tuple(prefix_k.shape)
+            raise ValueError(f"prefix_v must have prefix_k's shape {wanted}, got {have}")
+        m = prefix_k.shape[0]
+        if n % m if m else n:
+            raise ValueError(
+                f"prefix_k has M = {m} items, but q's N = {n} is no multiple of it: each is shared by N / M items"
+            )
+        keys += prefix_k.shape[2]
+    if keys == 0:
+        raise ValueError(f"k must hold at least one key, or prefix_k one, got k of shape {tuple(k.shape)}")
+    if size is not None:
+        if size.dtype != torch.float32:
+            raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {size.dtype}")
+        if tuple(size.shape) != (n, k.shape[2]):
+            raise ValueError(f"size must have shape (N, T) = {(n, k.shape[2])}, got {tuple(size.shape)}")
+        if size.device != q.device:
+            raise ValueError(f"size is on {size.device}, but q is on {q.device}; move one of them")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    choice(backend, "backend", BACKENDS)
+
+
+def _heads(value: Tensor, name: str, shape: str) -> None:
+    if value.dim() != 4:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    _floating(value, name)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -10,3 +12,32 @@ def unit(x: Tensor) -> Tensor:
     """``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides as they
     are, and this is the one case that copies."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def joined(prefix: Tensor | None, x: Tensor) -> Tensor:
+    """Keys or values ``x (N, H, T, d)`` with those of the prefix ``(M, H, G, d)`` in front, for kernels that can't read
+    them where they are: ``(N, H, G + T, d)``, with the heads of a token next to each other in memory, as in x."""
+    if prefix is None:
+        return x
+    n, m = x.shape[0], prefix.shape[0]
+    rows = prefix.transpose(1, 2).unsqueeze(1).expand(-1, n // max(m, 1), -1, -1, -1).flatten(0, 1)
+    return torch.cat([rows, x.transpose(1, 2)], 1).transpose(1, 2)
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """``x (N, H, T, d)`` with the heads of a token next to each other in memory: copied only if they are not."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
+    """Memory for ``(n, heads, tokens, d)`` of x's kind, laid out as :func:`heads_last` has it."""
+    return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
+
+
+def log_size(size: Tensor | None, keys: Tensor) -> Tensor | None:
+    """Sizes ``(N, T)`` as an additive mask ``(N, 1, 1, K)`` for K keys, of which those before the last T count once;
+    float32 (float64 for float64). No mask for each query, and no gradient, with which torch has no fused kernel."""
+    if size is None:
+        return None
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    return F.pad(size.detach().to(dtype).log(), (keys.shape[2] - size.shape[1], 0))[:, None, None]

@@ -26,4 +26,5 @@ symbols = open(_native.__file__, "rb").read()
 assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, f"{_native.__file__} is not instrumented"
 PYTHON
 "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" -k native \
-    tests/test_native.py tests/test_golden.py tests/test_by_hand.py tests/test_match.py tests/test_merge.py
+    tests/test_native.py tests/test_golden.py tests/test_by_hand.py tests/test_match.py tests/test_merge.py \
+    tests/test_merge_norm.py tests/test_merge_norm_library.py

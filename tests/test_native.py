@@ -44,7 +44,16 @@ def everything(shape, dtype, seed=0):
     leaf = out[3].clone().requires_grad_()
     x_hat = stk.unmerge(leaf, plan, "native")
     x_hat.backward(x)
-    return [*out, x_hat.detach(), leaf.grad]
+    return [*out, x_hat.detach(), leaf.grad, *normed(x, plan, size, "native")]
+
+
+def normed(x, plan, size, backend):
+    """y, normed and all gradients of merge_norm."""
+    weight, bias = (torch.linspace(a, 2, x.shape[2], dtype=x.dtype) for a in (0.5, -1))
+    leaves = [t.clone().requires_grad_() for t in (x, x.flip(1), weight, bias)]
+    y, rows, _ = stk.merge_norm(*leaves[:2], plan, size, *leaves[2:], backend=backend)
+    torch.autograd.backward([y, rows], [y.detach() + 1, rows.detach().cos()])
+    return [y.detach(), rows.detach(), *(t.grad for t in leaves)]
 
 
 def same(one, other):
@@ -74,6 +83,31 @@ def test_every_instruction_set_is_right(isa, shape, dtype):
             y.backward(y.detach() + 1)
             results.append((y.detach(), size_out, leaf.grad))
         assert same(*results)
+    (y, *rest), (y_want, *rest_want) = (normed(x, reference, size, backend) for backend in ("native", "reference"))
+    assert torch.equal(y, y_want)  # the sums of the others are in another order
+    wide = min(dtype, torch.float32, key=ROUNDOFF.get)
+    for ours, want in zip(rest, rest_want, strict=True):
+        bound = 2 * ROUNDOFF[dtype] + 4 * (dim**0.5 + (n * tokens) ** 0.5) * ROUNDOFF[wide]
+        assert (ours - want).abs().max() <= bound * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_sets_give_the_same_merged_rows(dtype):
+    """Bit for bit, as merge does; what LayerNorm makes of them may differ by the order of the sums over a row."""
+    x, residual = (torch.randn(3, 54, 777).to(dtype) for _ in range(2))
+    plan, size = stk.match(torch.randn(3, 54, 8), 20, 1, "native"), torch.rand(3, 54) + 0.5
+    found = []
+    for name in ISAS:
+        try:
+            _native.use_instruction_set(name)
+        except ValueError:
+            continue  # not of this processor
+        found.append(stk.merge_norm(x, residual, plan, size, backend="native"))
+    _native.use_instruction_set("")
+    for y, normed_rows, size_out in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(size_out, found[0][2])
+        torch.testing.assert_close(normed_rows, found[0][1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,6 +190,12 @@ def test_addresses_beyond_31_bits(untouched_memory):
         assert torch.equal(stk.merge(far, plan, backend=backend)[0], stk.merge(near, plan, backend=backend)[0])
         rows = far[:, : plan.tokens_out]
         assert torch.equal(stk.unmerge(rows, plan, backend), stk.unmerge(near[:, : plan.tokens_out], plan, backend))
+        for ours, want in zip(
+            stk.merge_norm(far, far, plan, backend=backend),
+            stk.merge_norm(near, near, plan, backend=backend),
+            strict=True,
+        ):
+            assert torch.equal(ours, want)
 
 
 def test_flushed_subnormals_are_flushed_alike():

@@ -84,6 +84,39 @@ def test_more_sources_than_a_span(configure, span):
     assert torch.equal(plan.offsets, reference.offsets)
 
 
+@pytest.mark.parametrize("tokens", [40, 100])
+def test_float32_attention_of_a_gpu(monkeypatch, tokens):
+    """On a GPU float32 rows are multiplied as three bfloat16 on tensor cores: as exact as in one piece."""
+    q, k, v = torch.randn(3, 2, 2, tokens, 40)
+    k[:, :, 5] *= 1e-4
+    size = torch.rand(2, tokens) + 0.1
+    exact = stk.attention(*(x.double() for x in (q, k, v)), size, backend="reference")
+    plain = stk.attention(q, k, v, size, backend="triton")
+    table = config.attention.__wrapped__
+    assert table(tokens, tokens, 40, torch.float32)["attend"]["THIRDS"]
+
+    def thirds(*arguments):
+        found = table(*arguments)
+        return {**found, "attend": {**found["attend"], "THIRDS": True}}
+
+    monkeypatch.setattr(config, "attention", thirds)
+    got = stk.attention(q, k, v, size, backend="triton")
+    assert not torch.equal(got, plain)
+    errors = [(x - exact).abs().max().item() for x in (got, plain)]
+    assert errors[0] <= 2 * errors[1] + ROUNDOFF[torch.float32] * v.abs().max().item()
+
+
+def test_launches_of_attention():
+    """One launch forward; backward one while a block holds all keys, else two."""
+    from stoptome_kernels.kernels import attention
+
+    for dtype, tokens, backward in ((torch.bfloat16, 54, 1), (torch.bfloat16, 197, 2), (torch.float32, 54, 2)):
+        q = torch.empty(2, 12, tokens, 64, dtype=dtype, device="meta")
+        lse = torch.empty(2, 12, tokens, device="meta")
+        launches = attention.grad_launches(q, q, q, q, None, None, None, lse, q, q, q, None, None, q, 0.125)
+        assert len(launches) == backward
+
+
 def test_launches():
     """One launch to match while the sources fit a tile, two beyond; merging takes one more."""
     from stoptome_kernels.kernels import match

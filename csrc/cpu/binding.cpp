@@ -25,6 +25,8 @@ namespace {
 
 // Below this many bytes of work a second thread costs more than it brings.
 constexpr int64_t kBytesPerThread = 32 * 1024;
+// The gradients of weight and bias are summed over blocks of this many rows at least, this many blocks at most.
+constexpr int64_t kBlockRows = 32, kMostBlocks = 128;
 // An output larger than this is not in the caches when its reader comes: write it around them.
 std::atomic<int64_t> stream_bytes{int64_t(8) << 20};
 
@@ -160,26 +162,31 @@ void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t to
   }
 }
 
-// Runs reduce or spread over all output rows.
-template <class Args>
-void over_rows(const Args &args, bool (*run)(const Args &, int64_t, int64_t), int threads) {
+// Calls run(begin, end, thread) on ranges that cover [0, count), where one step moves `bytes`; false: a corrupt plan.
+template <class Run>
+void in_ranges(int64_t count, int64_t bytes, int threads, Run run) {
   struct Job {
-    const Args *args;
-    bool (*run)(const Args &, int64_t, int64_t);
+    Run &run;
     std::atomic<bool> good{true};
-  } job{&args, run};
-  const int64_t row_bytes = args.dim * element_bytes(int(args.dtype));
+  } job{run};
   {
     py::gil_scoped_release released;
     parallel_for(
-        args.groups.items * args.groups.tokens_out, kBytesPerThread / (row_bytes + 1) + 1, threads,
-        [](void *context, int64_t begin, int64_t end, int) {
+        count, kBytesPerThread / (bytes + 1) + 1, threads,
+        [](void *context, int64_t begin, int64_t end, int thread) {
           Job &j = *static_cast<Job *>(context);
-          if (!j.run(*j.args, begin, end)) j.good.store(false, std::memory_order_relaxed);
+          if (!j.run(begin, end, thread)) j.good.store(false, std::memory_order_relaxed);
         },
         &job);
   }
   if (!job.good) throw py::index_error("plan points outside of its items: it was changed after match(), or is no plan");
+}
+
+// Runs reduce or spread over all output rows.
+template <class Args>
+void over_rows(const Args &args, bool (*run)(const Args &, int64_t, int64_t), int threads) {
+  in_ranges(args.groups.items * args.groups.tokens_out, args.dim * element_bytes(int(args.dtype)), threads,
+            [&](int64_t begin, int64_t end, int) { return run(args, begin, end); });
 }
 
 typedef std::tuple<uintptr_t, int64_t, int64_t> Strided;  // address, stride of an item, stride of a row
@@ -211,6 +218,49 @@ void spread(Strided grad, Strided out, int dtype, int mode, uintptr_t members, u
   over_rows(args, kernels().merge->spread, threads);
 }
 
+void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtype, uintptr_t members, uintptr_t offsets,
+                int64_t items, int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out,
+                uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, int threads) {
+  const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
+  NormArgs args{rows(x), rows(residual), rows(y), rows(normed), Dtype(dtype),
+                groups(members, offsets, items, tokens_in, tokens_out), dim,
+                reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
+                reinterpret_cast<float *>(size_out), reinterpret_cast<const void *>(weight),
+                reinterpret_cast<const void *>(bias), eps, reinterpret_cast<void *>(mean), reinterpret_cast<void *>(rstd),
+                bytes > stream_bytes};
+  expect_writes(args.y, bytes);
+  expect_writes(args.normed, bytes);
+  const NormKernels &run = *kernels().norm;
+  const int64_t piece = run.scratch(args.dtype, dim);
+  const Buffer scratch(piece * std::max(threads, 1));
+  in_ranges(items * tokens_out, 2 * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
+    return run.forward(args, scratch.data() + thread * piece, begin, end);
+  });
+}
+
+void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided out, int dtype, uintptr_t members,
+                         uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out, int64_t dim,
+                         Strided size, uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t affine, int threads) {
+  // how rows are added up to the gradients of weight and bias must not depend on the number of threads
+  const int64_t count = items * tokens_out, block_rows = std::max(kBlockRows, (count + kMostBlocks - 1) / kMostBlocks);
+  const int64_t blocks = (count + block_rows - 1) / block_rows;
+  const int64_t real = dtype == int(Dtype::f64) ? 8 : 4, bytes = items * tokens_in * dim * element_bytes(dtype);
+  const NormKernels &run = *kernels().norm;
+  const int64_t piece = run.scratch(Dtype(dtype), dim), parts = affine ? align64(blocks * 2 * dim * real) : 0;
+  const Buffer memory(parts + piece * std::max(threads, 1));
+  NormGradArgs args{rows(grad_normed), rows(grad_y), rows(y), rows(out), Dtype(dtype),
+                    groups(members, offsets, items, tokens_in, tokens_out), dim,
+                    reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
+                    reinterpret_cast<const void *>(mean), reinterpret_cast<const void *>(rstd),
+                    reinterpret_cast<const void *>(weight), reinterpret_cast<void *>(affine),
+                    affine ? memory.data() : nullptr, block_rows, bytes > stream_bytes};
+  expect_writes(args.out, bytes);
+  in_ranges(blocks, block_rows * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
+    return run.backward(args, memory.data() + parts + thread * piece, begin, end);
+  });
+  if (affine) run.affine(args, blocks);
+}
+
 }  // namespace
 }  // namespace stk
 
@@ -219,6 +269,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);
+  m.def("merge_norm", &stk::merge_norm);
+  m.def("merge_norm_backward", &stk::merge_norm_backward);
   m.def("use_openmp_of", [](const std::string &path) {
     stk::use_openmp_of(path.c_str());
     return stk::has_openmp();

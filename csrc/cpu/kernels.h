@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the instruction-set specific kernels (match.cpp, merge.cpp) offer to the rest. Shapes as in the Python docs:
+// What the instruction-set specific kernels (match, merge, norm.cpp) offer to the rest. Shapes as in the Python docs:
 // metric (N, H, T, C), rows (N, T, D), members (N, T), offsets (N, T_out + 1). Strides are in elements; the last axis of
 // every tensor is contiguous. All sizes are 64-bit: tensors of more than 2^31 elements are addressed like any other.
 #pragma once
@@ -66,6 +66,35 @@ struct SpreadArgs {
   bool stream;
 };
 
+// Residual add, merge (mode mean) and LayerNorm. `wide` is double for f64, else float.
+struct NormArgs {
+  Rows x, residual, y, normed;
+  Dtype dtype;
+  Groups groups;
+  int64_t dim;
+  const float *size;
+  int64_t size_stride_item, size_stride_token;
+  float *size_out;            // (N, T_out) contiguous, as mean and rstd
+  const void *weight, *bias;  // (D,) wide; null: none
+  double eps;
+  void *mean, *rstd;  // wide
+  bool stream;
+};
+
+struct NormGradArgs {
+  Rows grad_normed, grad_y, y, out;  // grad_y may be null
+  Dtype dtype;
+  Groups groups;
+  int64_t dim;
+  const float *size;
+  int64_t size_stride_item, size_stride_token;
+  const void *mean, *rstd, *weight;  // wide; weight may be null
+  void *affine;                      // (2, D) wide, the gradients of weight and bias; null: not wanted
+  void *partial;                     // (blocks, 2, D) wide, of block_rows rows each; null with affine
+  int64_t block_rows;
+  bool stream;
+};
+
 struct MatchSizes {
   int64_t tiles, panels;  // blocks of A and of B
   int64_t scratch, rows;  // bytes: what one item's prepared tokens take, and what `prepare` needs beside
@@ -86,11 +115,20 @@ struct MergeKernels {
   bool (*spread)(const SpreadArgs &, int64_t begin, int64_t end);
 };
 
+struct NormKernels {
+  int64_t (*scratch)(Dtype dtype, int64_t dim);  // bytes that a thread needs
+  // output rows [begin, end) of all N * T_out, and blocks of them; false if the plan points outside of its item
+  bool (*forward)(const NormArgs &, void *scratch, int64_t begin, int64_t end);
+  bool (*backward)(const NormGradArgs &, void *scratch, int64_t begin, int64_t end);
+  void (*affine)(const NormGradArgs &, int64_t blocks);  // adds the parts up
+};
+
 // One of these for each instruction set; dispatch.cpp picks the best that the processor has.
 struct Kernels {
   const char *name;
   const MatchKernels *match;
   const MergeKernels *merge;
+  const NormKernels *norm;
 };
 
 const Kernels &kernels();                      // the best set that this processor runs

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of one instruction set by the compilers' vector extensions, and conversion from and to 16-bit floats.
-// Included by match.cpp and merge.cpp, each compiled once per set; everything is `static inline` inside STK_ISA's own
-// namespace and nothing of the standard library is used, so that no function compiled for a wider set can be picked by
-// the linker for a narrower one.
+// Included by the sources that are compiled once per set; everything is `static inline` inside STK_ISA's own namespace
+// and nothing of the standard library is used, so that no function compiled for a wider set can be picked by the linker
+// for a narrower one.
 #pragma once
 #include <stdint.h>
 #if defined(__x86_64__)

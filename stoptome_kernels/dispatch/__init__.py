@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
 
-Each backend is a module with ``match``, ``reduce`` and ``spread`` (see :mod:`stoptome_kernels.reference` for what they
-compute) and ``why_not``, one predicate that serves the silent choice of ``auto`` and the error of an explicit backend.
+Each backend is a module with ``match``, ``reduce``, ``spread`` and ``merge_norm`` (see
+:mod:`stoptome_kernels.reference` for what they compute) and ``why_not``, one predicate that serves the silent choice of
+``auto`` and the error of an explicit backend.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from . import native, reference, triton
 _MODULES: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}  # best first
 
 
-def choose(name: str, tensor: Tensor) -> ModuleType:
-    """The module that runs an op on ``tensor``.
+def choose(name: str, tensor: Tensor, too_much: str | None = None) -> ModuleType:
+    """The module that runs an op on ``tensor``; ``too_much`` is why its shape is beyond the Triton kernels, if it is.
 
     ``auto`` means the backend named by ``STOPTOME_BACKEND``, else the best that can run; any other name is taken at
     its word.
@@ -34,6 +35,8 @@ def choose(name: str, tensor: Tensor) -> ModuleType:
         asked = os.environ.get("STOPTOME_BACKEND") or "auto"
     if asked == "auto":
         for module in _MODULES.values():
+            if module is triton and too_much is not None:
+                continue
             if module.why_not(tensor.device.type, tensor.dtype, explicit=False) is None:
                 return module
     if asked not in _MODULES:
@@ -41,10 +44,30 @@ def choose(name: str, tensor: Tensor) -> ModuleType:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, checks.BACKENDS))}, got {asked!r}")
     module = _MODULES[asked]
     reason = module.why_not(tensor.device.type, tensor.dtype, explicit=True)
+    if reason is None and module is triton:
+        reason = too_much
     if reason is not None:
         source = f"backend={asked!r}" if asked == name else f"STOPTOME_BACKEND={asked}"
         raise RuntimeError(f"{source} can't run this: {reason}; backend='auto' takes one that can")
     return module
+
+
+@torch.compiler.assume_constant_result
+def attends(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool) -> str:
+    """Who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its backends.
+
+    Torch's function is the best there is for plain attention (no sizes, no prefix), on a CPU, and where no kernel of
+    ours can run: ``fits`` says whether the shape is one for them. Called as it is, rather than inside the operator, its
+    gradient saves copies and the compiler sees into it. Constant in a traced graph: it depends on the machine and on
+    the environment.
+    """
+    if name == "auto":
+        name = os.environ.get("STOPTOME_BACKEND") or "auto"
+    if name == "auto":
+        return "operator" if fits and not plain and triton.why_not(device, dtype, explicit=False) is None else "sdpa"
+    if name == "native" and native.why_not(device, dtype, explicit=True) is None:
+        return "sdpa"
+    return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't
 
 
 def backends() -> dict[str, str | None]:

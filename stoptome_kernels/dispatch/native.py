@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import unit
+from ..layout import heads_last, joined, log_size, unit
 
 _missing: str | None = None
 try:
@@ -33,6 +33,10 @@ def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
 
 def _rows(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,3 +96,102 @@ def spread(
         _NOTHING if x is None else _rows(x), _NOTHING if y is None else _rows(y), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def merge_norm(
+    x: Tensor,
+    residual: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.merge_norm`."""
+    stream = torch.promote_types(x.dtype, residual.dtype)
+    wide = torch.float64 if stream == torch.float64 else torch.float32
+    x, residual = unit(x.to(stream)), unit(residual.to(stream))
+    members, offsets = members.contiguous(), offsets.contiguous()
+    weight, bias = (None if t is None else t.to(wide).contiguous() for t in (weight, bias))
+    n, tokens, dim = x.shape
+    tokens_out = offsets.shape[1] - 1
+    y, normed = (x.new_empty((n, tokens_out, dim)) for _ in range(2))
+    size_out, mean, rstd = (x.new_empty((n, tokens_out), dtype=dtype) for dtype in (torch.float32, wide, wide))
+    _native.merge_norm(
+        _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], members.data_ptr(), offsets.data_ptr(), n,
+        tokens, tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), _address(weight),
+        _address(bias), eps, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, normed, size_out, mean, rstd
+
+
+def merge_norm_backward(
+    grad_normed: Tensor,
+    grad_y: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    affine: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    grad_normed, y, members, offsets = unit(grad_normed), unit(y), members.contiguous(), offsets.contiguous()
+    grad_y = None if grad_y is None else unit(grad_y)
+    weight = None if weight is None else weight.to(mean.dtype).contiguous()
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    n, tokens_out, dim = grad_normed.shape
+    grad = grad_normed.new_empty((n, members.shape[1], dim))
+    sums = mean.new_empty((2 if affine else 0, dim))
+    _native.merge_norm_backward(
+        _rows(grad_normed), _NOTHING if grad_y is None else _rows(grad_y), _rows(y), _rows(grad), _DTYPES[grad.dtype],
+        members.data_ptr(), offsets.data_ptr(), n, members.shape[1], tokens_out, dim,
+        _NOTHING if size is None else _rows(size), mean.data_ptr(), rstd.data_ptr(), _address(weight),
+        sums.data_ptr() if affine else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad, sums
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.attention`: torch's own fused kernel, with the prefix concatenated."""
+    keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        unit(q), keys, values, attn_mask=log_size(size, keys), scale=scale
+    )
+    return heads_last(out), lse.contiguous()
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :func:`stoptome_kernels.reference.attention_backward`."""
+    keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
+    dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        unit(grad), unit(q), keys, values, out, lse, 0.0, False, attn_mask=log_size(size, keys), scale=scale
+    )
+    if prefix_k is None:
+        return heads_last(dq), heads_last(dkeys), heads_last(dvalues), None, None
+    m, _, ahead, _ = prefix_k.shape
+    # summed in float32 and rounded once, as on every backend
+    shared = (x[:, :, :ahead].unflatten(0, (m, -1)).sum(1, dtype=lse.dtype).to(q.dtype) for x in (dkeys, dvalues))
+    return heads_last(dq), heads_last(dkeys[:, :, ahead:]), heads_last(dvalues[:, :, ahead:]), *shared

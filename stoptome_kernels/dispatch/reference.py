@@ -7,9 +7,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import match, spread
+from ..reference import attention, match, merge_norm, merge_norm_backward, spread
 
-__all__ = ["match", "reduce", "spread", "why_not"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "match",
+    "merge_norm",
+    "merge_norm_backward",
+    "reduce",
+    "spread",
+    "why_not",
+]
 
 
 def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
@@ -28,3 +37,19 @@ def reduce(
     """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write."""
     y, size_out = reference.reduce(x, members, offsets, size, mode)
     return (y, size_out) if out is None else (out[0].copy_(y), out[1].copy_(size_out))
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :func:`stoptome_kernels.reference.attention_backward`; it needs neither ``out`` nor ``lse``."""
+    return reference.attention_backward(grad, q, k, v, size, prefix_k, prefix_v, scale)

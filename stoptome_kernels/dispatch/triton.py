@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_KEYS, _MOST_CHANNELS = 256, 128  # of attention: all keys of a head are held at once
 
 
 @cache
@@ -54,6 +55,15 @@ def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     if dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return _no_triton() or (_no_gpu() if device == "cuda" else None)
+
+
+def too_much_attention(keys: int, channels: int) -> str | None:
+    """The reason why the Triton kernels can't attend to so many keys with heads so wide, or None."""
+    if keys > _MOST_KEYS:
+        return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
+    if channels > _MOST_CHANNELS:
+        return f"the Triton kernels attend with at most {_MOST_CHANNELS} channels a head, not with {channels}"
+    return None
 
 
 def _on(tensor: Tensor):
@@ -104,3 +114,74 @@ def spread(
 
     with _on(grad):
         return kernels.spread(grad, members, offsets, size, mode, x, y)
+
+
+def merge_norm(
+    x: Tensor,
+    residual: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.merge_norm`."""
+    from ..kernels import norm as kernels
+
+    with _on(x):
+        return kernels.merge_norm(x, residual, members, offsets, size, weight, bias, eps)
+
+
+def merge_norm_backward(
+    grad_normed: Tensor,
+    grad_y: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    affine: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    from ..kernels import norm as kernels
+
+    with _on(grad_normed):
+        return kernels.merge_norm_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.reference.attention`."""
+    from ..kernels import attention as kernels
+
+    with _on(q):
+        return kernels.attention(q, k, v, size, prefix_k, prefix_v, scale)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :func:`stoptome_kernels.reference.attention_backward`."""
+    from ..kernels import attention as kernels
+
+    with _on(q):
+        return kernels.attention_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale)

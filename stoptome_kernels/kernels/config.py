@@ -2,8 +2,9 @@
 """The one table of tuned configurations: block sizes, warps and stages as a function of shape and dtype.
 
 Each function is cached and returns what its kernels are launched with: the constants and the compiler's options.
-enable_fp_fusion is off everywhere: products and sums are then rounded one by one, in merging as in the reference, and
-in matching in the same way for every row, so that copies tie. tl.dot is made of fused operations all the same.
+enable_fp_fusion is off but in attention: products and sums are then rounded one by one, in merging as in the
+reference, and in matching in the same way for every row, so that copies tie. tl.dot is made of fused operations all the
+same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 import torch
 import triton.language as tl
 
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ONE_LAUNCH = 128  # sources of an item that one program matches alone: a tile of 128 x 128 counts, T up to 257
 
 
@@ -74,3 +76,50 @@ def merge(dim: int, rows: int, dtype: torch.dtype) -> dict:
         "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "CHUNKS": max(1, -(-dim // block)),
         "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
+
+
+@cache
+def norm(dim: int, rows: int, dtype: torch.dtype) -> dict:
+    """Of merge_norm and its backward: a tile is as many whole rows as 128 threads load in two (of two tensors, four)
+    accesses of 16 bytes; longer rows take more threads."""
+    block = max(8, _pow2(dim))
+    tile = max(block, 1024)
+    return {
+        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block,
+        "num_warps": min(16, max(4, tile // 256)), "num_stages": 1, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def norm_programs(tiles: int) -> int:
+    """Of the backward with the gradients of weight and bias: so few that the sums they write are little beside the
+    rows, at most what an H100 runs at once: 5 of some 95 registers on each of its 132 multiprocessors."""
+    return min(-(-tiles // 4), 5 * 132)
+
+
+@cache
+def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compiled: bool = True) -> dict:
+    """Of attention: the constants of each kernel; ``whole``, if not None, is what replaces ``queries`` and ``keys``."""
+    thirds = compiled and dtype == torch.float32
+    common = {
+        "THIRDS": thirds,
+        # the interpreter takes bfloat16 for integers
+        "TYPE": tl.bfloat16 if thirds else tl.float32 if not compiled else _TRITON[dtype],
+        "BLOCK_D": max(16, _pow2(channels)),
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+    rows, columns = (min(max(16, _pow2(n)), 64) for n in (queries, keys))
+    full, long = dtype == torch.float32, channels > 64
+    # three programs of 4 warps fit a multiprocessor's registers (bench/aot_report.py); float32 takes so many of them
+    # that its gradients are left to FMAs
+    attend = {**common, "BLOCK_Q": min(rows, (16 if full else 32) if long else 32 if full else 64)}
+    attend["BLOCK_K"] = min(columns, 32 if full else 64)
+    by_queries = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 32)}
+    by_keys = {**by_queries, "BLOCK_K": min(columns, 32 if full or long else 64)}
+    if full:
+        fma = {"THIRDS": False, "TYPE": tl.float32, "num_warps": 8}
+        by_queries |= {**fma, "BLOCK_K": 16}
+        by_keys |= fma
+    whole = by_keys if keys <= 64 and not full and not long else None
+    return {"attend": attend, "whole": whole, "queries": by_queries, "keys": by_keys}

@@ -58,6 +58,20 @@ def _member(members, size, at, inside, tokens, MODE: tl.constexpr, SIZED: tl.con
     return token.to(tl.int64), valid, weight
 
 
+@triton.jit
+def _totals(members, size, first, length, longest, tokens, ROWS: tl.constexpr, SIZED: tl.constexpr):
+    """The weight of each group, and how many members it has of weight 1: of one member alone the weight counts as 1."""
+    total = tl.zeros((ROWS,), tl.float32)
+    counted = tl.zeros((ROWS,), tl.int32)
+    if longest > 1:
+        for k in range(0, longest):
+            _token, valid, share = _member(members, size, first + k, k < length, tokens, "mean", SIZED)
+            total += share
+            counted += valid.to(tl.int32)
+    alone = (counted == 1) | (length < 2)
+    return tl.where(alone, 1.0, total), alone
+
+
 _COMPILED = tl.constexpr(isinstance(_member, triton.runtime.JITFunction))  # not interpreted (TRITON_INTERPRET=1)
 
 
@@ -149,17 +163,7 @@ def spread_rows(
 
     longest = tl.max(length, 0)
     if MODE == "mean":
-        total = tl.zeros((ROWS,), tl.float32)
-        counted = tl.zeros((ROWS,), tl.int32)
-        if longest > 1:
-            for k in range(0, longest):
-                token, valid, weight = _member(members, size, first + k, k < length, tokens, MODE, SIZED)
-                total += weight
-                counted += valid.to(tl.int32)
-        else:
-            counted += 1
-        total = tl.where(counted == 1, 1.0, total)
-        total = tl.where(length > 0, total, 1.0)
+        total, alone = _totals(members, size, first, length, longest, tokens, ROWS, SIZED)
     if MODE == "max":
         x += item * x_item + column[None, :]
         reached = tl.load(y + item * y_item + row * y_token + column[None, :], mask=mask, other=0.0)
@@ -170,10 +174,8 @@ def spread_rows(
         token, valid, weight = _member(members, size, first + k, inside, tokens, MODE, SIZED)
         value = given
         if MODE == "mean":
-            share = tl.where(counted == 1, 1.0, tl.div_rn(weight, total))
-            value = tl.where(
-                (counted == 1)[:, None], given, _narrowed(share[:, None] * given.to(tl.float32), given.dtype)
-            )
+            share = tl.where(alone, 1.0, tl.div_rn(weight, total))
+            value = tl.where(alone[:, None], given, _narrowed(share[:, None] * given.to(tl.float32), given.dtype))
         if MODE == "max":
             entry = tl.load(x + token[:, None] * x_token, mask=_rows(valid, column, D, BLOCK_D), other=0.0)
             hit = ((entry == reached) | ((entry != entry) & reached_nan)) & waiting & valid[:, None]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proportional attention (ToMe, "Tracking Token Size") with a prefix of keys that items share, and its gradient.
+
+Scaled dot-product attention is from Vaswani et al., *Attention Is All You Need* (NeurIPS 2017, arXiv 1706.03762).
+All arithmetic is in float64: no wider type is needed to be accurate in the narrower ones, and neither autocast nor the
+tf32 switch reaches it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _shared(prefix: Tensor, items: int) -> Tensor:
+    """``(M, H, G, d)`` to ``(N, H, G, d)``: item n has the prefix n // (N / M)."""
+    return prefix.unsqueeze(1).expand(-1, items // max(1, prefix.shape[0]), -1, -1, -1).reshape(-1, *prefix.shape[1:])
+
+
+def _joined(prefix: Tensor | None, x: Tensor) -> Tensor:
+    """The keys or values of an item: those of its prefix stand in front. Float64."""
+    return x.double() if prefix is None else torch.cat([_shared(prefix.double(), x.shape[0]), x.double()], 2)
+
+
+def _scores(q: Tensor, keys: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    """``scale · q kᵀ + log size``, ``(N, H, Tq, G + T)``: a key of size s counts s times, those of the prefix once."""
+    scores = scale * (q.double() @ keys.transpose(-1, -2))
+    if size is not None:
+        bias = torch.nn.functional.pad(size.double().log(), (keys.shape[2] - size.shape[1], 0))
+        scores = scores + bias[:, None, None]
+    return scores
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Probabilities; 0 where there is no key of a size above 0 to attend to."""
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """The same values with the heads of a token next to each other in memory, as the next projection reads them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale · q kᵀ + log size) v``.
+
+    Args:
+        q: ``(N, H, Tq, d)`` floating.
+        k, v: ``(N, H, T, d)`` floating.
+        size: ``(N, T)`` float32, how many tokens each key stands for; None for all ones.
+        prefix_k, prefix_v: ``(M, H, G, d)``, M dividing N, or None.
+        scale: factor of the products.
+
+    Returns:
+        out ``(N, H, Tq, d)`` in q's dtype, and the logarithm of the softmax's sum ``(N, H, Tq)``, float32 (float64 for
+        float64). Differentiable as often as torch's own operations are.
+    """
+    scores = _scores(q, _joined(prefix_k, k), size, scale)
+    out = _softmax(scores) @ _joined(prefix_v, v)
+    lse = scores.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32))
+    return _heads_last(out.to(q.dtype)), lse
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradient of :func:`attention` for the gradient ``grad (N, H, Tq, d)`` of its output.
+
+    Returns:
+        (dq, dk, dv, dprefix_k, dprefix_v), each of its tensor's shape and dtype; None for no prefix.
+    """
+    keys, values, grad = _joined(prefix_k, k), _joined(prefix_v, v), grad.double()
+    p = _softmax(_scores(q, keys, size, scale))
+    dp = grad @ values.transpose(-1, -2)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq, dkeys, dvalues = ds @ keys, ds.transpose(-1, -2) @ q.double(), p.transpose(-1, -2) @ grad
+    ahead = 0 if prefix_k is None else prefix_k.shape[2]
+    dq, dk, dv = (_heads_last(x.to(q.dtype)) for x in (dq, dkeys[:, :, ahead:], dvalues[:, :, ahead:]))
+    if prefix_k is None:
+        return dq, dk, dv, None, None
+    dprefix = (x[:, :, :ahead].unflatten(0, (prefix_k.shape[0], -1)).sum(1).to(q.dtype) for x in (dkeys, dvalues))
+    return dq, dk, dv, *dprefix

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual add, merge and LayerNorm as one Triton kernel, and their gradient as another.
+
+A program holds whole rows in registers: nothing is read twice, neither for the variance in two passes nor for the
+gradient. y is summed as in merge.py, each product and each sum rounded on its own. There are no atomics: the gradients
+of weight and bias are summed over the rows of each program, and the programs' sums by torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import unit
+from . import config
+from .merge import _member, _narrowed, _rows, _tile, _totals
+
+
+@triton.jit
+def _sums(x, residual, token, x_token, residual_token, mask):
+    """x + residual of a tile of tokens, in float32 and not rounded further."""
+    row = tl.load(x + token[:, None] * x_token, mask=mask, other=0.0).to(tl.float32)
+    return row + tl.load(residual + token[:, None] * residual_token, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks"])
+def norm_rows(
+    x, residual, members, offsets, size, weight, bias, y, normed, size_out, mean_out, rstd_out, eps,
+    tokens, groups, blocks, x_item, x_token, residual_item, residual_token,
+    D: tl.constexpr, SIZED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y and normed (N, groups, D) from x and residual (N, tokens, D); size, mean, rstd (N, groups)."""
+    item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, 1)
+    inside = group < groups
+    x += item * x_item + column[None, :]
+    residual += item * residual_item + column[None, :]
+    members += item * tokens
+    if SIZED:
+        size += item * tokens
+    row = item * groups + group
+
+    token, valid, total = _member(members, size, first, length > 0, tokens, "mean", SIZED)
+    value = _sums(x, residual, token, x_token, residual_token, _rows(valid, column, D, BLOCK_D))
+    longest = tl.max(length, 0)
+    if longest > 1:
+        merged = tl.where(valid[:, None], value * total[:, None], 0.0) + 0.0  # sums start from +0
+        counted = valid.to(tl.int32)
+        last = token
+        for k in range(1, longest):
+            token, valid, share = _member(members, size, first + k, k < length, tokens, "mean", SIZED)
+            more = _sums(x, residual, token, x_token, residual_token, _rows(valid, column, D, BLOCK_D))
+            merged += tl.where(valid[:, None], more * share[:, None], 0.0)
+            last = tl.where(valid, token, last)
+            counted += valid.to(tl.int32)
+            total += share
+        # all others of weight 0: rare, so the row is read again rather than kept in registers
+        lonely = inside & (length > 1) & (counted == 1)
+        again = _sums(x, residual, last, x_token, residual_token, _rows(lonely, column, D, BLOCK_D))
+        weights = tl.where(counted > 1, total, 1.0)
+        merged = tl.div_rn(merged, tl.broadcast_to(weights[:, None], merged.shape))
+        value = tl.where((length > 1)[:, None], tl.where(lonely[:, None], again, merged), value)
+
+    mask = _rows(inside, column, D, BLOCK_D)
+    rounded = _narrowed(value, y.dtype.element_ty)
+    place = row[:, None] * D + column[None, :]
+    tl.store(y + place, rounded, mask=mask)
+    value = rounded.to(tl.float32)
+    mean = tl.sum(value, 1) * (1.0 / D)  # columns beyond D hold 0
+    centered = tl.where((column < D)[None, :], value - mean[:, None], 0.0)
+    rstd = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), tl.sqrt_rn(tl.sum(centered * centered, 1) * (1.0 / D) + eps))
+    value = centered * rstd[:, None]
+    if WEIGHT:
+        value *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        value += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(normed + place, _narrowed(value, y.dtype.element_ty), mask=mask)
+    tl.store(size_out + row, total, mask=inside)
+    tl.store(mean_out + row, mean, mask=inside)
+    tl.store(rstd_out + row, rstd, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks", "tiles"])
+def norm_grad_rows(
+    grad_normed, grad_y, y, means, rstds, members, offsets, size, weight, out, partial,
+    tokens, groups, blocks, tiles, normed_item, normed_token, y_item, y_token,
+    D: tl.constexpr, SIZED: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out (N, tokens, D) from grad_normed and, if GIVEN, grad_y (N, groups, D), and the parts of the gradients of
+    weight and bias, partial (programs, 2, D), if AFFINE. Program p of P takes the tiles p, p + P, p + 2 P, …"""
+    column = tl.arange(0, BLOCK_D)
+    within = column < D
+    if WEIGHT:
+        scale = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)[None, :]
+    if AFFINE:
+        to_weight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        to_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        item = (tile // blocks).to(tl.int64)
+        group = (tile % blocks) * ROWS + tl.arange(0, ROWS)
+        inside = group < groups
+        row = item * groups + group
+        mask = _rows(inside, column, D, BLOCK_D)
+        mean = tl.load(means + row, mask=inside, other=0.0)
+        rstd = tl.load(rstds + row, mask=inside, other=0.0)
+        place = group.to(tl.int64)[:, None]
+        value = tl.load(y + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        given = tl.load(grad_normed + item * normed_item + place * normed_token + column[None, :], mask=mask, other=0.0)
+        up = given.to(tl.float32)
+        hat = tl.where(within[None, :], (value - mean[:, None]) * rstd[:, None], 0.0)
+        if AFFINE:
+            to_weight += up * hat
+            to_bias += up
+        if WEIGHT:
+            up *= scale
+        shift = tl.sum(up, 1) * (1.0 / D)
+        slope = tl.sum(up * hat, 1) * (1.0 / D)
+        grad = (up - shift[:, None] - hat * slope[:, None]) * rstd[:, None]
+        if GIVEN:
+            grad += tl.load(
+                grad_y + item * y_item + place * y_token + column[None, :], mask=mask, other=0.0
+            ).to(tl.float32)  # fmt: skip
+
+        start = offsets + item * (groups + 1) + group
+        first = tl.load(start, mask=inside, other=0)
+        length = tl.load(start + 1, mask=inside, other=0)
+        # whatever a damaged plan holds, no position leaves the item
+        first = tl.minimum(tl.maximum(first, 0), tokens)
+        length = tl.minimum(tl.maximum(length, first), tokens) - first
+        longest = tl.max(length, 0)
+        mine = members + item * tokens
+        sizes = size
+        if SIZED:
+            sizes = size + item * tokens
+        total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
+        for k in range(0, longest):
+            token, valid, share = _member(mine, sizes, first + k, k < length, tokens, "mean", SIZED)
+            share = tl.where(valid, tl.where(alone, 1.0, tl.div_rn(share, total)), 0.0)
+            spread = tl.where(valid[:, None], share[:, None] * grad, 0.0)  # 0 though the gradient be NaN
+            tl.store(
+                out + item * tokens * D + token[:, None] * D + column[None, :],
+                _narrowed(spread, out.dtype.element_ty),
+                mask=_rows(k < length, column, D, BLOCK_D),
+            )
+    if AFFINE:
+        partial += tl.program_id(0).to(tl.int64) * 2 * D + column
+        tl.store(partial, tl.sum(to_weight, 0), mask=within)
+        tl.store(partial + D, tl.sum(to_bias, 0), mask=within)
+
+
+def norm_launch(
+    x: Tensor,
+    residual: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    eps: float,
+) -> tuple:
+    """What merge_norm runs: (kernel, grid, arguments, constants and options), with (y, normed, size, mean, rstd) as
+    outputs. bench/aot_report.py compiles the same."""
+    n, tokens, dim = x.shape
+    groups = offsets.shape[1] - 1
+    meta = config.norm(dim, groups, outputs[0].dtype)
+    blocks = triton.cdiv(groups, meta["ROWS"])
+    arguments = (
+        x, residual, members, offsets, size, weight, bias, *outputs, eps, tokens, groups, blocks,
+        x.stride(0), x.stride(1), residual.stride(0), residual.stride(1),
+    )  # fmt: skip
+    flags = {"SIZED": size is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
+    return norm_rows, (n * blocks,), arguments, {**flags, **meta}
+
+
+def norm_grad_launch(
+    grad_normed: Tensor,
+    grad_y: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor,
+    affine: bool,
+) -> tuple:
+    """What merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
+    n, groups, dim = grad_normed.shape
+    tokens = members.shape[1]
+    meta = config.norm(dim, groups, grad_normed.dtype)
+    blocks = triton.cdiv(groups, meta["ROWS"])
+    tiles = n * blocks
+    programs = config.norm_programs(tiles) if affine else tiles
+    partial = grad_normed.new_empty((programs, 2, dim), dtype=torch.float32) if affine else None
+    strides = (*grad_normed.stride()[:2], *((0, 0) if grad_y is None else grad_y.stride()[:2]))
+    arguments = (
+        grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, out, partial,
+        tokens, groups, blocks, tiles, *strides,
+    )  # fmt: skip
+    flags = {
+        "SIZED": size is not None, "GIVEN": grad_y is not None, "WEIGHT": weight is not None, "AFFINE": affine
+    }  # fmt: skip
+    return norm_grad_rows, (programs,), arguments, {**flags, **meta}
+
+
+def merge_norm(
+    x: Tensor,
+    residual: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, normed, size_out, mean, rstd); see :func:`stoptome_kernels.reference.merge_norm`."""
+    n, _, dim = x.shape
+    groups = offsets.shape[1] - 1
+    stream = torch.promote_types(x.dtype, residual.dtype)
+    y, normed = (x.new_empty((n, groups, dim), dtype=stream) for _ in range(2))
+    size_out, mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(3))
+    outputs = (y, normed, size_out, mean, rstd)
+    if n * groups > 0:
+        size, weight, bias = (None if t is None else t.contiguous() for t in (size, weight, bias))
+        kernel, grid, arguments, meta = norm_launch(
+            unit(x), unit(residual), members.contiguous(), offsets.contiguous(), size, weight, bias, outputs, eps
+        )
+        kernel[grid](*arguments, **meta)
+    return outputs
+
+
+def merge_norm_backward(
+    grad_normed: Tensor,
+    grad_y: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    affine: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients (N, T, D) and (2, D); see :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    n, groups, dim = grad_normed.shape
+    out = grad_normed.new_empty((n, members.shape[1], dim))
+    if n * groups == 0:
+        return out, mean.new_zeros((2 if affine else 0, dim))
+    size, weight = (None if t is None else t.contiguous() for t in (size, weight))
+    grad_y = None if grad_y is None else unit(grad_y)
+    kernel, grid, arguments, meta = norm_grad_launch(
+        unit(grad_normed), grad_y, y.contiguous(), mean.contiguous(), rstd.contiguous(), members.contiguous(),
+        offsets.contiguous(), size, weight, out, affine,
+    )  # fmt: skip
+    kernel[grid](*arguments, **meta)
+    partial = arguments[10]
+    return out, mean.new_empty((0, dim)) if partial is None else partial.sum(0)

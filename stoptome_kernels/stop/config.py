@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of a STOP model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEMPORAL_PROMPTS = ("group2-2", "DGL")
+LATENT_SPACES = ("transformer", "linear")
+VISUAL_OUTPUTS = (
+    "global_prompt0",
+    "average_global_prompt",
+    "average_frame_cls_token",
+    "average_global_prompt_and_frame_cls_token",
+    "global-local-feature",
+)
+_CHOICES = {
+    "temporal_prompt": TEMPORAL_PROMPTS,
+    "shared_latent_space": LATENT_SPACES,
+    "visual_output": VISUAL_OUTPUTS,
+}
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """Sizes of a STOP model; the defaults are those of STOP on CLIP's ViT-B/32.
+
+    Attributes:
+        image_size, patch_size: pixels a side.
+        width, layers: of the visual transformer; it has ``width // 64`` heads.
+        embed_dim: of the common space of texts and videos.
+        frames: of a video.
+        global_prompts: prompts of a video (G); frame_prompts: of each frame and layer (P).
+        text_prompts: of each text and layer, half of them before the words and half behind.
+        text_width, text_heads, text_layers, vocab_size, context_length: of the text transformer.
+        max_words: tokens of a text.
+        temporal_prompt: ``group2-2`` is STOP proper; ``DGL`` leaves the dynamic prompts out.
+        shared_latent_space: where deep prompts come from, a small ``transformer`` or ``linear`` layers.
+        visual_output: what stands for a video, see :meth:`StopModel.encode_video`.
+        lora: blocks have a low-rank branch beside the MLP.
+        prompt_layers: layers that have prompts of their own (None: as many as the larger of the two towers).
+    """
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    embed_dim: int = 512
+    frames: int = 12
+    global_prompts: int = 4
+    frame_prompts: int = 4
+    text_prompts: int = 8
+    text_width: int = 512
+    text_heads: int = 8
+    text_layers: int = 12
+    vocab_size: int = 49408
+    context_length: int = 77
+    max_words: int = 32
+    temporal_prompt: str = "group2-2"
+    shared_latent_space: str = "transformer"
+    visual_output: str = "global_prompt0"
+    lora: bool = True
+    prompt_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            least = 0 if name == "text_prompts" else 1
+            if name in (*_CHOICES, "lora") or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size}")
+        if self.width % 64:
+            raise ValueError(f"width must be a multiple of 64, the width of a head, got {self.width}")
+        if self.text_width % self.text_heads:
+            raise ValueError(f"text_width must be a multiple of text_heads = {self.text_heads}, got {self.text_width}")
+        if self.text_prompts % 2:
+            raise ValueError(f"text_prompts must be even (half before the words), got {self.text_prompts}")
+        if self.max_words > self.context_length:
+            raise ValueError(f"max_words must be at most context_length = {self.context_length}, got {self.max_words}")
+        deepest = max(self.layers, self.text_layers)
+        if self.prompt_layers is not None and self.prompt_layers < deepest:
+            raise ValueError(f"prompt_layers must be at least {deepest}, one for each layer, got {self.prompt_layers}")
+        if self.shared_latent_space == "linear" and self.text_prompts != 2 * self.frame_prompts:
+            raise ValueError(
+                f"with shared_latent_space='linear' each frame prompt gives one text prompt before the words and one "
+                f"behind: text_prompts must be {2 * self.frame_prompts}, got {self.text_prompts}"
+            )
+        if self.temporal_prompt == "group2-2" and (
+            self.image_size != 224 or self.patches != 49 or self.width != 768 or self.frame_prompts != 4
+        ):
+            raise ValueError(
+                "temporal_prompt='group2-2' is made for images of 224, patches of 32, width 768 and 4 frame prompts; "
+                "use temporal_prompt='DGL' for other sizes"
+            )
+
+    @property
+    def patches(self) -> int:
+        """Patches of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def deep(self) -> int:
+        """Layers that have prompts of their own."""
+        return self.prompt_layers or max(self.layers, self.text_layers)

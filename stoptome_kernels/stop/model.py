@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STOP: text-video retrieval with prompts in CLIP's two towers (Liu et al., CVPR 2025, arXiv 2503.15973)."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import StopConfig
+from .layers import LayerNorm, QuickGELU, TextBlock, Transformer
+from .tower import VisualTransformer
+
+
+class StopModel(nn.Module):
+    """STOP with upstream's parameter names, its visual blocks on this package's operators.
+
+    ``state_dict()`` has the names and shapes of upstream's CLIP, and ``load_state_dict`` takes a STOP checkpoint with
+    or without the prefix ``clip.``; see :meth:`from_checkpoint` and :meth:`load_clip`. Token merging is switched on by
+    :func:`stoptome_kernels.apply_tome_patch`.
+    """
+
+    loaded: checkpoint.Loaded  # of from_checkpoint
+
+    def __init__(self, config: StopConfig | None = None):
+        super().__init__()
+        config = config or StopConfig()
+        if not isinstance(config, StopConfig):
+            raise TypeError(f"config must be a StopConfig, got {type(config).__name__}")
+        self.config = c = config
+        self.visual = VisualTransformer(config)
+        self.transformer = Transformer([TextBlock(c.text_width, c.text_heads, c.lora) for _ in range(c.text_layers)])
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
+        self.ln_final = LayerNorm(c.text_width)
+        self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
+        self.logit_scale = nn.Parameter(torch.ones([]))
+        if c.shared_latent_space == "transformer":
+            self.unified_prompt_mlp = nn.Sequential(
+                OrderedDict(
+                    c_fc=nn.Linear(c.width, 2 * c.width), gelu=QuickGELU(), c_proj=nn.Linear(2 * c.width, c.text_width)
+                )
+            )
+            self.PromptTransformer = Transformer([TextBlock(c.width, c.width // 64)])
+            self.unified_prompt_embedding = nn.Embedding(c.text_prompts + c.frames * c.frame_prompts, c.width * c.deep)
+        else:
+            self.visual_prompt_embedding = nn.Parameter(torch.empty(1, c.frame_prompts, c.deep * c.width))
+            bound = (6 / (3 * c.patch_size**2 + c.width)) ** 0.5
+            nn.init.uniform_(self.visual_prompt_embedding, -bound, bound)
+            self.prefix_text_prompt_proj_layer = nn.Linear(c.width, c.text_width)
+            self.postfix_text_prompt_proj_layer = nn.Linear(c.width, c.text_width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """CLIP's initialisation of the text tower (Radford et al., 2021)."""
+        width, layers = self.config.text_width, self.config.text_layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        block: Any
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self) -> tuple[Tensor, Tensor]:
+        """The deep prompts of both towers, the same for every sample.
+
+        Returns:
+            text ``(layers, text_prompts, text_width)`` and visual ``(layers, 1, T, P, width)``, or ``(layers, 1, 1, P,
+            width)`` where all frames have the same (``shared_latent_space="linear"``).
+        """
+        c, dtype = self.config, self.visual.conv1.weight.dtype
+        if c.shared_latent_space == "linear":
+            visual = self.visual_prompt_embedding.to(dtype).view(c.frame_prompts, c.deep, c.width).transpose(0, 1)
+            sides = [self.prefix_text_prompt_proj_layer(visual), self.postfix_text_prompt_proj_layer(visual)]
+            return torch.cat(sides, 1), visual[:, None, None]
+        table = self.unified_prompt_embedding.weight.to(dtype).view(-1, c.deep, c.width).transpose(0, 1)
+        mixed = self.PromptTransformer.resblocks[0](table, causal=False)
+        text = self.unified_prompt_mlp(mixed[:, : c.text_prompts])
+        return text, mixed[:, c.text_prompts :].unflatten(1, (1, c.frames, c.frame_prompts))
+
+    # -- towers -------------------------------------------------------------------------------------------------------
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """The feature of each video.
+
+        Args:
+            video: ``(B, T, 3, H, W)``, normalised as CLIP wants it, with T = ``config.frames``.
+
+        Returns:
+            By ``config.visual_output``: ``global_prompt0`` (B, 1, E); ``global-local-feature`` (B, 1 + T, E), the first
+            global prompt and the class tokens; (B, E) for the averages over global prompts, class tokens, or both.
+
+        Raises:
+            TypeError, ValueError: the video is no such tensor.
+        """
+        c = self.config
+        if not isinstance(video, Tensor) or not video.is_floating_point():
+            what = f"{video.dtype} tensor" if isinstance(video, Tensor) else type(video).__name__
+            raise TypeError(f"video must be a floating-point tensor (B, T, 3, H, W), got {what}")
+        if tuple(video.shape[1:]) != (c.frames, 3, c.image_size, c.image_size):
+            raise ValueError(
+                f"video must have shape (B, {c.frames}, 3, {c.image_size}, {c.image_size}), got {tuple(video.shape)}"
+            )
+        seen = self.visual(video, self.encode_prompts()[1])
+        prompts, classes = seen[:, : c.global_prompts], seen[:, c.global_prompts :]
+        if c.visual_output == "global_prompt0":
+            return prompts[:, :1]
+        if c.visual_output == "global-local-feature":
+            return torch.cat([prompts[:, :1], classes], 1)
+        if c.visual_output == "average_global_prompt":
+            return prompts.mean(1)
+        return classes.mean(1) if c.visual_output == "average_frame_cls_token" else seen.mean(1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """The feature of each text.
+
+        Args:
+            ids: ``(B, W)`` integers from CLIP's tokenizer: start token, words, end token (the largest id), then 0.
+
+        Returns:
+            ``(B, E)``, taken at the end token.
+
+        Raises:
+            TypeError, ValueError: ids are no such tensor.
+        """
+        c = self.config
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+            what = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"ids must be an integer tensor (B, W), got {what}")
+        if ids.dim() != 2 or not 1 <= ids.shape[1] <= c.context_length:
+            raise ValueError(f"ids must have shape (B, W) with 1 <= W <= {c.context_length}, got {tuple(ids.shape)}")
+        deep, half, words = self.encode_prompts()[0], c.text_prompts // 2, ids.shape[1]
+        dtype = self.visual.conv1.weight.dtype
+        x = self.token_embedding(ids).to(dtype) + self.positional_embedding[:words].to(dtype)
+        first, rest = x[:, :1], x[:, 1:]
+        for layer, block in enumerate(self.transformer.resblocks):
+            prompts = deep[layer].to(x.dtype).expand(len(x), -1, -1)
+            x = block(torch.cat([first, prompts[:, :half], rest, prompts[:, half:]], 1))
+            first, rest = x[:, :1], x[:, 1 + half : half + words]
+        # the end token is the largest id; the prompts stand before it, unless it is the first token
+        place = ids.argmax(1)
+        place = torch.where(place > 0, place + half, place)
+        x = layer_norm_at(self.ln_final, x, place)
+        return x @ self.text_projection
+
+    def similarity(self, text: Tensor, video: Tensor) -> Tensor:
+        """``exp(logit_scale)`` times the cosine of every text with every video.
+
+        Args:
+            text: ``(A, E)``; video: ``(B, E)``, or ``(B, k, E)`` whose k features are normalised, then averaged.
+
+        Returns:
+            ``(A, B)``.
+        """
+        for value, name in ((text, "text"), (video, "video")):
+            if value.shape[-1] != self.config.embed_dim:
+                raise ValueError(f"{name} must have {self.config.embed_dim} channels, got shape {tuple(value.shape)}")
+        text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
+        if video.dim() == 3:
+            video = F.normalize(video.mean(1), dim=-1)
+        return self.logit_scale.exp() * text @ video.t()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As in PyTorch; names may have upstream's prefixes ``clip.`` and ``module.``."""
+        return super().load_state_dict(checkpoint.own_names(state_dict), strict, assign)
+
+    def load_clip(self, state_dict: Mapping[str, Tensor]) -> checkpoint.Loaded:
+        """Take what fits from plain CLIP weights (OpenAI's) as the frozen backbone; the rest keeps its initial values.
+
+        Returns:
+            What was missing (new parameters) and what was left over.
+
+        Raises:
+            ValueError: weights of another size; the message names the first.
+        """
+        return checkpoint.load_clip(self, state_dict)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike, **changes) -> StopModel:
+        """A model with the weights of a STOP checkpoint or of plain CLIP weights.
+
+        The configuration is read off the weights; ``changes`` are fields of :class:`StopConfig` that they don't tell
+        (``frames``, ``visual_output``, ``max_words`` …). What was missing or left over is in ``model.loaded``.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or no such weights in it.
+        """
+        state = checkpoint.read(path)
+        model = cls(checkpoint.config_of(state, **changes))
+        model.loaded = model.load_clip(state)
+        return model
+
+
+def layer_norm_at(norm: LayerNorm, x: Tensor, place: Tensor) -> Tensor:
+    """LayerNorm of one token of each row: ``(B, L, D), (B,) → (B, D)``."""
+    return norm(x[torch.arange(len(x), device=x.device), place])

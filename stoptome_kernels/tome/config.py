@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of token merging in a model: as a value, as command-line flags, and by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from .schedule import Rate, Rates, Schedule, plan_layers
+
+_PRESETS: dict[str, dict] = {
+    "training": {"tome_r": 2},
+    "inference": {"tome_r": 4},
+    "prototyping": {"tome_r": 8},
+    "accuracy": {
+        "tome_r": 1, "merge_layers": (6, 9), "merge_frame_nums": (2, 2), "merge_token_proportions": (5, 5),
+        "frame_pos": 1,
+    },
+    "memory": {
+        "tome_r": 4, "merge_layers": (3, 6, 9), "merge_frame_nums": (2, 2, 3), "merge_token_proportions": (15, 15),
+    },
+}  # fmt: skip
+PRESET_FRAMES = {"prototyping": 8}  # frames that a preset is meant for, where they are not the model's usual 12
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """How a model merges tokens; a value that can be compared, hashed and pickled.
+
+    Attributes:
+        tome_r: tokens to merge from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
+            ``(r, inflection)``, see :func:`stoptome_kernels.tome.parse_r`.
+        trace_source: keep the source map of a forward, for :func:`stoptome_kernels.tome_trace`.
+        prop_attn: attention counts a merged key as often as the tokens it stands for.
+        merge_layers, merge_frame_nums, merge_token_proportions: clip merging as in TempMe: at these layers (from 0)
+            so many adjacent frames (or clips) become one; per cent of the tokens merged between and within frames.
+        frame_pos: 1 gives each merge layer a learnt embedding for the items that it joins, zero at the start.
+    """
+
+    tome_r: Rate = 0
+    trace_source: bool = False
+    prop_attn: bool = True
+    merge_layers: tuple[int, ...] = ()
+    merge_frame_nums: tuple[int, ...] = ()
+    merge_token_proportions: tuple[float, ...] = ()
+    frame_pos: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("merge_layers", "merge_frame_nums", "merge_token_proportions"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise TypeError(f"{name} must be a sequence of numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if isinstance(self.tome_r, list):
+            # a tuple of two would be a pair (r, inflection): a frozen list says that it is none
+            object.__setattr__(self, "tome_r", Rates(self.tome_r))
+        if self.frame_pos not in (0, 1):
+            raise ValueError(f"frame_pos must be 0 or 1, got {self.frame_pos!r}")
+        if self.frame_pos and not self.merge_layers:
+            raise ValueError(
+                "frame_pos=1 has no meaning without merge_layers: it belongs to the layers that join frames"
+            )
+        for name in ("trace_source", "prop_attn"):
+            if getattr(self, name) not in (True, False):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        # whatever else is wrong with the numbers shows at once; a stack of any height and a wide frame will do
+        layers = max([len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *(m + 1 for m in _ints(self))])
+        frames = 1
+        for number in self.merge_frame_nums:
+            frames *= number if isinstance(number, int) and number > 0 else 1
+        self.schedule(layers, 1 << 20, frames)
+
+    def schedule(self, layers: int, tokens: int, frames: int = 1, protected: int = 1, width: int = 768) -> Schedule:
+        """Tokens after each layer and ideal speed-up, without a model.
+
+        Args:
+            layers: of the stack.
+            tokens: of a frame before the first layer, class token and prompts included.
+            frames: of a video.
+            protected: class token and prompts of a frame (STOP: 1 + 4).
+            width: of the model.
+
+        Raises:
+            ValueError: these settings don't fit such a model; the message says why.
+        """
+        return plan_layers(
+            self.tome_r, layers, tokens, frames, protected, merge_layers=self.merge_layers,
+            merge_frame_nums=self.merge_frame_nums, merge_token_proportions=self.merge_token_proportions, width=width,
+        )  # fmt: skip
+
+    @property
+    def off(self) -> bool:
+        """Nothing would be merged: the model computes what it computed before."""
+        rates = self.tome_r if isinstance(self.tome_r, (list, tuple)) else (self.tome_r,)
+        pair = type(self.tome_r) is tuple and len(rates) == 2
+        return not self.merge_layers and not any(rates[:1] if pair else rates)
+
+    @classmethod
+    def preset(cls, name: str) -> ToMeConfig:
+        """``training`` (r 2), ``inference`` (r 4), ``prototyping`` (r 8, for 8 frames), ``accuracy`` (r 1, clip merging
+        at 6-9 by 2-2, 5-5 per cent, frame_pos 1), ``memory`` (r 4, at 3-6-9 by 2-2-3, 15-15 per cent)."""
+        if name not in _PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(map(repr, _PRESETS))}, got {name!r}")
+        return cls(**_PRESETS[name])
+
+    @classmethod
+    def from_args(cls, args: object) -> ToMeConfig:
+        """From a namespace with STOP's flags (see :func:`add_tome_args`), or any object with some of these attributes.
+
+        Missing ones have their defaults; ``merge_layers="3-6-9"`` is read as on the command line.
+        """
+        found = {}
+        for field in fields(cls):
+            long = f"tome_{field.name}"
+            for name in (long, field.name):
+                value = getattr(args, name, None)
+                if value is not None:
+                    found[field.name] = value
+                    break
+        for name in ("merge_layers", "merge_frame_nums", "merge_token_proportions"):
+            if isinstance(found.get(name), str):
+                found[name] = dashed(float if "proportions" in name else int)(found[name])
+        for name in ("trace_source", "prop_attn"):
+            if name in found and found[name] in (0, 1):
+                found[name] = bool(found[name])
+        return cls(**found)
+
+
+def _ints(config: ToMeConfig) -> list[int]:
+    return [m for m in config.merge_layers if isinstance(m, int) and not isinstance(m, bool) and m >= 0]
+
+
+def dashed(kind: type) -> Callable[[str], tuple]:
+    """An argparse type: numbers with dashes between them, ``3-6-9``; an empty string is none."""
+
+    def parse(text: str) -> tuple:
+        try:
+            numbers = [float(part) for part in text.split("-") if text]
+            if kind is int and any(number != int(number) for number in numbers):
+                raise ValueError
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"numbers with dashes between them, such as 3-6-9, got {text!r}") from None
+        return tuple(int(number) if number == int(number) else number for number in numbers)
+
+    return parse
+
+
+def _rate(text: str) -> Rate:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"an int of 0 or more (tokens to merge in each layer), got {text!r}") from None
+
+
+def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add STOP's token merging flags to a parser; :meth:`ToMeConfig.from_args` reads them back.
+
+    ``--tome_r N`` (0: off), ``--tome_trace_source``, ``--tome_prop_attn`` (on; ``--no-tome_prop_attn`` or
+    ``--tome_prop_attn 0`` turns it off), ``--merge_layers 3-6-9``, ``--merge_frame_nums 2-2-2``,
+    ``--merge_token_proportions 10-10``, ``--frame_pos 0|1``.
+    """
+    group = parser.add_argument_group("token merging (ToMe)")
+    add = group.add_argument
+    add("--tome_r", type=_rate, default=0, metavar="N", help="tokens merged per frame and layer (default: 0, off)")
+    add("--tome_trace_source", action="store_true", help="keep which token came from where, for visualisation")
+    add(
+        "--tome_prop_attn", nargs="?", const=True, default=True, type=_switch, metavar="0|1",
+        help="attention weighted by the tokens' sizes (default: on)",
+    )  # fmt: skip
+    add("--no-tome_prop_attn", dest="tome_prop_attn", action="store_false", help="turn that off")
+    some = dashed(int)
+    add("--merge_layers", type=some, default=(), metavar="A-B", help="clip merging: at which layers frames are joined")
+    add("--merge_frame_nums", type=some, default=(), metavar="F-F", help="clip merging: how many are joined there")
+    add(
+        "--merge_token_proportions", type=dashed(float), default=(), metavar="X-Y",
+        help="clip merging: per cent of the tokens merged between frames and within frames",
+    )  # fmt: skip
+    add("--frame_pos", type=int, choices=(0, 1), default=0, help="clip merging: learnt embeddings of the joined items")
+    return parser
+
+
+def _switch(text: str) -> bool:
+    named = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in named:
+        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
+    return named[text.lower()]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging as a tower carries it: settings, schedule, and what the last forward merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .config import ToMeConfig
+from .schedule import Schedule
+from .stream import Plans, Stream, run_stack
+from .trace import Trace, compose
+
+
+class Merging:
+    """What a visual tower is to merge. Nothing of a forward is kept in it but the plans, if a trace was asked for.
+
+    Attributes:
+        config: the settings.
+        schedule: what they mean for this tower.
+    """
+
+    def __init__(self, config: ToMeConfig, schedule: Schedule):
+        self.config, self.schedule = config, schedule
+        self._last: tuple[tuple[Plans, ...], int, int] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
+
+    def run(
+        self,
+        blocks: Iterable[Any],
+        stream: Stream,
+        frame_prompts: Tensor | None = None,
+        *,
+        whole: bool = False,
+        checkpointing: bool = False,
+    ) -> Stream:
+        """Send a stream through the blocks, see :func:`.stream.run_stack`."""
+        prompts = 0 if frame_prompts is None else frame_prompts.shape[3]
+        items, tokens = self.schedule.frames, stream.x.shape[1] + prompts
+        if tokens != self.schedule.tokens_in or stream.x.shape[0] % items:
+            raise ValueError(
+                f"the tower was set up for videos of {items} frames of {self.schedule.tokens_in} tokens, but got "
+                f"{stream.x.shape[0]} frames of {tokens}"
+            )
+        batch = stream.x.shape[0] // items
+        stream, plans = run_stack(
+            blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts, whole=whole,
+            trace=self.config.trace_source, checkpointing=checkpointing,
+        )  # fmt: skip
+        if self.config.trace_source:
+            self._last = plans, batch, prompts
+        return stream
+
+    def trace(self) -> Trace:
+        """The source map of the last forward.
+
+        Raises:
+            RuntimeError: none is kept, or nothing has run yet.
+        """
+        if not self.config.trace_source:
+            raise RuntimeError("no trace is kept: patch with trace_source=True (--tome_trace_source)")
+        if self._last is None:
+            raise RuntimeError("nothing to trace yet: run the model on a video first")
+        plans, batch, prompts = self._last
+        return compose(plans, self.schedule, batch, prompts, inside=prompts % 2 == 1)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens each layer of a stack merges, known before any model runs.
+
+Sources: Bolya et al., ICLR 2023 (a constant r, and schedules that fall or rise); Shen et al., *TempMe*, ICLR 2025
+(frames joined into clips, and shares of the tokens instead of a number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+Rate = int | Sequence[int] | tuple[int, float]
+
+
+class Rates(tuple):
+    """One r for each layer; a plain tuple of two numbers is a pair (r, inflection)."""
+
+    __slots__ = ()
+
+
+def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
+    """Tokens to merge in each of ``layers`` layers.
+
+    Args:
+        tome_r: an int for every layer; a list with one int a layer, short ones padded with 0; or a pair (tuple)
+            ``(r, inflection)`` with inflection in [−1, 1]: linear from ``r(1 − inflection)`` at the first layer to
+            ``r(1 + inflection)`` at the last, truncated to int.
+
+    Raises:
+        TypeError, ValueError: anything else; the message says what it may be.
+    """
+    if isinstance(tome_r, int) and not isinstance(tome_r, bool):
+        return (_count(tome_r, "tome_r"),) * layers
+    if type(tome_r) is tuple and len(tome_r) == 2:
+        return _linear(tome_r, layers)
+    if not isinstance(tome_r, Sequence) or isinstance(tome_r, str):
+        raise TypeError(f"tome_r must be an int, a list of ints or a pair (r, inflection), got {tome_r!r}")
+    if len(tome_r) > layers:
+        raise ValueError(f"tome_r names {len(tome_r)} layers, but there are {layers}")
+    given = [_count(r, f"tome_r[{i}]") for i, r in enumerate(tome_r)]
+    return (*given, *(0 for _ in range(layers - len(given))))
+
+
+def _linear(pair: tuple, layers: int) -> tuple[int, ...]:
+    r, inflection = pair
+    r = _count(r, "r of the pair tome_r = (r, inflection)")
+    if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
+        raise ValueError(
+            f"inflection of the pair tome_r = (r, inflection) must be from -1 to 1, got {inflection!r}; "
+            "for one number a layer give a list"
+        )
+    first, last = r * (1 - inflection), r * (1 + inflection)
+    return tuple(int(first + (last - first) * i / max(1, layers - 1) + 1e-9) for i in range(layers))
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int (tokens to merge), got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer does, and the shape of a video around it.
+
+    Attributes:
+        join: adjacent items that become one before attention (1: none).
+        inter: tokens merged right after joining, compared by the tokens themselves.
+        r: tokens merged between attention and MLP, compared by the keys.
+        items: items of a video in this layer, after joining.
+        frames: frames in each of them; the first ``frames`` tokens of an item are their class tokens.
+        attended: tokens of an item that attention sees, protected ones included.
+        tokens: tokens of an item after the layer.
+    """
+
+    join: int
+    inter: int
+    r: int
+    items: int
+    frames: int
+    attended: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a stack of layers, and what they save.
+
+    Attributes:
+        steps: one for each layer.
+        tokens_in: tokens of a frame before the first layer.
+        width: of the model, which decides how much of a layer is attention.
+    """
+
+    steps: tuple[Step, ...]
+    tokens_in: int
+    width: int
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of an item after each layer."""
+        return tuple(step.tokens for step in self.steps)
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        """Items of a video after each layer."""
+        return tuple(step.items for step in self.steps)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video."""
+        return self.steps[0].items * self.steps[0].frames if self.steps else 1
+
+    @property
+    def speedup(self) -> float:
+        """Ideal speed-up: FLOPs of the stack without merging ÷ FLOPs with it.
+
+        Counted: QKV and attention on the tokens before the layer's merge, output projection on the same (it comes
+        before the merge), MLP on the tokens after it.
+        """
+        before = len(self.steps) * self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
+        after = sum(step.items * _flops(step.attended, step.tokens, self.width) for step in self.steps)
+        return before / after if after else 1.0
+
+    @property
+    def flops_left(self) -> float:
+        """Share of the FLOPs that is left."""
+        return 1 / self.speedup
+
+
+def _flops(attended: int, tokens: int, width: int) -> int:
+    """Of one item in one layer: QKV 6·D², projection 2·D², scores and values 4·T·D a token; MLP 16·D² a token."""
+    return attended * (8 * width * width + 4 * attended * width) + tokens * 16 * width * width
+
+
+def plan_layers(
+    tome_r: Rate,
+    layers: int,
+    tokens: int,
+    frames: int = 1,
+    protected: int = 1,
+    *,
+    merge_layers: Sequence[int] = (),
+    merge_frame_nums: Sequence[int] = (),
+    merge_token_proportions: Sequence[float] = (),
+    width: int = 768,
+) -> Schedule:
+    """The schedule of a stack.
+
+    Args:
+        tome_r: see :func:`parse_r`; counts before the first of ``merge_layers``.
+        layers: of the stack.
+        tokens: of a frame, protected ones included.
+        frames: of a video.
+        protected: tokens of a frame that are never merged (class token, prompts).
+        merge_layers: layers (from 0) where frames are joined.
+        merge_frame_nums: how many adjacent items are joined there.
+        merge_token_proportions: per cent of an item's tokens merged between frames (right after joining) and within
+            (after attention, from the first merge layer on).
+        width: of the model.
+
+    Raises:
+        ValueError: the frames can't be joined so, or a frame has no token that may be merged.
+    """
+    rates = parse_r(tome_r, layers)
+    if not 0 < protected <= tokens:
+        raise ValueError(f"protected must be from 1 to the {tokens} tokens of a frame, got {protected}")
+    groups, (inter_share, intra_share) = _groups(merge_layers, merge_frame_nums, merge_token_proportions, layers)
+    if (any(rates) or groups) and tokens - protected < 2:
+        raise ValueError(
+            f"a frame has {tokens} tokens of which {protected} are protected: none are left to merge; use tome_r=0"
+        )
+    steps: list[Step] = []
+    item, items, length = protected, frames, tokens  # protected tokens of an item, items, tokens of an item
+    for layer in range(layers):
+        join = groups.get(layer, 1)
+        if items % join:
+            raise ValueError(
+                f"merge_frame_nums joins {join} items at layer {layer}, but a video of {frames} frames has {items} "
+                f"there: choose a number that divides {items}"
+            )
+        item, items, length = item * join, items // join, length * join
+        inter = min(_share(length, inter_share), (length - item) // 2) if join > 1 else 0
+        attended = length - inter
+        clips = any(layer >= first for first in groups)
+        wanted = _share(attended, intra_share) if clips else rates[layer]
+        r = min(wanted, (attended - item) // 2)
+        length = attended - r
+        steps.append(Step(join, inter, r, items, frames // items, attended, length))
+    return Schedule(tuple(steps), tokens, width)
+
+
+def _share(tokens: int, per_cent: Fraction) -> int:
+    return int(tokens * per_cent / 100)  # exact: floats would lose a token here and there
+
+
+def _groups(
+    layers_at: Sequence[int], frame_nums: Sequence[int], proportions: Sequence[float], layers: int
+) -> tuple[dict[int, int], tuple[Fraction, Fraction]]:
+    if len(layers_at) != len(frame_nums):
+        raise ValueError(
+            f"merge_layers names {len(layers_at)} layers and merge_frame_nums {len(frame_nums)} group sizes; "
+            "give one group size for each layer"
+        )
+    for at in layers_at:
+        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < layers:
+            raise ValueError(f"merge_layers must be layers from 0 to {layers - 1}, got {at!r}")
+    if sorted(set(layers_at)) != list(layers_at):
+        raise ValueError(f"merge_layers must ascend, each layer once, got {tuple(layers_at)}")
+    for number in frame_nums:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"merge_frame_nums must be ints of 1 or more, got {number!r}")
+    if proportions and len(proportions) != 2:
+        raise ValueError(
+            f"merge_token_proportions must be two numbers in per cent, (inter-frame, intra-frame), got "
+            f"{tuple(proportions)}"
+        )
+    for share in proportions:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not (share == 0 or 1 <= share <= 100):
+            raise ValueError(
+                f"merge_token_proportions are in per cent, 0 or from 1 to 100, got {share!r}; 10 means 10 %, not 0.1"
+            )
+    if layers_at and not proportions:
+        raise ValueError("merge_layers needs merge_token_proportions, for instance (10, 10) per cent")
+    if proportions and not layers_at:
+        raise ValueError("merge_token_proportions has no meaning without merge_layers and merge_frame_nums")
+    inter, intra = (Fraction(str(share)) for share in (proportions or (0, 0)))
+    return dict(zip(layers_at, frame_nums, strict=True)), (inter, intra)

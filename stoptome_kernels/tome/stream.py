@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a batch of videos on their way through a visual tower, and one transformer block's work on them.
+
+Everything STOP, DGL and CLIP4Clip have in common: pre-norm blocks with ``ln_1, attn (nn.MultiheadAttention), ln_2,
+mlp.c_fc, mlp.c_proj``, perhaps ``LoRA``. Frames are items, ``(B·I, L, D)``: attention inside a frame is then a plain
+batched one, and merging sees each frame's tokens side by side.
+
+Three facts save work without changing a number (all sums are over the same terms):
+
+- Every token is projected once; the prompts' keys are shared by all frames of a video as a prefix.
+- Deep prompts overwrite the frame prompts' rows in each layer: nobody reads what a block makes of them, so they enter
+  as keys and values alone.
+- Behind the last layer only the global prompts and the class tokens are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..api import attention, match, merge, merge_norm
+from ..plan import MergePlan
+from .schedule import Schedule, Step
+
+_QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
+
+
+class Stream(NamedTuple):
+    """B videos of I items each. An item is one frame, or several joined ones: class tokens of its frames, perhaps
+    prompt rows, then patches.
+
+    Attributes:
+        x: ``(B·I, L, D)``.
+        prompts: ``(B, G, D)``, the global prompts of each video; None where there are none.
+        size: ``(B·I, L)`` float32, how many original tokens each token stands for; None: one each.
+    """
+
+    x: Tensor
+    prompts: Tensor | None = None
+    size: Tensor | None = None
+
+
+class Plans(NamedTuple):
+    """What a block merged: between the frames that it joined, and within each item."""
+
+    inter: MergePlan | None = None
+    intra: MergePlan | None = None
+
+
+def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
+    """Make ``count`` adjacent items one: ``(N, L, …) → (N / count, count·L, …)``.
+
+    ``segments`` are the lengths of an item's leading parts (class tokens, prompts); each part of the joined item holds
+    that part of all frames, in frame order, and the patches come last, frame after frame.
+    """
+    groups = x.unflatten(0, (-1, count))
+    lengths = [*segments, x.shape[1] - sum(segments)]
+    return torch.cat([part.flatten(1, 2) for part in groups.split(lengths, 2)], 1)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm computed in float32, in x's dtype."""
+    if norm.weight is None or x.dtype == norm.weight.dtype:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    weight, bias = norm.weight.float(), None if norm.bias is None else norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+def heads(attn: nn.MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Of q, k, v (0, 1, 2) those from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one projection."""
+    rows = slice(first * attn.embed_dim, last * attn.embed_dim)
+    bias = None if attn.in_proj_bias is None else attn.in_proj_bias[rows]
+    packed = F.linear(x, attn.in_proj_weight[rows], bias)
+    packed = packed.unflatten(2, (last - first, attn.num_heads, attn.head_dim))
+    return tuple(part.transpose(1, 2) for part in packed.unbind(2))
+
+
+def heads_and_metric(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the mean over heads of the keys ``(N, L, d)``, from one projection.
+
+    The mean is linear in x: it is the keys' projection with the mean over heads of its rows, d more columns of the
+    product (2.8 % at width 768) in place of a pass over all keys.
+    """
+    width, d = attn.embed_dim, attn.head_dim
+
+    def extended(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows[width : 2 * width].unflatten(0, (attn.num_heads, d)).mean(0)])
+
+    bias = None if attn.in_proj_bias is None else extended(attn.in_proj_bias)
+    packed = F.linear(x, extended(attn.in_proj_weight), bias)
+    q, k, v = packed[..., : 3 * width].unflatten(2, (3, attn.num_heads, d)).unbind(2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), packed[..., 3 * width :]
+
+
+def _columns_pay(attn: nn.MultiheadAttention, x: Tensor) -> bool:
+    """Whether reading the keys for the matching costs more than making d more columns.
+
+    On a GPU, where the product is not what bounds a block, once the keys are several times the weights that have to be
+    copied for it; not in training, where the gradient of a part of the product costs a pass of its own.
+    """
+    return x.is_cuda and not torch.is_grad_enabled() and x.numel() > 8 * attn.in_proj_weight.numel()
+
+
+def _project(attn: nn.MultiheadAttention, heads: Tensor) -> Tensor:
+    """``(N, H, L, d) → (N, L, D)``."""
+    return attn.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
+    """``x + c_proj(QuickGELU(c_fc(normed)))``, and STOP's low-rank branch on x itself where the block has one.
+
+    The activation is one SiLU, scaled inside the matrix products, which saves two passes over the widest tensor.
+    """
+    fc, gelu, proj = block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj
+    plain = type(fc) is nn.Linear and type(proj) is nn.Linear and fc.bias is not None and proj.bias is not None
+    if type(gelu).__name__ == "QuickGELU" and plain:
+        hidden = torch.addmm(fc.bias * _QUICK, normed.flatten(0, -2), fc.weight.t(), alpha=_QUICK)
+        hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
+        out = torch.addmm(proj.bias, hidden, proj.weight.t(), alpha=1 / _QUICK).view(normed.shape)
+        out = out.add_(x) if out.dtype == x.dtype else out + x  # autograd needs neither addmm's result nor the sum's
+    else:  # an adapter has put something else there
+        out = x + block.mlp(normed)
+    return out + 0.1 * _low_rank(block.LoRA, x) if hasattr(block, "LoRA") else out
+
+
+def _low_rank(branch: Any, x: Tensor) -> Tensor:
+    down, gate, up = branch
+    hidden = down(x)
+    # with float16 matrices the gate's one weight is still float32
+    return up(F.prelu(hidden, gate.weight.to(hidden.dtype)))
+
+
+def run_block(
+    block: Any,
+    stream: Stream,
+    step: Step,
+    *,
+    prop_attn: bool = True,
+    inside: int = 0,
+    frame_prompts: Tensor | None = None,
+    frame_embedding: Tensor | None = None,
+    last: bool = False,
+    trace: bool = False,
+) -> tuple[Stream, Plans]:
+    """One block: join items, attention inside each item and of the global prompts over the video, merging, MLP.
+
+    Args:
+        block: see the module's docstring.
+        stream: what the layer before gave.
+        step: of the schedule.
+        prop_attn: keys count as often as the tokens that they stand for.
+        inside: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
+        frame_prompts: ``(B, T, P, D)``, the prompts of this layer that stand outside of it: keys and values alone.
+        frame_embedding: ``(1, items before joining, 1, D)``, added to the tokens of each item that is joined here.
+        last: only class tokens and global prompts are wanted: x comes back as ``(B·I, class tokens, D)``.
+        trace: match even where only the trace needs it.
+
+    Returns:
+        The stream behind the block, and the plans by which it merged.
+    """
+    x, prompts, size = stream
+    if x.requires_grad and not torch.is_grad_enabled():
+        # the first pass of a reentrant checkpoint; tensors inside a tuple would silently get no gradient
+        raise RuntimeError(
+            "a block got tokens that need a gradient while gradients are off: under torch.utils.checkpoint use "
+            "use_reentrant=False; for inference run the whole model under torch.no_grad()"
+        )
+    batch, inter = x.shape[0] // (step.items * step.join), None
+    protected = step.frames * (1 + inside)
+    if step.join > 1:
+        x, size, inter = _join_items(x, size, step, inside, frame_embedding)
+        if frame_embedding is not None and frame_prompts is not None:  # they too are tokens of their item
+            each = frame_embedding.repeat_interleave(step.frames // step.join, 1)
+            frame_prompts = frame_prompts + each.to(frame_prompts.dtype)
+    attn = block.attn
+
+    normed = layer_norm(block.ln_1, x)
+    if last:  # the class tokens alone ask
+        (q,) = heads(attn, normed[:, : step.frames], 0, 1)
+        k, v = heads(attn, normed, 1, 3)
+        metric = k
+    elif step.r and _columns_pay(attn, x):
+        q, k, v, metric = heads_and_metric(attn, normed)
+    else:
+        q, k, v = heads(attn, normed, 0, 3)
+        metric = k
+    weights = size if prop_attn else None
+    context = _context(block, prompts, frame_prompts)  # (B, G + T·P, D), normalised
+    if context is None:
+        attended = _project(attn, attention(q, k, v, weights))
+    else:
+        globals_ = 0 if prompts is None else prompts.shape[1]
+        prefix_k, prefix_v = heads(attn, context, 1, 3)
+        own_k, own_v = prefix_k, prefix_v
+        if frame_prompts is not None:
+            own_k, own_v = (_per_item(part, globals_, step.items) for part in (prefix_k, prefix_v))
+        attended = _project(attn, attention(q, k, v, weights, own_k, own_v))
+        if prompts is not None:
+            (prompt_q,) = heads(attn, context[:, :globals_], 0, 1)
+            over = None if weights is None else weights.view(batch, -1)
+            answer = attention(prompt_q, _per_video(k, batch), _per_video(v, batch), over, prefix_k, prefix_v)
+            answer = _project(attn, answer)
+            prompts = prompts + answer
+            prompts = feed_forward(block, prompts, layer_norm(block.ln_2, prompts))
+
+    plan = None
+    if step.r and (trace or not last):
+        plan = match(metric, step.r, protected)
+    if last:
+        x = x[:, : step.frames]
+    if plan is None or last:
+        x = x + attended
+        normed = layer_norm(block.ln_2, x)
+    else:
+        ln = block.ln_2
+        x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
+    return Stream(feed_forward(block, x, normed), prompts, None if last else size), Plans(inter, plan)
+
+
+def run_stack(
+    blocks: Iterable[Any],
+    stream: Stream,
+    schedule: Schedule,
+    *,
+    prop_attn: bool = True,
+    frame_prompts: Tensor | None = None,
+    whole: bool = False,
+    trace: bool = False,
+    checkpointing: bool = False,
+) -> tuple[Stream, tuple[Plans, ...]]:
+    """All blocks of a tower, each called as ``block(stream, step, ...)`` so that hooks and wrappers on it work.
+
+    Args:
+        blocks: whose forward is :func:`run_block`; ``tome_frame_embedding`` is read where a block has one.
+        stream: what stands before the first block, without frame prompts.
+        schedule: of as many steps as there are blocks.
+        prop_attn, trace: see :func:`run_block`.
+        frame_prompts: ``(layers, B, T, P, D)``, the deep prompts of each layer.
+        whole: all tokens are wanted behind the last layer, not class tokens and global prompts alone.
+        checkpointing: keep only what stands between the blocks, and compute the rest again in backward.
+
+    Returns:
+        The stream behind the last block, and what each block merged.
+    """
+    # A and B are even and odd indices counted with the prompts: outside of the items they may only be an even number
+    inside = 0 if frame_prompts is None or frame_prompts.shape[3] % 2 == 0 else frame_prompts.shape[3]
+    if not torch.is_grad_enabled():  # a block that is asked for gradients now is inside a reentrant checkpoint
+        x, prompts, size = stream
+        stream = Stream(x.detach(), None if prompts is None else prompts.detach(), size)
+    plans = []
+    layers = len(schedule.steps)
+    for layer, (block, step) in enumerate(zip(blocks, schedule.steps, strict=True)):
+        deep = None if frame_prompts is None else frame_prompts[layer]
+        if inside and deep is not None:
+            x = _overwrite(stream.x, deep, step, fresh=layer == 0)
+            stream, deep = Stream(x, stream.prompts, stream.size), None
+        options: dict[str, Any] = {
+            "prop_attn": prop_attn, "inside": inside, "frame_prompts": deep, "trace": trace,
+            "frame_embedding": getattr(block, "tome_frame_embedding", None), "last": layer == layers - 1 and not whole,
+        }  # fmt: skip
+        if checkpointing and torch.is_grad_enabled():
+            stream, merged = checkpoint(block, stream, step, use_reentrant=False, **options)
+        else:
+            stream, merged = block(stream, step, **options)
+        plans.append(merged)
+    return stream, tuple(plans)
+
+
+def _overwrite(x: Tensor, deep: Tensor, step: Step, fresh: bool) -> Tensor:
+    """Put a layer's prompts ``(B, T, P, D)`` behind the class tokens of each item, for the first time if ``fresh``."""
+    frames, items = step.frames // step.join, step.items * step.join  # before this layer joins any
+    rows = deep.unflatten(1, (items, frames)).flatten(0, 1).flatten(1, 2)
+    behind = frames if fresh else frames + rows.shape[1]
+    return torch.cat([x[:, :frames], rows.to(x.dtype), x[:, behind:]], 1)
+
+
+def _join_items(
+    x: Tensor, size: Tensor | None, step: Step, inside: int, frame_embedding: Tensor | None
+) -> tuple[Tensor, Tensor | None, MergePlan | None]:
+    """Join adjacent items and merge between them, compared by the tokens themselves (TempMe, "cross-clip merging")."""
+    frames = step.frames // step.join  # of each item before
+    segments = (frames, frames * inside)
+    bare = join(x, step.join, segments)
+    size = None if size is None else join(size, step.join, segments)
+    plan = match(bare, step.inter, step.frames * (1 + inside)) if step.inter else None
+    if frame_embedding is not None:  # after the matching was computed, before the tokens are merged
+        named = x.unflatten(0, (-1, frame_embedding.shape[1])) + frame_embedding.to(x.dtype)
+        bare = join(named.flatten(0, 1), step.join, segments)
+    if plan is None:
+        return bare, size, None
+    return *merge(bare, plan, size), plan
+
+
+def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -> Tensor | None:
+    """What stands outside of the items, normalised: ``(B, G + T·P, D)``."""
+    rows = [
+        part for part in (prompts, None if frame_prompts is None else frame_prompts.flatten(1, 2)) if part is not None
+    ]
+    return layer_norm(block.ln_1, torch.cat(rows, 1)) if rows else None
+
+
+def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:
+    """Keys or values of the global prompts and of each item's own: ``(B, H, G + T·P, d) → (B·I, H, G + F·P, d)``."""
+    prefix = prefix.transpose(1, 2)  # (B, G + T·P, H, d)
+    own = prefix[:, globals_:].unflatten(1, (items, -1))
+    shared = prefix[:, None, :globals_].expand(-1, items, -1, -1, -1)
+    return torch.cat([shared, own], 2).flatten(0, 1).transpose(1, 2)
+
+
+def _per_video(part: Tensor, batch: int) -> Tensor:
+    """``(B·I, H, L, d) → (B, H, I·L, d)``, a view."""
+    rows = part.transpose(1, 2)  # (B·I, L, H, d)
+    return rows.unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
