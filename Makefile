@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# On a fresh machine with Python and a C++ compiler: `make bench` or `make test`. Both set up .venv first.
+# On a fresh machine with Python and a C++ compiler: `make bench`, `make bench-stop` or `make test`. All set up .venv first.
 # In an environment that has its own torch: `make test VENV= PYTHON=python` uses that and installs nothing but this package.
 
 PYTHON ?= python3
@@ -16,10 +16,13 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench test lint gpu asan clean
+.PHONY: bench bench-stop test lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
+
+bench-stop: $(STAMP)
+	$(RUN) bench/stop.py $(ARGS)
 
 test: $(STAMP)
 	$(RUN) -m ruff check .

@@ -8,6 +8,7 @@
 # No network, and the environment's torch is left alone. Leaves in OUTDIR:
 #   report.txt    what every stage printed      junit.xml  the GPU tests
 #   versions.txt  driver, torch, Triton         rows.json  benchmark rows; chart.png and table.md made of them
+#   stop.json     rows of STOP's tower; stop.png and stop.md made of them
 # A stage that fails does not stop the next ones; the exit status is 1 if any failed. BENCH_COMMIT=<hash> names the
 # commit in the rows where the checkout has no .git.
 set -uo pipefail
@@ -74,7 +75,7 @@ assert stk.backends()["triton"] is None, "the Triton backend can not run here"'
 
 export -f versions install
 export root work
-stage versions 40 bash -c versions
+stage versions 30 bash -c versions
 sed -n '/===== versions/,$p' "$report" >"$out/versions.txt"
 stage install 80 bash -c install
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
@@ -82,12 +83,16 @@ export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 # warnings of another torch's or Triton's are no failures; kernels of many shapes compile on as many cores as there are
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default)
 python3 -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
-stage tests 140 "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
+stage tests 130 "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
 commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
-bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 30 "${commit[@]}")
-stage bench-bfloat16 120 "${bench[@]}" --dtype bfloat16
-stage bench-float32 80 "${bench[@]}" --dtype float32 --no-compile
-stage charts 30 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
+bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 25 "${commit[@]}")
+stage bench-bfloat16 100 "${bench[@]}" --dtype bfloat16
+stage bench-float32 60 "${bench[@]}" --dtype float32 --no-compile
+stop=(python3 "$root/bench/stop.py" --json "$out/stop.json" --seconds 6 "${commit[@]}")
+stage stop-training 65 "${stop[@]}"
+stage stop-one-video 30 "${stop[@]}" --videos 1 --scope blocks --direction inference
+stage charts 20 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
+stage stop-charts 20 python3 "$root/bench/plot_stop.py" "$out/stop.json" --png "$out/stop.png" --table "$out/stop.md"
 
 {
     printf '\n===== summary\n'

@@ -210,9 +210,14 @@ def _origin(rows: list[dict]) -> str:
     return f"commit {' and '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
 
 
-def replace_between(text: str, block: str, file: Path) -> str:
+def relative(image: Path, page: Path) -> str:
+    """The way from a page to an image, as a link has it."""
+    return os.path.relpath(image.resolve(), page.resolve().parent).replace(os.sep, "/")
+
+
+def replace_between(text: str, block: str, file: Path, markers: tuple[str, str] = MARKERS) -> str:
     """``text`` with ``block`` between the markers; ValueError if they are not there, once, in order."""
-    start, end = MARKERS
+    start, end = markers
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"{file} must hold the markers {start} and {end} once each, in this order")
     return text[: text.index(start) + len(start)] + f"\n\n{block}\n\n" + text[text.index(end) :]
@@ -234,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"no rows in {', '.join(map(str, files))}")
         text = args.readme.read_text() if args.readme else ""
         if args.readme:
-            image = os.path.relpath(args.png.resolve(), args.readme.resolve().parent).replace(os.sep, "/")
+            image = relative(args.png, args.readme)
             block = f"![Speed-up over eager PyTorch, and share of the copy bandwidth]({image})\n\n{table(rows)}"
             text = replace_between(text, block, args.readme)
     except (OSError, ValueError) as error:

@@ -219,3 +219,78 @@ def test_a_corrupt_plan_reads_and_writes_nothing_outside():
         y, _ = torch.ops.stoptome.merge(x, plan.members, offsets, size)
         torch.ops.stoptome.unmerge(y, plan.members, offsets)
         torch.cuda.synchronize()
+
+
+def stop_model():
+    from stoptome_kernels.stop import StopConfig, StopModel
+
+    torch.manual_seed(0)
+    model = StopModel(StopConfig(layers=3, prompt_layers=3, text_layers=1, vocab_size=64, temporal_prompt="DGL"))
+    video = torch.randn(4, 12, 3, 224, 224)
+    return stk.apply_tome_patch(model, 4), video
+
+
+def test_stop_model_as_on_the_cpu():
+    """The whole tower in float32, forward and backward, on the kernels of both machines."""
+    model, video = stop_model()
+    torch.use_deterministic_algorithms(False)  # convolution's gradient
+    want = model.encode_video(video)
+    want.square().sum().backward()
+    name, parameter = "visual.prompt_embeddings", model.visual.prompt_embeddings
+    grad = parameter.grad
+    parameter.grad = None
+    got = model.cuda().encode_video(video.cuda())
+    got.square().sum().backward()
+    assert torch.cosine_similarity(got.cpu(), want, dim=-1).min() > 0.9999
+    assert (
+        torch.cosine_similarity(dict(model.named_parameters())[name].grad.cpu().flatten(), grad.flatten(), dim=0)
+        > 0.999
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stop_model_in_half_precision(dtype):
+    """Autocast: close to float32, the same bits from run to run, gradients finite."""
+    model, video = stop_model()
+    torch.use_deterministic_algorithms(False)
+    model, video = model.cuda(), video.cuda()
+    want = model.encode_video(video)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cuda", dtype):
+            out = model.encode_video(video)
+        out.float().square().sum().backward()
+        found.append(out)
+    assert torch.equal(*found)
+    assert torch.cosine_similarity(found[0].float(), want, dim=-1).min() > 0.97
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_stop_model_in_a_cuda_graph():
+    """Inference of one video, captured and replayed on another one."""
+    model, video = stop_model()
+    model, first, second = model.cuda().eval(), video[:1].cuda(), video[1:2].cuda()
+    with torch.no_grad():
+        want = model.encode_video(second)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model.encode_video(first)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model.encode_video(first)
+        first.copy_(second)
+        graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_stop_model_compiled():
+    model, video = stop_model()
+    torch.use_deterministic_algorithms(False)
+    model, video = model.cuda(), video.cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.encode_video, fullgraph=True)
+    want, got = model.encode_video(video), compiled(video)
+    assert torch.cosine_similarity(got, want, dim=-1).min() > 0.999
+    got.sum().backward()

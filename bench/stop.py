@@ -1,0 +1,368 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measure STOP's visual tower (ViT-B/32, 12 frames) with token merging: time, memory, and the share of the ideal.
+
+Against upstream's way of computing it without merging, and against merging in eager operations put into that. Every
+result is compared with the others before it is timed; a wrong one ends the run with status 1. Without arguments: on the
+GPU if there is one, else one video at a time on the CPU, in about six minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import measure
+import torch
+import upstream
+from merge import positive
+from plot_stop import GUIDE, table
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import stoptome_kernels as stk
+from stoptome_kernels.stop import StopConfig, StopModel
+from stoptome_kernels.stop.layers import VisualBlock
+from stoptome_kernels.tome.stream import Stream, run_block
+
+SETTINGS = {
+    "r=0": stk.ToMeConfig(0),
+    "r=2": stk.ToMeConfig(2),
+    "r=4": stk.ToMeConfig(4),
+    "r=8": stk.ToMeConfig(8),
+    "accuracy": stk.ToMeConfig.preset("accuracy"),
+    "memory": stk.ToMeConfig.preset("memory"),
+}  # the presets training, inference and prototyping are r = 2, 4, 8
+DIRECTIONS = ("inference", "training")
+SCOPES = ("block", "blocks", "tower")
+
+
+class WrongResult(Exception):
+    """Two ways of computing the same differ by more than rounding explains."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation at one setting: ``call(grad)`` runs it and gives what its readers read."""
+
+    impl: str
+    setting: str
+    call: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    schedule: object
+
+    def train(self) -> object:
+        return torch.autograd.grad(self.call().float().square().sum(), self.leaves, allow_unused=True)
+
+    def infer(self) -> Tensor:
+        with torch.no_grad():
+            return self.call()
+
+
+def model_config(args: argparse.Namespace) -> StopConfig:
+    return StopConfig(temporal_prompt="DGL", layers=args.layers, prompt_layers=12, text_layers=1, vocab_size=64)
+
+
+def readers(hidden: Tensor, config: StopConfig) -> Tensor:
+    """Global prompts and class tokens of upstream's output, all that encode_image reads."""
+    shared = config.global_prompts
+    classes = hidden[:, shared:].unflatten(1, (-1, config.frames))[:, 0]
+    return torch.cat([hidden[:, :shared], classes], 1)
+
+
+def prepare(args: argparse.Namespace) -> tuple[StopModel, Tensor]:
+    """A model of random weights, and videos panned and zoomed over a photograph."""
+    torch.manual_seed(0)
+    config = model_config(args)
+    model = StopModel(config).to(args.device)
+    with torch.no_grad():  # patches as different from each other as a trained embedding leaves them
+        model.visual.conv1.weight.mul_(4)
+    video = data.frames(args.videos * config.frames, config.frames, config.image_size, args.device, 0)
+    return model, video.unflatten(0, (args.videos, config.frames))
+
+
+def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace) -> list[Side]:
+    """Everything that is measured of a scope."""
+    tower, c = model.visual, model.config
+    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    with torch.no_grad():
+        embedded = tower._embed(video.flatten(0, 1))
+        deep = model.encode_prompts()[1].expand(-1, args.videos, c.frames, -1, -1).contiguous()
+    frames, prompts = embedded.requires_grad_(), deep.requires_grad_()
+    found = []
+    if scope == "block":
+        return [_own_block(model, frames, prompts, args), _upstream_block(model, frames, prompts, args)]
+    for name in args.settings:
+        config = SETTINGS[name]
+        schedule = config.schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
+        patched = StopModel(c).to(args.device)
+        patched.load_state_dict(model.state_dict())
+        stk.apply_tome_patch(patched, config=config)
+        visual = patched.visual
+
+        def blocks(visual=visual) -> Tensor:
+            with cast:
+                shared = visual.prompt_embeddings.expand(args.videos, -1, -1)
+                stream = visual.tome.run(visual.transformer.resblocks, Stream(frames, shared), prompts)
+                return visual.ln_post(torch.cat([stream.prompts, stream.x.reshape(args.videos, c.frames, -1)], 1))
+
+        def whole(visual=visual) -> Tensor:
+            with cast:
+                return visual(video, prompts)
+
+        own = tuple(visual.transformer.parameters())
+        found.append(Side("package", name, blocks if scope == "blocks" else whole, (prompts, *own), schedule))
+    if scope == "blocks":
+        for name in args.settings:
+            if SETTINGS[name].merge_layers:
+                continue
+            r = SETTINGS[name].tome_r
+            kind = upstream.MergingStopBlock if r else upstream.StopBlock
+            peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora, kind)
+            peer.to(args.device).load_state_dict(
+                {k: v for k, v in tower.state_dict().items() if k in peer.state_dict()}
+            )
+            for block in peer.transformer.resblocks:
+                block.r = r
+
+            def run(peer=peer) -> Tensor:
+                with cast:
+                    rows = frames.unflatten(0, (args.videos, c.frames))
+                    own = torch.cat([rows[:, :, :1], prompts[0], rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
+                    shared = peer.prompt_embeddings.expand(args.videos, -1, -1)
+                    x = torch.cat([shared, own], 1).transpose(0, 1)
+                    hidden = peer.forward_deep_prompt(x, prompts.flatten(2, 3)).transpose(0, 1)
+                    return readers(peer.ln_post(hidden), c)
+
+            own = tuple(peer.transformer.parameters())
+            schedule = next(side.schedule for side in found if side.setting == name)
+            found.append(Side("eager" if r else "upstream", name, run, (prompts, *own), schedule))
+    return found
+
+
+def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, args: argparse.Namespace) -> Side:
+    """A block in the middle of the stack, as the tower runs it without merging."""
+    block: VisualBlock = model.visual.transformer.resblocks[0]
+    c = model.config
+    schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
+    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+
+    def run() -> Tensor:
+        with cast:
+            shared = model.visual.prompt_embeddings.expand(args.videos, -1, -1)
+            x = frames if torch.is_grad_enabled() else frames.detach()
+            stream, _ = run_block(block, Stream(x, shared), schedule.steps[0], frame_prompts=prompts[0])
+            rows = stream.x.unflatten(0, (args.videos, c.frames))
+            return torch.cat([stream.prompts, rows.flatten(1, 2)], 1)
+
+    return Side("package", "r=0", run, (frames, prompts, *block.parameters()), schedule)
+
+
+def _upstream_block(model: StopModel, frames: Tensor, prompts: Tensor, args: argparse.Namespace) -> Side:
+    """The same on upstream's layout, tokens first."""
+    c = model.config
+    block = upstream.StopBlock(c.width, c.width // 64, c.global_prompts, c.lora).to(args.device)
+    block.load_state_dict(model.visual.transformer.resblocks[0].state_dict())
+    schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
+    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    rows = frames.detach().unflatten(0, (args.videos, c.frames))
+    own = torch.cat([rows[:, :, :1], prompts[0].detach(), rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
+    shared = model.visual.prompt_embeddings.detach().expand(args.videos, -1, -1)
+    x = torch.cat([shared, own], 1).transpose(0, 1).contiguous().requires_grad_()
+
+    def run() -> Tensor:
+        with cast:
+            hidden = block((x, c.frames, True))[0].transpose(0, 1)
+        tokens = hidden[:, c.global_prompts :].unflatten(1, (-1, c.frames)).transpose(1, 2)
+        kept = torch.cat([tokens[:, :, :1], tokens[:, :, 1 + c.frame_prompts :]], 2).flatten(1, 2)
+        return torch.cat([hidden[:, : c.global_prompts], kept], 1)
+
+    return Side("upstream", "r=0", run, (x, *block.parameters()), schedule)
+
+
+def check(found: list[Side], dtype: str) -> None:
+    """Implementations of one setting agree: to rounding without merging; with it a pair of tokens that are equally
+    similar to rounding may be merged otherwise, so the direction of every output row is compared."""
+    least = 0.9999 if dtype == "float32" else 0.98
+    right: dict[str, Tensor] = {}
+    for side in found:
+        if side.setting not in right:  # the package's first: here by its plain reference
+            chosen = os.environ.get("STOPTOME_BACKEND")
+            os.environ["STOPTOME_BACKEND"] = "reference"
+            right[side.setting] = side.infer().float()
+            os.environ.pop("STOPTOME_BACKEND") if chosen is None else os.environ.update(STOPTOME_BACKEND=chosen)
+        got = side.infer().float()
+        cosine = torch.cosine_similarity(got, right[side.setting], dim=-1).min().item()
+        if not (got.isfinite().all() and cosine >= least):
+            raise WrongResult(f"{side.impl} at {side.setting}: a row's cosine with the reference's is {cosine:.6f}")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time, and the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return out
+
+
+def memory(side: Side, direction: str, device: str) -> dict[str, int | None]:
+    """Bytes of one call beyond weights and inputs."""
+    run = side.train if direction == "training" else side.infer
+    if device == "cuda":
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "saved_bytes": None, "largest_bytes": None}
+    own = {leaf.untyped_storage()._cdata for leaf in side.leaves}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    if direction == "training":
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = side.call()
+        del result
+    with LiveBytes() as live:
+        run()
+    return {"peak_bytes": live.peak, "saved_bytes": sum(saved.values()) or None, "largest_bytes": live.largest}
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namespace) -> list[dict]:
+    used = {id(side): memory(side, direction, args.device) for side in found}
+    calls = {f"{side.impl} {side.setting}": [side.train if direction == "training" else side.infer] for side in found}
+    times = measure.measure(calls, args.device, args.seconds, set())
+    middle = {name: measure.percentile(t["samples"], 0.5) for name, t in times.items()}
+    rows = []
+    for side in found:
+        samples, t = times[f"{side.impl} {side.setting}"]["samples"], middle[f"{side.impl} {side.setting}"]
+        same = "package" if side.impl == "package" else "upstream"  # eager merging at r = 0 is upstream's block
+        zero = next(s for s in found if s.impl == same and s.setting == "r=0")
+        gain, ideal = middle[f"{same} r=0"] / t, side.schedule.speedup
+        bytes_used, before = used[id(side)], used[id(zero)]
+        which = "saved_bytes" if bytes_used["saved_bytes"] else "peak_bytes"
+        rows.append(
+            {
+                **{"shape": side.setting, "n": args.videos, "frames": 12, "op": scope, "direction": direction},
+                **{
+                    "dtype": args.dtype,
+                    "impl": side.impl,
+                    "tokens": side.schedule.tokens,
+                    "items": side.schedule.items,
+                },
+                **{f"p{k}_us": round(measure.percentile(samples, k / 100), 1) for k in (20, 50, 80)},
+                "runs": len(samples),
+                "speedup_vs_r0": round(gain, 4),
+                "speedup_ideal": round(ideal, 4),
+                "eta": round(gain / ideal, 4),
+                "speedup_vs_upstream": round(middle["upstream r=0"] / t, 4) if "upstream r=0" in middle else None,
+                **bytes_used,
+                "memory_vs_r0": round(bytes_used[which] / before[which], 4),
+                "guide": GUIDE.get(side.setting),
+            }
+        )
+    return rows
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which schedules")
+    add("--scope", nargs="+", choices=SCOPES, default=list(SCOPES), help="one block, all blocks, or the whole tower")
+    add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    add("--videos", type=positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 1 on a CPU)")
+    add("--layers", type=positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU, float32 on a CPU")
+    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where large blocks of memory come from")
+    add("--seconds", type=positive(float), default=20.0, metavar="S", help="for each scope and direction (default: 20)")
+    add("--quick", action="store_true", help="r = 0 and 4, all blocks, inference alone")
+    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    args = p.parse_args(argv)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.videos = args.videos or (128 if args.device == "cuda" else 1)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.quick:
+        args.settings, args.scope, args.direction = ["r=0", "r=4"], ["blocks"], ["inference"]
+        args.seconds = min(args.seconds, 5.0)
+    if "r=0" not in args.settings:
+        args.settings = ["r=0", *args.settings]  # what everything is compared with
+    if args.layers < 10 and {"accuracy", "memory"} & set(args.settings):
+        p.error("argument --layers: the presets accuracy and memory join frames at layers 6 to 9; leave them out")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    file = args.json
+    if file and (file.is_dir() or not file.suffix):
+        file = file / f"{measure.slug(where)}.json"
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}")
+    print(f"{args.videos} × 12 frames, {args.layers} layers, {args.dtype}")
+    rows: list[dict] = []
+    status = 0
+    try:
+        model, video = prepare(args)
+        for scope in args.scope:
+            found = sides(model, video, scope, args)
+            check(found, args.dtype)
+            for direction in args.direction:
+                rows += [where | row for row in rows_of(found, scope, direction, args)]
+                if file:
+                    measure.write_rows(file, rows)
+            del found
+    except WrongResult as error:
+        print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
+        status = 1
+    except torch.OutOfMemoryError:
+        print(f"error: not enough GPU memory for {args.videos} videos: use a smaller --videos", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+        status = 130
+    if rows:
+        print(table(rows))
+    if file and rows:
+        print(f"rows: {file}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

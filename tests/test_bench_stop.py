@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/stop.py runs, its rows hold what they promise, and it refuses wrong results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SMALL = ("--layers", "2", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run from the shell, as a user starts it, and its file."""
+    file = tmp_path_factory.mktemp("bench") / "rows.json"
+    run = subprocess.run(
+        [sys.executable, str(BENCH / "stop.py"), *SMALL, "--json", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, file
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of the bench folder."""
+    monkeypatch.syspath_prepend(BENCH)
+    return __import__
+
+
+def test_rows(done):
+    output, file = done
+    rows = {(r["op"], r["direction"], r["shape"], r["impl"]): r for r in json.loads(file.read_text())}
+    assert set(rows) == {
+        (op, direction, shape, impl)
+        for direction in ("inference", "training")
+        for op, shape, impl in (
+            ("block", "r=0", "package"), ("block", "r=0", "upstream"), ("blocks", "r=0", "package"),
+            ("blocks", "r=4", "package"), ("blocks", "r=0", "upstream"), ("blocks", "r=4", "eager"),
+        )
+    }  # fmt: skip
+    for (_, direction, shape, _impl), row in rows.items():
+        assert row["tokens"] == ([54, 54] if shape == "r=0" else [50, 46])
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["runs"] >= 5
+        assert row["eta"] == pytest.approx(row["speedup_vs_r0"] / row["speedup_ideal"], abs=2e-4)
+        assert (row["saved_bytes"] is not None) == (direction == "training")
+        assert 0 < row["largest_bytes"] <= row["peak_bytes"]
+        assert row["commit"] is None or len(row["commit"]) == 40
+    zero, merged = (rows["blocks", "training", shape, "package"] for shape in ("r=0", "r=4"))
+    assert zero["speedup_vs_r0"] == zero["memory_vs_r0"] == zero["speedup_ideal"] == 1
+    # bytes are counted, not timed: fewer tokens keep less, and upstream keeps more than the package
+    assert 0.8 < merged["memory_vs_r0"] < 0.97
+    assert rows["blocks", "training", "r=0", "upstream"]["saved_bytes"] > 1.5 * zero["saved_bytes"]
+    assert merged["guide"] == [[25, 30], [20, 25]]
+    assert "12 × 46" in output
+
+
+def test_chart_and_table(done, bench, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- stop:start -->\nold\n<!-- stop:end -->\nafter\n")
+    plot = bench("plot_stop")
+    assert plot.main([str(done[1]), "--png", str(tmp_path / "chart.png"), "--readme", str(page)]) == 0
+    text = page.read_text()
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+    assert text.startswith("before\n<!-- stop:start -->\n\n![")
+    assert text.endswith("<!-- stop:end -->\nafter\n")
+    assert "old" not in text
+    assert text.count("| blocks |") == 8
+    assert "20–25 %, 25–30 %" in text
+    assert plot.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys):
+    """A block that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
+    stop = bench("stop")
+    import upstream
+
+    def forgetful(self, q, k, weights):
+        return self.attn(q, k, k, need_weights=False)[0] * 1.5
+
+    monkeypatch.setattr(upstream.MergingStopBlock, "masked", forgetful)
+    monkeypatch.setattr(stop.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
+    threads = torch.get_num_threads()
+    assert stop.main(["--layers", "2", "--settings", "r=0", "r=4", "--scope", "blocks"]) == 1
+    torch.set_num_threads(threads)
+    assert "eager at r=4: a row's cosine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--videos", "0"], "positive int"),
+        (["--layers", "3"], "leave them out"),
+        (["--settings", "r=3"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(bench, capsys, arguments, says):
+    with pytest.raises(SystemExit) as stopped:
+        bench("stop").arguments(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_live_bytes_counts_what_lives(bench):
+    live = bench("stop").LiveBytes()
+    kept = torch.zeros(100)
+    with live:
+        a = kept + 1  # 400 bytes
+        b = torch.cat([a, a])  # 800 more
+        del a
+        c = b[:50].clone()  # 200: 1000 live
+    assert (live.peak, live.largest) == (1200, 800)
+    del b, c
