@@ -67,6 +67,42 @@ def test_real_shapes(name, dtype):
         assert_as_exact_as_eager(y, eager_merge(x, plan, size), eager_merge(x.double(), plan, size))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["STOP B/32", "one video", "ViT-L 384", "TempMe 12"])
+def test_merge_norm(name, dtype):
+    """One launch forward, and one backward where weight and bias want no gradient."""
+    metric, x, size, r, protected = inputs(name, dtype)
+    plan, residual = stk.match(metric, r, protected), torch.randn_like(x)
+    weight, bias = (torch.rand(x.shape[2], device="cuda") for _ in range(2))
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        y, normed, size_out = stk.merge_norm(*leaves[:2], plan, size, *leaves[2:], backend=backend)
+        torch.autograd.backward([y, normed], [y.detach(), normed.detach().cos()])
+        results.append([y.detach(), size_out, normed.detach(), *(t.grad for t in leaves)])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    for ours, want in zip(*(found[2:] for found in results), strict=True):
+        bound = 2 * ROUNDOFF[ours.dtype] + 4 * (x.shape[2] ** 0.5 + x[..., 0].numel() ** 0.5) * ROUNDOFF[torch.float32]
+        assert (ours - want).abs().max() <= bound * want.abs().max()
+
+    torch.use_deterministic_algorithms(False)  # filling outputs with NaN is a launch too
+    leaf = x.clone().requires_grad_()
+    y, normed, _ = stk.merge_norm(leaf, residual, plan, size, weight, bias)
+    grads = [torch.randn_like(t) for t in (y, normed)]
+    for run in (
+        lambda: stk.merge_norm(x, residual, plan, size, weight, bias),
+        lambda: torch.autograd.grad((y, normed), leaf, grads, retain_graph=True),
+    ):
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(names) == 1, names
+
+
 @pytest.mark.parametrize("name", ["STOP B/32", "ViT-L 384", "TempMe 12"])
 def test_deterministic(name):
     metric, x, size, r, protected = inputs(name, torch.bfloat16)

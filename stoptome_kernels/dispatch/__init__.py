@@ -52,7 +52,6 @@ def choose(name: str, tensor: Tensor, too_much: str | None = None) -> ModuleType
     return module
 
 
-@torch.compiler.assume_constant_result
 def attends(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool) -> str:
     """Who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its backends.
 
@@ -68,6 +67,10 @@ def attends(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool)
     if name == "native" and native.why_not(device, dtype, explicit=True) is None:
         return "sdpa"
     return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't
+
+
+# what torch.compiler.assume_constant_result does, without its importing the compiler, and Triton with it
+attends._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, str | None]:
