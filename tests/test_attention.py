@@ -4,6 +4,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import GPU
 from helpers import assert_as_exact_as_eager, dtypes_of, examples
 
 import stoptome_kernels as stk
@@ -213,10 +214,11 @@ def test_auto_takes_whatever_can_run(device, tokens):
 
 
 def test_limits_of_the_kernels_are_told():
-    q = torch.randn(1, 1, 3, 129)
+    device = "cuda" if GPU else "cpu"
+    q = torch.randn(1, 1, 3, 129, device=device)
     with pytest.raises(RuntimeError, match=r"at most 128 channels a head, not with 129; backend='auto'"):
         stk.attention(q, q, q, backend="triton")
-    q = torch.randn(1, 1, 257, 8)
+    q = torch.randn(1, 1, 257, 8, device=device)
     with pytest.raises(RuntimeError, match=r"at most 256 keys, prefix included, not to 257; backend='auto'"):
         OP(q, q, q, None, None, None, None, "triton")
 
@@ -455,6 +457,20 @@ def test_autocast_casts_as_torch_does(backend, device, autocast, sized):
     assert all(x.grad.dtype == torch.float32 for x in (q, k, v, *prefix))
 
 
+def test_compile_under_autocast(backend, device):
+    torch._dynamo.reset()
+    arguments = make(6, 20, 3, 16, device)
+
+    def step(*arguments):
+        return stk.attention(*arguments, backend=backend)
+
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, step(*arguments))
+    torch._dynamo.reset()
+
+
 def test_logarithms_keep_their_bits_under_autocast():
     """The composed path hands float32 logarithms to torch also where autocast would make them bfloat16."""
     q, k, v, size, *prefix = make(6, 20, 3, 16, "cpu", torch.bfloat16)
@@ -465,6 +481,7 @@ def test_logarithms_keep_their_bits_under_autocast():
 
 def test_fake_and_meta_tensors(backend):
     q, k, v, size, *prefix = (x.to("meta") for x in make(6, 9, 3, 8, "cpu"))
+    assert stk.attention(q, k, v, size, *prefix).shape == q.shape
     out, lse = OP(q, k, v, size, *prefix, None, backend)
     assert out.shape == q.shape
     assert out.transpose(1, 2).is_contiguous()

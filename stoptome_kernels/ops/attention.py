@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,11 +31,15 @@ def sdpa(
     bias = log_size(size, k)
     if bias is not None and q.device.type != "cpu":
         bias = bias.to(q.dtype)  # the fused kernels for GPUs take a mask in q's dtype alone
-    q, k, v = unit(q), unit(k), unit(v)
-    if size is None:
-        return heads_last(F.scaled_dot_product_attention(q, k, v, scale=scale))
-    with torch.autocast(q.device.type, enabled=False):  # it would round the logarithms to 8 bits
-        return heads_last(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
+    # autocast would round the logarithms to 8 bits
+    exact = torch.autocast(q.device.type, enabled=False) if _autocasts(q.device.type) else nullcontext()
+    with exact:
+        out = F.scaled_dot_product_attention(unit(q), unit(k), unit(v), attn_mask=bias, scale=scale)
+    return heads_last(out)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def default_scale(q: Tensor) -> float:
@@ -50,7 +55,7 @@ def limit(q: Tensor, k: Tensor, prefix_k: Tensor | None) -> str | None:
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
     """Under autocast what ``F.scaled_dot_product_attention`` would cast its arguments to; else the tensors as given."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
