@@ -51,7 +51,7 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation at one setting: ``call(grad)`` runs it and gives what its readers read."""
+    """One implementation at one setting: ``call()`` runs it and gives what its readers read."""
 
     impl: str
     setting: str

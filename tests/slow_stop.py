@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STOP's visual stream with token merging, written to be checked by eye: all prompts stand among the tokens, everything is
-computed for every token, attention is a softmax over keys that are put together, merging is a loop over groups."""
+"""STOP's visual stream with token merging, written to be checked by eye: all prompts stand among the tokens, everything
+is computed for every token, attention is a softmax over keys that are put together, merging is a loop over groups."""
 
 import torch
 from torch import Tensor

@@ -184,7 +184,8 @@ def test_autocast(dtype, settings):
         loss = loss_of(model, video())
     loss.backward()
     similar = torch.cosine_similarity(got.float(), want, dim=-1).min()
-    assert similar > (0.99 if not settings.get("tome_r") else 0.95)  # other pairs merge where keys are rounded
+    # eight bits of a bfloat16 leave errors of a per cent; other pairs merge where keys are rounded
+    assert similar > (0.9995 if not settings.get("tome_r") else 0.99)
     for name, p in model.named_parameters():
         assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()), name
 
@@ -200,7 +201,10 @@ def test_half_weights(settings):
     assert model.visual.transformer.resblocks[0].attn.in_proj_weight.dtype == torch.float16
     got = model.encode_video(video())
     assert got.dtype == torch.float16
-    assert torch.cosine_similarity(got.float(), want, dim=-1).min() > (0.999 if not settings.get("tome_r") else 0.95)
+    assert torch.cosine_similarity(got.float(), want, dim=-1).min() > (0.9999 if not settings.get("tome_r") else 0.99)
+    got.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.visual.transformer.resblocks[0].attn.in_proj_weight.grad.abs().sum() > 0
     assert torch.cosine_similarity(model.encode_text(texts()).float(), words, dim=-1).min() > 0.999
 
 
@@ -238,6 +242,28 @@ def test_compiled_and_patched_afterwards():
     torch.testing.assert_close(compiled(video()), before)
 
 
+@pytest.mark.parametrize("settings", SETTINGS[:2])
+def test_export_with_any_batch(settings):
+    """torch.export with a dynamic batch; a trace that is kept is left alone."""
+
+    class Encode(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, video):
+            return self.model.encode_video(video)
+
+    model = small()
+    stk.apply_tome_patch(model, **settings, trace_source=True)
+    model.encode_video(video())
+    kept = stk.tome_trace(model).dest
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Encode(model), (video(3),), dynamic_shapes={"video": {0: batch}})
+    assert torch.equal(stk.tome_trace(model).dest, kept)
+    torch.testing.assert_close(program.module()(video(2)), model.encode_video(video()))
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +296,7 @@ def test_plain_clip_weights_are_a_backbone(tmp_path):
     loaded = (fresh := small()).load_clip(clip | {"visual.something": torch.ones(1)})
     assert loaded.left_over == ("visual.something",)
     assert loaded.missing
+    assert not any(p.requires_grad == (name in clip) for name, p in fresh.named_parameters())  # frozen backbone
     assert all(any(part in name for part in new) for name in loaded.missing)
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, clip[name] if name in clip else model.state_dict()[name])
@@ -279,6 +306,33 @@ def test_plain_clip_weights_are_a_backbone(tmp_path):
     assert read.loaded.missing == loaded.missing
     assert read.config.lora
     assert read.encode_video(video()).shape == (2, 1, 24)
+
+
+def test_learnt_frame_embeddings_are_found_again(tmp_path):
+    config = stk.ToMeConfig(1, **CLIPS, frame_pos=1)
+    model = stk.apply_tome_patch(small(), config=config)
+    nn.init.normal_(model.visual.transformer.resblocks[1].tome_frame_embedding)
+    torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, tmp_path / "a.pt")
+    sizes = {"frames": 4, "frame_prompts": 2, "text_prompts": 4, "max_words": 10}
+    other = StopModel.from_checkpoint(tmp_path / "a.pt", tome=config, **sizes)
+    assert other.loaded == ((), ())
+    assert torch.equal(other.encode_video(video()), model.encode_video(video()))
+    left = StopModel.from_checkpoint(tmp_path / "a.pt", **sizes).loaded.left_over
+    assert left == ("visual.transformer.resblocks.1.tome_frame_embedding",)
+
+
+def test_plain_clip_becomes_stop_proper():
+    """What the weights don't tell is as STOP has it by default."""
+    from stoptome_kernels.stop import checkpoint
+
+    shapes = {
+        "visual.conv1.weight": (768, 3, 32, 32), "visual.positional_embedding": (50, 768), "ln_final.weight": (512,),
+        "text_projection": (512, 512), "token_embedding.weight": (49408, 512), "positional_embedding": (77, 512),
+    }  # fmt: skip
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for i in range(12):
+        state |= {f"{side}transformer.resblocks.{i}.ln_1.bias": torch.empty(1) for side in ("visual.", "")}
+    assert checkpoint.config_of(state) == StopConfig()
 
 
 def test_wrong_checkpoints(tmp_path):
@@ -323,6 +377,8 @@ def test_wrong_inputs():
     model = small()
     with pytest.raises(ValueError, match=r"video must have shape \(B, 4, 3, 32, 32\), got \(2, 5"):
         model.encode_video(torch.randn(2, 5, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"got \(0, 4, 3"):
+        model.encode_video(torch.randn(0, 4, 3, 32, 32))
     with pytest.raises(TypeError, match="video must be a floating-point tensor"):
         model.encode_video(torch.zeros(2, 4, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="ids must have shape"):

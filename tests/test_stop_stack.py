@@ -26,7 +26,7 @@ SCHEDULES = {
         "tome_r": 2, "merge_layers": (3,), "merge_frame_nums": (2,), "merge_token_proportions": (10, 20),
     },
     "joined, not merged": {
-        "tome_r": 0, "merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (0, 0),
+        "tome_r": [0], "merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (0, 0),
     },
 }  # fmt: skip
 BATCH, FRAMES, PATCHES, WIDTH, LAYERS = 2, 6, 12, 64, 4

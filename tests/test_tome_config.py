@@ -102,6 +102,10 @@ def test_every_schedule_keeps_its_bounds(rates, tokens, protected, groups, share
         ({"tome_r": [1, "x"]}, TypeError, r"tome_r\[1\]"),
         ({"tome_r": (2, 1.5)}, ValueError, "inflection.*from -1 to 1"),
         ({"merge_layers": (3,)}, ValueError, "merge_frame_nums 0 group sizes"),
+        (
+            {"merge_layers": (3,), "merge_frame_nums": (2,), "merge_token_proportions": (5, 5)},
+            ValueError, "tome_r=0 turns all merging off",
+        ),
         ({"merge_layers": (3,), "merge_frame_nums": (2,)}, ValueError, "needs merge_token_proportions"),
         ({"merge_token_proportions": (10, 10)}, ValueError, "no meaning without merge_layers"),
         ({"merge_layers": (6, 3), "merge_frame_nums": (2, 2), "merge_token_proportions": (5, 5)}, ValueError, "ascend"),
@@ -172,9 +176,10 @@ def parsed(*words: str) -> stk.ToMeConfig:
         ("--tome_r 2 --no-tome_prop_attn", {"tome_r": 2, "prop_attn": False}),
         ("--tome_r 4 --tome_trace_source", {"tome_r": 4, "trace_source": True}),
         (
-            "--merge_layers 3-6-9 --merge_frame_nums 2-2-3 --merge_token_proportions 10-12.5 --frame_pos 1",
+            "--tome_r 1 --merge_layers 3-6-9 --merge_frame_nums 2-2-3 --merge_token_proportions 10-12.5 --frame_pos 1",
             {
-                "merge_layers": (3, 6, 9), "merge_frame_nums": (2, 2, 3), "merge_token_proportions": (10, 12.5),
+                "tome_r": 1, "merge_layers": (3, 6, 9), "merge_frame_nums": (2, 2, 3),
+                "merge_token_proportions": (10, 12.5),
                 "frame_pos": 1,
             },
         ),
@@ -184,7 +189,19 @@ def test_flags(line, expected):
     assert parsed(*line.split()) == stk.ToMeConfig(**expected)
 
 
-@pytest.mark.parametrize("line", ["--tome_r two", "--merge_layers 3,6", "--frame_pos 2", "--tome_prop_attn maybe"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--tome_r two",
+        "--tome_r -2",
+        "--merge_layers 3--6",
+        "--merge_layers -3",
+        "--merge_layers 3-inf",
+        "--merge_layers 3,6",
+        "--frame_pos 2",
+        "--tome_prop_attn maybe",
+    ],
+)
 def test_wrong_flags(line):
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         parsed(*line.split())
@@ -200,3 +217,6 @@ def test_any_object_with_flags():
         trace_source=True, prop_attn=False
     )
     assert stk.ToMeConfig.from_args(SimpleNamespace()).off
+    assert stk.ToMeConfig.from_args({"tome_r": 2, "merge_layers": ""}) == stk.ToMeConfig(2)
+    with pytest.raises(ValueError, match="merge_layers must be numbers with dashes"):
+        stk.ToMeConfig.from_args({"tome_r": 2, "merge_layers": "3,6"})

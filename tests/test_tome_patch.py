@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,15 +115,16 @@ def test_stop_against_eager_merging(r):
 
 
 @pytest.mark.parametrize("prompts", [4, 3])
-def test_r_zero_with_a_trace_computes_the_same(prompts):
-    """With a trace wanted the tower runs our way at r = 0 too: equal to rounding, and the trace is the identity."""
+def test_r_zero_with_a_trace(prompts):
+    """Bit for bit what it was, and the trace is the identity."""
     tower, args = stop_tower(prompts), inputs(prompts)
-    before = readers(tower(*args), prompts)
+    before = tower(*args)
     stk.apply_tome_patch(tower, 0, trace_source=True)
-    assert close(readers(tower(*args), prompts), before)
+    assert torch.equal(tower(*args), before)
     trace = stk.tome_trace(tower)
     tokens = 1 + prompts + PATCHES
-    assert torch.equal(trace.dest[0].flatten().sort().values, torch.arange(FRAMES * tokens, dtype=torch.int32))
+    assert trace.dest.shape == (BATCH, FRAMES, tokens)
+    assert torch.equal(trace.dest[0].flatten(), torch.arange(FRAMES * tokens, dtype=torch.int32))
 
 
 def test_clip4clip_merges_and_reads_class_tokens():
@@ -143,6 +145,12 @@ def test_clip4clip_merges_and_reads_class_tokens():
     whole = Holder(Holder(clip4clip_tower()), "clip", task_config=SimpleNamespace(max_frames=FRAMES))
     stk.apply_tome_patch(whole, 2, **clips)
     assert torch.equal(whole.clip.visual(*args), tower(*args))
+    with pytest.raises(ValueError, match="video_frame is 2, but frames are joined as for videos of 4"):
+        tower(args[0], 2)
+    stk.apply_tome_patch(whole, 2, trace_source=True)  # frames known, though not joined: the trace has videos
+    whole.clip.visual(*args)
+    assert stk.tome_trace(whole).dest.shape == (BATCH, FRAMES, 1 + PATCHES)
+    assert stk.tome_trace(whole).dest.max() == FRAMES * (1 + PATCHES - 6) - 1
 
 
 def test_copies_and_files():
@@ -179,6 +187,7 @@ def test_blocks_called_as_before_do_as_before():
 
 
 def test_hooks_on_blocks_still_fire():
+    """They see what a patched block gives: a Stream. One that changes a tuple of upstream's is told so."""
     tower, seen = stop_tower(), []
     tower.transformer.resblocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
     stk.apply_tome_patch(tower, 2)
@@ -186,6 +195,9 @@ def test_hooks_on_blocks_still_fire():
     (found,) = seen
     assert isinstance(found[0], Stream)
     assert found[0].x.shape == (BATCH * FRAMES, 1 + PATCHES - 4, WIDTH)
+    tower.transformer.resblocks[1].register_forward_hook(lambda module, args, out: (out[0] * 2, *out[1:]))
+    with pytest.raises(TypeError, match="a hook made for upstream's tuples"):
+        tower(*inputs())
 
 
 def test_frame_embeddings():
@@ -248,6 +260,14 @@ def _second(tower: nn.Module) -> nn.Module:
         (broken(lambda t: setattr(_second(t), "attn_mask", torch.ones(2, 2))), {}, ValueError, "attention mask"),
         (broken(lambda t: setattr(_second(t), "attn", nn.Linear(2, 2))), {}, TypeError, "MultiheadAttention"),
         (broken(lambda t: _second(t).add_module("adapter", nn.Linear(2, 2))), {}, TypeError, "parts are LoRA, adapter"),
+        (broken(lambda t: setattr(_second(t), "ln_2", nn.RMSNorm(WIDTH))), {}, TypeError, "ln_2 must be a torch.nn"),
+        (broken(lambda t: _second(t).ln_1.register_forward_hook(print)), {}, ValueError, "ln_1 has hooks"),
+        (stop_tower(), {"config": stk.ToMeConfig(1), "tome_r": 3}, ValueError, "either config or tome_r"),
+        (stop_tower(), {"frames": 7}, ValueError, "frames is 7, but the model is made for videos of 4"),
+        (clip4clip_tower(), {"frames": -4}, ValueError, "frames must be an int of 1 or more"),
+        (clip4clip_tower(), {"frames": "4"}, ValueError, "frames must be an int of 1 or more"),
+        (stop_tower(), {"merge_layers": 1}, TypeError, "merge_layers must be a sequence"),
+        (stop_tower(), {"merge_layers": "1-2"}, TypeError, "merge_layers must be a sequence"),
         (broken(lambda t: setattr(_second(t), "forward", lambda x: x)), {}, RuntimeError, "patch first"),
         (broken(lambda t: setattr(t, "forward_deep_prompt", lambda x: x)), {}, RuntimeError, "patch first"),
         (broken(lambda t: setattr(t, "video_frames", None)), {}, ValueError, "no int video_frames"),
@@ -267,14 +287,107 @@ def test_a_refusal_changes_nothing():
 
 
 def test_sharded_models_are_refused():
-    class FSDPModule:
-        """FSDP2 puts a class of this name into the bases of what it shards."""
+    """fully_shard before the patch is refused wherever it was applied; after it, everything works."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
 
-    tower = stop_tower()
-    block = tower.transformer.resblocks[0]
-    block.__class__ = type("FSDPStopBlock", (FSDPModule, type(block)), {})
-    with pytest.raises(RuntimeError, match="patch first, then call fully_shard"):
-        stk.apply_tome_patch(tower, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for pick in (lambda t: t, lambda t: t.transformer.resblocks[1]):
+            tower = stop_tower()
+            fully_shard(pick(tower), mesh=mesh)
+            with pytest.raises(RuntimeError, match="patch first, then call fully_shard"):
+                stk.apply_tome_patch(tower, 2)
+        tower, args = stop_tower(), inputs()
+        stk.apply_tome_patch(tower, 2, trace_source=True)
+        want = tower(*args)
+        for block in tower.transformer.resblocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+        assert close(tower(*args), want)
+        assert stk.tome_trace(tower).tokens == (15, 13, 11)
+        with pytest.raises(RuntimeError, match="another class after it was patched"):
+            stk.remove_tome_patch(tower)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_embeddings_come_before_distributed_data_parallel():
+    """A parameter added afterwards would drift apart between processes, silently."""
+    import torch.distributed as dist
+
+    clips = {"merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (20, 10)}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(stop_tower(), find_unused_parameters=True)
+        with pytest.raises(RuntimeError, match="patch first, then wrap"):
+            stk.apply_tome_patch(wrapped, 1, **clips, frame_pos=1)
+        stk.apply_tome_patch(wrapped, 1, **clips)
+        tower = stk.apply_tome_patch(stop_tower(), 1, **clips, frame_pos=1)
+        wrapped = nn.parallel.DistributedDataParallel(tower, find_unused_parameters=True)
+        stk.apply_tome_patch(wrapped, 2, **clips, frame_pos=1)
+    finally:
+        dist.destroy_process_group()
+
+
+class WideGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.5 * x)
+
+
+WideGELU.__name__ = "QuickGELU"
+
+
+class PostNorm(upstream.StopBlock):
+    def feed_forward(self, x):
+        return self.ln_2(x + self.mlp(x))
+
+
+def test_blocks_that_compute_something_else_are_refused():
+    """Structure alone does not tell: every block is tried on random tokens."""
+    with_other_gelu = broken(lambda t: setattr(_second(t).mlp, "gelu", WideGELU()))
+    for tower in (stop_tower(block=PostNorm), with_other_gelu):
+        with pytest.raises(ValueError, match="computes something else"):
+            stk.apply_tome_patch(tower, 2)
+        assert type(tower) is upstream.StopTower
+
+
+class Adapted(nn.Module):
+    """As PEFT puts it in the place of a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+def test_what_was_added_to_the_mlp_is_computed():
+    """Adapters, layers in between, and pruning hooks: whatever is in the MLP takes part."""
+    from torch.nn.utils import prune
+
+    def adapt(tower):
+        tower.transformer.resblocks[0].mlp.c_fc = Adapted(tower.transformer.resblocks[0].mlp.c_fc)
+        mlp = tower.transformer.resblocks[1].mlp
+        tower.transformer.resblocks[1].mlp = nn.Sequential(
+            OrderedDict(c_fc=mlp.c_fc, gelu=mlp.gelu, scale=nn.LayerNorm(4 * WIDTH), c_proj=mlp.c_proj)
+        )
+        prune.l1_unstructured(tower.transformer.resblocks[2].mlp.c_fc, "weight", 0.3)
+
+    eager, ours = (stop_tower(block=upstream.MergingStopBlock), stop_tower())
+    adapt(eager)
+    adapt(ours)
+    ours.load_state_dict(eager.state_dict())
+    for block in eager.transformer.resblocks:
+        block.r = 2
+    stk.apply_tome_patch(ours, 2)
+    for factor in (1.0, 3.0):
+        for tower in (eager, ours):
+            with torch.no_grad():
+                tower.transformer.resblocks[2].mlp.c_fc.weight_orig.mul_(factor)
+        assert close(readers(ours(*inputs())), readers(eager(*inputs())))
 
 
 def test_traces_that_are_not_there():

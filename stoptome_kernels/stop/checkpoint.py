@@ -55,10 +55,10 @@ def _archive(path: str, error: Exception) -> Mapping:
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names without ``module.`` and ``clip.``, and without what is no weight of CLIP's."""
+    """The names without those of wrappers (``module.``, ``_orig_mod.``, ``clip.``) and what is no weight of CLIP's."""
     found = {}
     for name, value in state.items():
-        for prefix in ("module.", "clip."):
+        for prefix in ("module.", "_orig_mod.", "module.", "clip.", "_orig_mod."):
             name = name.removeprefix(prefix)
         if name not in (*_NUMBERS, *_UNUSED):
             found[name] = value
@@ -98,6 +98,8 @@ def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
         "lora": "visual.transformer.resblocks.0.LoRA.0.weight" in state or "visual.prompt_embeddings" not in state,
         "temporal_prompt": "group2-2" if "visual.TemporalPrompt.Cal_Net.weight" in state else "DGL",
     }
+    if "visual.prompt_embeddings" not in state and (patch, patches, width) == (32, 49, 768):
+        found["temporal_prompt"] = "group2-2"  # plain CLIP, to become STOP proper
     if "visual.prompt_embeddings" in state:
         found["global_prompts"] = state["visual.prompt_embeddings"].shape[1]
     if "visual_prompt_embedding" in state:
@@ -135,6 +137,10 @@ def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
         raise ValueError("none of these weights has the name of a parameter of the model")
     nn.Module.load_state_dict(model, known, strict=False)
     missing = tuple(name for name in own if name not in state and not name.endswith("position_ids"))
+    if "visual.prompt_embeddings" not in state:  # plain CLIP
+        for name, parameter in model.named_parameters():
+            if name in known:
+                parameter.requires_grad_(False)
     return Loaded(missing, tuple(name for name in state if name not in own))
 
 

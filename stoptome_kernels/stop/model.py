@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tome import ToMeConfig, apply_tome_patch
 from . import checkpoint
 from .config import StopConfig
 from .layers import LayerNorm, QuickGELU, TextBlock, Transformer
@@ -108,7 +109,11 @@ class StopModel(nn.Module):
         if not isinstance(video, Tensor) or not video.is_floating_point():
             what = f"{video.dtype} tensor" if isinstance(video, Tensor) else type(video).__name__
             raise TypeError(f"video must be a floating-point tensor (B, T, 3, H, W), got {what}")
-        if tuple(video.shape[1:]) != (c.frames, 3, c.image_size, c.image_size):
+        if (
+            video.dim() != 5
+            or video.shape[0] == 0
+            or tuple(video.shape[1:]) != (c.frames, 3, c.image_size, c.image_size)
+        ):
             raise ValueError(
                 f"video must have shape (B, {c.frames}, 3, {c.image_size}, {c.image_size}), got {tuple(video.shape)}"
             )
@@ -145,7 +150,7 @@ class StopModel(nn.Module):
         x = self.token_embedding(ids).to(dtype) + self.positional_embedding[:words].to(dtype)
         first, rest = x[:, :1], x[:, 1:]
         for layer, block in enumerate(self.transformer.resblocks):
-            prompts = deep[layer].to(x.dtype).expand(len(x), -1, -1)
+            prompts = deep[layer].to(x.dtype).expand(x.shape[0], -1, -1)
             x = block(torch.cat([first, prompts[:, :half], rest, prompts[:, half:]], 1))
             first, rest = x[:, :1], x[:, 1 + half : half + words]
         # the end token is the largest id; the prompts stand before it, unless it is the first token
@@ -166,7 +171,8 @@ class StopModel(nn.Module):
         for value, name in ((text, "text"), (video, "video")):
             if value.shape[-1] != self.config.embed_dim:
                 raise ValueError(f"{name} must have {self.config.embed_dim} channels, got shape {tuple(value.shape)}")
-        text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
+        wide = torch.float64 if torch.float64 in (text.dtype, video.dtype) else torch.float32
+        text, video = F.normalize(text.to(wide), dim=-1), F.normalize(video.to(wide), dim=-1)
         if video.dim() == 3:
             video = F.normalize(video.mean(1), dim=-1)
         return self.logit_scale.exp() * text @ video.t()
@@ -178,7 +184,8 @@ class StopModel(nn.Module):
         return super().load_state_dict(checkpoint.own_names(state_dict), strict, assign)
 
     def load_clip(self, state_dict: Mapping[str, Tensor]) -> checkpoint.Loaded:
-        """Take what fits from plain CLIP weights (OpenAI's) as the frozen backbone; the rest keeps its initial values.
+        """Take what fits. Plain CLIP weights (OpenAI's, without prompts) become the frozen backbone: what was loaded
+        needs no gradient any more, the rest keeps its initial values and learns.
 
         Returns:
             What was missing (new parameters) and what was left over.
@@ -189,21 +196,24 @@ class StopModel(nn.Module):
         return checkpoint.load_clip(self, state_dict)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, **changes) -> StopModel:
+    def from_checkpoint(cls, path: str | os.PathLike, tome: ToMeConfig | None = None, **changes) -> StopModel:
         """A model with the weights of a STOP checkpoint or of plain CLIP weights.
 
         The configuration is read off the weights; ``changes`` are fields of :class:`StopConfig` that they don't tell
-        (``frames``, ``visual_output``, ``max_words`` …). What was missing or left over is in ``model.loaded``.
+        (``frames``, ``visual_output``, ``max_words`` …). ``tome`` patches the model before the weights are loaded, so
+        that learnt frame embeddings find their place. What was missing or left over is in ``model.loaded``.
 
         Raises:
             FileNotFoundError, ValueError: no such file, or no such weights in it.
         """
         state = checkpoint.read(path)
         model = cls(checkpoint.config_of(state, **changes))
+        if tome is not None:
+            apply_tome_patch(model, config=tome)
         model.loaded = model.load_clip(state)
         return model
 
 
 def layer_norm_at(norm: LayerNorm, x: Tensor, place: Tensor) -> Tensor:
     """LayerNorm of one token of each row: ``(B, L, D), (B,) → (B, D)``."""
-    return norm(x[torch.arange(len(x), device=x.device), place])
+    return norm(x[torch.arange(x.shape[0], device=x.device), place])

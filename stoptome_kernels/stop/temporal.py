@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,4 +97,4 @@ class TemporalPrompt(nn.Module):
         score = self.Cal_Net_Inter(mixed).squeeze(1)
         score = (score * (1 + salient.flatten(2)[..., None].to(score.dtype))).mean((2, 3))
         low, high = score.min(), score.max()
-        return (score - low) / (high - low)
+        return (score - low) / (high - low).clamp_min(torch.finfo(score.dtype).tiny)  # one video of one frame: 0

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from .schedule import Rate, Rates, Schedule, plan_layers
@@ -21,7 +21,6 @@ _PRESETS: dict[str, dict] = {
         "tome_r": 4, "merge_layers": (3, 6, 9), "merge_frame_nums": (2, 2, 3), "merge_token_proportions": (15, 15),
     },
 }  # fmt: skip
-PRESET_FRAMES = {"prototyping": 8}  # frames that a preset is meant for, where they are not the model's usual 12
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,11 @@ class ToMeConfig:
         for number in self.merge_frame_nums:
             frames *= number if isinstance(number, int) and number > 0 else 1
         self.schedule(layers, 1 << 20, frames)
+        if self.merge_layers and isinstance(self.tome_r, int) and self.tome_r == 0:
+            raise ValueError(
+                "tome_r=0 turns all merging off, but merge_layers is set: give tome_r=1 or more, or in Python a list "
+                "of zeros to merge at clips alone"
+            )
 
     def schedule(self, layers: int, tokens: int, frames: int = 1, protected: int = 1, width: int = 768) -> Schedule:
         """Tokens after each layer and ideal speed-up, without a model.
@@ -106,21 +110,20 @@ class ToMeConfig:
 
     @classmethod
     def from_args(cls, args: object) -> ToMeConfig:
-        """From a namespace with STOP's flags (see :func:`add_tome_args`), or any object with some of these attributes.
+        """From a namespace with STOP's flags (see :func:`add_tome_args`), any object with some of these attributes, or
+        a mapping with some of these keys.
 
         Missing ones have their defaults; ``merge_layers="3-6-9"`` is read as on the command line.
         """
         found = {}
         for field in fields(cls):
-            long = f"tome_{field.name}"
-            for name in (long, field.name):
-                value = getattr(args, name, None)
+            for name in (f"tome_{field.name}", field.name):
+                value = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
                 if value is not None:
                     found[field.name] = value
-                    break
         for name in ("merge_layers", "merge_frame_nums", "merge_token_proportions"):
             if isinstance(found.get(name), str):
-                found[name] = dashed(float if "proportions" in name else int)(found[name])
+                found[name] = _dashed(found[name], name)
         for name in ("trace_source", "prop_attn"):
             if name in found and found[name] in (0, 1):
                 found[name] = bool(found[name])
@@ -131,26 +134,26 @@ def _ints(config: ToMeConfig) -> list[int]:
     return [m for m in config.merge_layers if isinstance(m, int) and not isinstance(m, bool) and m >= 0]
 
 
-def dashed(kind: type) -> Callable[[str], tuple]:
-    """An argparse type: numbers with dashes between them, ``3-6-9``; an empty string is none."""
-
-    def parse(text: str) -> tuple:
-        try:
-            numbers = [float(part) for part in text.split("-") if text]
-            if kind is int and any(number != int(number) for number in numbers):
-                raise ValueError
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"numbers with dashes between them, such as 3-6-9, got {text!r}") from None
-        return tuple(int(number) if number == int(number) else number for number in numbers)
-
-    return parse
-
-
-def _rate(text: str) -> Rate:
+def _dashed(text: str, name: str) -> tuple:
+    """Numbers with dashes between them, ``3-6-9``; an empty string is none."""
     try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"an int of 0 or more (tokens to merge in each layer), got {text!r}") from None
+        numbers = [float(part) for part in text.split("-")] if text.strip() else []
+        return tuple(int(number) if number == int(number) else number for number in numbers)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be numbers with dashes between them, such as 3-6-9, got {text!r}") from None
+
+
+def _numbers(text: str) -> tuple:
+    try:
+        return _dashed(text, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _rate(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an int of 0 or more (tokens merged per layer), got {text!r}")
+    return int(text)
 
 
 def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -169,11 +172,16 @@ def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="attention weighted by the tokens' sizes (default: on)",
     )  # fmt: skip
     add("--no-tome_prop_attn", dest="tome_prop_attn", action="store_false", help="turn that off")
-    some = dashed(int)
-    add("--merge_layers", type=some, default=(), metavar="A-B", help="clip merging: at which layers frames are joined")
-    add("--merge_frame_nums", type=some, default=(), metavar="F-F", help="clip merging: how many are joined there")
     add(
-        "--merge_token_proportions", type=dashed(float), default=(), metavar="X-Y",
+        "--merge_layers",
+        type=_numbers,
+        default=(),
+        metavar="A-B",
+        help="clip merging: at which layers frames are joined",
+    )
+    add("--merge_frame_nums", type=_numbers, default=(), metavar="F-F", help="clip merging: how many are joined there")
+    add(
+        "--merge_token_proportions", type=_numbers, default=(), metavar="X-Y",
         help="clip merging: per cent of the tokens merged between frames and within frames",
     )  # fmt: skip
     add("--frame_pos", type=int, choices=(0, 1), default=0, help="clip merging: learnt embeddings of the joined items")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import ToMeConfig
@@ -20,10 +21,11 @@ class Merging:
     Attributes:
         config: the settings.
         schedule: what they mean for this tower.
+        video: the same with all frames of a video, for the trace; ``schedule`` may be for frames one by one.
     """
 
-    def __init__(self, config: ToMeConfig, schedule: Schedule):
-        self.config, self.schedule = config, schedule
+    def __init__(self, config: ToMeConfig, schedule: Schedule, video: Schedule | None = None):
+        self.config, self.schedule, self.video = config, schedule, video or schedule
         self._last: tuple[tuple[Plans, ...], int, int] | None = None
 
     def __getstate__(self) -> dict:
@@ -51,9 +53,16 @@ class Merging:
             blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts, whole=whole,
             trace=self.config.trace_source, checkpointing=checkpointing,
         )  # fmt: skip
-        if self.config.trace_source:
-            self._last = plans, batch, prompts
+        self._keep(plans, batch, prompts)
         return stream
+
+    def rest(self, batch: int, prompts: int) -> None:
+        """Note that a forward merged nothing."""
+        self._keep((Plans(),) * len(self.schedule.steps), batch, prompts)
+
+    def _keep(self, plans: tuple[Plans, ...], batch: int, prompts: int) -> None:
+        if self.config.trace_source and not _exporting():
+            self._last = plans, batch, prompts
 
     def trace(self) -> Trace:
         """The source map of the last forward.
@@ -66,4 +75,12 @@ class Merging:
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
         plans, batch, prompts = self._last
-        return compose(plans, self.schedule, batch, prompts, inside=prompts % 2 == 1)
+        schedule, together = self.schedule, self.video.frames // self.schedule.frames
+        if batch % together == 0:
+            schedule, batch = self.video, batch // together
+        return compose(plans, schedule, batch, prompts, inside=prompts % 2 == 1)
+
+
+def _exporting() -> bool:
+    """An exported graph has no values that could be kept."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()

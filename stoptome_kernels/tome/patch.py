@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from .config import ToMeConfig
 from .merging import Merging
-from .schedule import Rate, plan_layers
+from .schedule import Rate, Schedule, Step, plan_layers
 from .stream import Stream, run_block
-from .towers import Tower, find_tower
+from .towers import Tower, check_tower, find_tower, probe
 from .trace import Trace
 
 
 class _Patched:
     """First of the bases of a patched class; what it does not define is the original's."""
 
+    tome_parts: tuple[type, type]  # the mixin and the original class
+
     def __reduce_ex__(self, protocol):
         # the class was made at run time: pickle and deepcopy make it again from the two that can be imported
-        mixin, original = type(self).__bases__
-        return _restore, (mixin, original), self.__getstate__()  # type: ignore[attr-defined]
+        return _restore, self.tome_parts, self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _restore(mixin: type, original: type):
@@ -39,7 +40,7 @@ def _restore(mixin: type, original: type):
 @cache
 def _subclass(mixin: type, original: type) -> type:
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), names)
+    return type(original.__name__, (mixin, original), {**names, "tome_parts": (mixin, original)})
 
 
 class _Block(_Patched):
@@ -48,6 +49,11 @@ class _Block(_Patched):
     def forward(self, x, *args, **options):
         if isinstance(x, Stream):
             return run_block(self, x, *args, **options)  # type: ignore[arg-type]
+        if args and isinstance(args[0], Step):
+            raise TypeError(
+                f"{type(self).__name__} got {type(x).__name__} in place of a Stream: a hook made for upstream's tuples "
+                "has changed what the block before it gave"
+            )
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
 
@@ -58,11 +64,12 @@ class _PromptedTower(_Patched):
         """``x (G + (1 + P + n)·T, B, D)``, tokens of all frames side by side → ``(G + T, B, D)``: the global prompts
         and the class token of each frame, which is all that ``encode_image`` reads."""
         tome: Merging = self.tome  # type: ignore[attr-defined]
-        if tome.config.off and not tome.config.trace_source:
-            return super().forward_deep_prompt(x, unified_visual_prompt)  # type: ignore[misc]
         shared, frames = self.num_tokens, self.video_frames  # type: ignore[attr-defined]
         batch, width = x.shape[1:]
         prompts = shared  # upstream has one number for both
+        if tome.schedule.idle:
+            tome.rest(batch, prompts)
+            return super().forward_deep_prompt(x, unified_visual_prompt)  # type: ignore[misc]
         rows = x[shared:].unflatten(0, (-1, frames)).permute(2, 1, 0, 3)  # (B, T, 1 + P + n, D)
         own = torch.cat([rows[:, :, :1], rows[:, :, 1 + prompts :]], 2).flatten(0, 1)
         deep = unified_visual_prompt.to(x.dtype).unflatten(2, (-1, prompts))  # (layers, B, T or 1, P, D)
@@ -75,15 +82,29 @@ class _PromptedTower(_Patched):
 class _Transformer(_Patched):
     """The block stack of CLIP4Clip's visual tower, ``(L, B·T, D)`` in and out."""
 
-    def forward(self, x: Tensor, *args, **options) -> Tensor:
+    def forward(self, x: Tensor, video_frame: int = -1, **options) -> Tensor:
         tome: Merging = self.tome  # type: ignore[attr-defined]
-        if tome.config.off and not tome.config.trace_source:
-            return super().forward(x, *args, **options)  # type: ignore[misc]
+        if tome.schedule.idle:
+            tome.rest(x.shape[1], 0)
+            return super().forward(x, video_frame, **options)  # type: ignore[misc]
         clips = bool(tome.config.merge_layers)
+        if clips and video_frame > 0 and video_frame != tome.schedule.frames:
+            raise ValueError(
+                f"video_frame is {video_frame}, but frames are joined as for videos of {tome.schedule.frames}: patch "
+                "again with frames=… of these videos"
+            )
         stream = tome.run(self.resblocks, Stream(x.transpose(0, 1)), whole=not clips)  # type: ignore[attr-defined]
         # joined frames have no rows of their own but the class tokens, the only ones that the model reads
         out = stream.x.reshape(x.shape[1], 1, -1) if clips else stream.x
         return out.transpose(0, 1)
+
+
+def _as_upstream(block: nn.Module, x: Tensor, shared: int) -> Tensor:
+    """What a block of one frame makes of upstream's ``(G + L, 1, D)``, computed our way."""
+    step = plan_layers(0, 1, x.shape[0] - shared, 1, 1 + shared).steps[0]
+    rows = x.transpose(0, 1)
+    stream, _ = run_block(block, Stream(rows[:, shared:], rows[:, :shared] if shared else None), step, inside=shared)
+    return torch.cat([stream.prompts, stream.x] if shared else [stream.x], 1).transpose(0, 1)  # type: ignore[list-item]
 
 
 _MIXINS: dict[str, type] = {"prompted": _PromptedTower, "sequence": _Transformer}
@@ -115,7 +136,7 @@ def apply_tome_patch(
         frame_pos: 1 adds a learnt embedding to each merge layer (new parameters ``tome_frame_embedding``, zero at the
             start: make the optimizer afterwards).
         config: all of these as one value, in place of them.
-        frames: of a video, where the model doesn't say (CLIP4Clip's tower alone) and clips are merged.
+        frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
@@ -124,36 +145,51 @@ def apply_tome_patch(
         TypeError, ValueError: a model or setting with which tokens can't be merged; the message says what to do.
         RuntimeError: patched too late (after ``fully_shard``), or where another library has put its own forward.
 
+    A block of upstream's is tried on random tokens first, and refused if it computes something else than CLIP's does.
     With ``tome_r=0`` the model computes what it computed before, bit for bit. Class tokens, prompts and the text tower
-    are never touched; output shapes stay as they were.
+    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see :class:`.stream.Stream`.
     """
-    if config is None:
-        config = ToMeConfig(
-            tome_r, trace_source, prop_attn, tuple(merge_layers), tuple(merge_frame_nums),
-            tuple(merge_token_proportions), frame_pos,
-        )  # fmt: skip
-    elif not isinstance(config, ToMeConfig):
-        raise TypeError(f"config must be a ToMeConfig, got {type(config).__name__}")
-    tower = find_tower(model, frames)
-    clips = bool(config.merge_layers)
-    if clips and tower.frames is None:
-        raise ValueError("merge_layers joins frames, but this model doesn't say how many a video has: give frames=…")
-    schedule = plan_layers(
-        config.tome_r, len(tower.blocks), tower.tokens,
-        # the frames of a plain sequence of images have nothing to do with each other until they are joined
-        (tower.frames or 1) if clips or tower.kind != "sequence" else 1,
-        tower.protected, merge_layers=config.merge_layers, merge_frame_nums=config.merge_frame_nums,
-        merge_token_proportions=config.merge_token_proportions, width=tower.width,
+    config = _settings(
+        config, tome_r=tome_r, trace_source=trace_source, prop_attn=prop_attn, merge_layers=merge_layers,
+        merge_frame_nums=merge_frame_nums, merge_token_proportions=merge_token_proportions, frame_pos=frame_pos,
     )  # fmt: skip
+    tower = find_tower(model)
+    check_tower(tower)
+    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+        raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames!r}")
+    if frames is not None and tower.kind != "sequence" and frames != tower.frames:
+        raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames}; leave it out")
+    clips, video = bool(config.merge_layers), frames or tower.frames or 1
+    if clips and not (frames or tower.frames):
+        raise ValueError("merge_layers joins frames, but this model doesn't say how many a video has: give frames=…")
+
+    def schedule(count: int) -> Schedule:
+        return config.schedule(len(tower.blocks), tower.tokens, count, tower.protected, tower.width)
+
+    # the frames of a plain sequence of images have nothing to do with each other until they are joined
+    chosen = schedule(video if clips or tower.kind != "sequence" else 1)
+    joined = [step.items * step.join if step.join > 1 else 0 for step in chosen.steps]
+    _check_embeddings(tower, joined, config.frame_pos)
     if tower.kind in _MIXINS:
+        if not isinstance(tower.runner, _Patched):
+            probe(tower, _as_upstream)
         _swap(tower.runner, _MIXINS[tower.kind])
         for block in tower.blocks:
             _swap(block, _Block)
-    _set_embeddings(
-        tower, [step.items * step.join if step.join > 1 else 0 for step in schedule.steps], config.frame_pos
-    )
-    tower.runner.tome = Merging(config, schedule)
+    _set_embeddings(tower, joined, config.frame_pos)
+    tower.runner.tome = Merging(config, chosen, schedule(video))
     return model
+
+
+def _settings(config: ToMeConfig | None, **settings) -> ToMeConfig:
+    if config is None:
+        return ToMeConfig(**settings)
+    if not isinstance(config, ToMeConfig):
+        raise TypeError(f"config must be a ToMeConfig, got {type(config).__name__}")
+    given = [name for name, value in settings.items() if value != ToMeConfig.__dataclass_fields__[name].default]
+    if given:
+        raise ValueError(f"give either config or {', '.join(given)}, not both")
+    return config
 
 
 def remove_tome_patch(model: nn.Module) -> nn.Module:
@@ -162,14 +198,20 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
     Returns:
         The model itself. A model that was never patched is left alone.
     """
-    tower = find_tower(model, None)
+    tower = find_tower(model)
+    modules = (tower.runner, *tower.blocks) if tower.kind in _MIXINS else ()
+    for module in modules:
+        if isinstance(module, _Patched) and type(module) is not _subclass(*module.tome_parts):
+            raise RuntimeError(
+                f"{type(module).__name__} was given another class after it was patched (by fully_shard or a "
+                "parametrization, say): undo that first"
+            )
     _set_embeddings(tower, [0] * len(tower.blocks), 0)
-    if tower.kind not in _MIXINS:
+    if tower.kind == "own":
         tower.runner.reset_merging()
-        return model
-    for module in (tower.runner, *tower.blocks):
+    for module in modules:
         if isinstance(module, _Patched):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = module.tome_parts[1]
             module.__dict__.pop("tome", None)
     return model
 
@@ -180,7 +222,7 @@ def tome_trace(model: nn.Module) -> Trace:
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
     """
-    runner = find_tower(model, None).runner
+    runner = find_tower(model).runner
     if "tome" not in runner.__dict__:
         raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
     return runner.tome.trace()
@@ -189,8 +231,7 @@ def tome_trace(model: nn.Module) -> Trace:
 def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
     """Patch a model by its ``task_config`` (any object with STOP's flags as attributes, see :func:`add_tome_args`).
 
-    Made to be the last line of a model's constructor: without flags, or with ``tome_r = 0`` and no clip merging, the
-    model is left alone.
+    Made to be the last line of a model's constructor: without flags, or with ``tome_r = 0``, the model is left alone.
     """
     config = ToMeConfig.from_args(task_config)
     return model if config.off else apply_tome_patch(model, config=config)
@@ -201,10 +242,24 @@ def _swap(module: nn.Module, mixin: type) -> None:
         module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
+def _check_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
+    """A parameter that comes or goes after the wrapping would not be kept the same in all processes."""
+    parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in tower.around)
+    changes = any(
+        (_embedding(block) is None) == bool(wanted and n) for block, n in zip(tower.blocks, rows, strict=True)
+    )
+    if parallel and changes:
+        raise RuntimeError("frame_pos adds or removes parameters: patch first, then wrap in DistributedDataParallel")
+
+
+def _embedding(block: nn.Module) -> nn.Parameter | None:
+    return block._parameters.get("tome_frame_embedding")
+
+
 def _set_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
     """Give each block that joins items its embedding, keeping one that fits, and take it from all others."""
     for block, count in zip(tower.blocks, rows, strict=True):
-        have = block._parameters.get("tome_frame_embedding")
+        have = _embedding(block)
         if not (wanted and count):
             if have is not None:
                 del block.tome_frame_embedding

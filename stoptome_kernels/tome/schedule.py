@@ -111,6 +111,11 @@ class Schedule:
         return tuple(step.items for step in self.steps)
 
     @property
+    def idle(self) -> bool:
+        """Nothing is merged or joined anywhere."""
+        return all(step.join == 1 and not step.inter and not step.r for step in self.steps)
+
+    @property
     def frames(self) -> int:
         """Frames of a video."""
         return self.steps[0].items * self.steps[0].frames if self.steps else 1
@@ -166,6 +171,14 @@ def plan_layers(
     Raises:
         ValueError: the frames can't be joined so, or a frame has no token that may be merged.
     """
+    for value, name, least in (
+        (layers, "layers", 1),
+        (tokens, "tokens", 1),
+        (frames, "frames", 1),
+        (width, "width", 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
     rates = parse_r(tome_r, layers)
     if not 0 < protected <= tokens:
         raise ValueError(f"protected must be from 1 to the {tokens} tokens of a frame, got {protected}")

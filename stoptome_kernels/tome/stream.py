@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..api import attention, match, merge, merge_norm
 from ..plan import MergePlan
 from .schedule import Schedule, Step
+from .towers import hooked
 
 _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
 
@@ -73,9 +74,12 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def heads(attn: nn.MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Of q, k, v (0, 1, 2) those from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one projection."""
-    rows = slice(first * attn.embed_dim, last * attn.embed_dim)
-    bias = None if attn.in_proj_bias is None else attn.in_proj_bias[rows]
-    packed = F.linear(x, attn.in_proj_weight[rows], bias)
+    weight: Tensor = attn.in_proj_weight
+    bias: Tensor | None = attn.in_proj_bias
+    if last - first < 3:  # a slice of everything would cost a copy of the weight's gradient
+        rows = slice(first * attn.embed_dim, last * attn.embed_dim)
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    packed = F.linear(x, weight, bias)
     packed = packed.unflatten(2, (last - first, attn.num_heads, attn.head_dim))
     return tuple(part.transpose(1, 2) for part in packed.unbind(2))
 
@@ -112,20 +116,31 @@ def _project(attn: nn.MultiheadAttention, heads: Tensor) -> Tensor:
 
 
 def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
-    """``x + c_proj(QuickGELU(c_fc(normed)))``, and STOP's low-rank branch on x itself where the block has one.
+    """``x + mlp(normed)``, and STOP's low-rank branch on x itself where the block has one.
 
-    The activation is one SiLU, scaled inside the matrix products, which saves two passes over the widest tensor.
+    For ``mlp = c_proj(QuickGELU(c_fc))`` the activation is one SiLU, scaled inside the sums that are there anyway: two
+    passes less over the widest tensor. Anything else in it (adapters, dropout, hooks) is called as it is.
     """
-    fc, gelu, proj = block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj
-    plain = type(fc) is nn.Linear and type(proj) is nn.Linear and fc.bias is not None and proj.bias is not None
-    if type(gelu).__name__ == "QuickGELU" and plain:
-        hidden = torch.addmm(fc.bias * _QUICK, normed.flatten(0, -2), fc.weight.t(), alpha=_QUICK)
-        hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
-        out = torch.addmm(proj.bias, hidden, proj.weight.t(), alpha=1 / _QUICK).view(normed.shape)
-        out = out.add_(x) if out.dtype == x.dtype else out + x  # autograd needs neither addmm's result nor the sum's
-    else:  # an adapter has put something else there
-        out = x + block.mlp(normed)
-    return out + 0.1 * _low_rank(block.LoRA, x) if hasattr(block, "LoRA") else out
+    out = _quick(block.mlp, x, normed) if _is_quick(block.mlp) else x + block.mlp(normed)
+    if not hasattr(block, "LoRA"):
+        return out
+    return out + 0.1 * (block.LoRA(x) if hooked(block.LoRA, *block.LoRA) else _low_rank(block.LoRA, x))
+
+
+def _is_quick(mlp: Any) -> bool:
+    if list(mlp._modules) != ["c_fc", "gelu", "c_proj"] or type(mlp.gelu).__name__ != "QuickGELU":
+        return False
+    layers = (mlp.c_fc, mlp.c_proj)
+    return all(type(m) is nn.Linear and m.bias is not None for m in layers) and not hooked(mlp, mlp.gelu, *layers)
+
+
+def _quick(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
+    fc, proj = mlp.c_fc, mlp.c_proj
+    hidden = torch.addmm(fc.bias * _QUICK, normed.flatten(0, -2), fc.weight.t(), alpha=_QUICK)
+    hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
+    # the last factor goes to the narrow side: as addmm's alpha its gradient would be a pass over the wide one
+    out = torch.add(x.flatten(0, -2) + proj.bias, hidden @ proj.weight.t(), alpha=1 / _QUICK)
+    return out.view(x.shape)
 
 
 def _low_rank(branch: Any, x: Tensor) -> Tensor:

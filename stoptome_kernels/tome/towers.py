@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
+_WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
 
 
 class Tower(NamedTuple):
@@ -17,6 +19,7 @@ class Tower(NamedTuple):
         kind: ``own`` (:class:`StopModel`), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP).
         runner: the module that calls the blocks.
         blocks: from first to last.
+        around: all modules from the model down to the runner.
         tokens: of a frame: class token, prompts, patches.
         protected: class token and prompts of a frame.
         frames: of a video; None where the model does not say.
@@ -26,66 +29,64 @@ class Tower(NamedTuple):
     kind: str
     runner: Any
     blocks: tuple[Any, ...]
+    around: tuple[Any, ...]
     tokens: int
     protected: int
     frames: int | None
     width: int
 
+    @property
+    def prompts(self) -> int:
+        """Prompts of a frame."""
+        return self.protected - 1
 
-def find_tower(model: nn.Module, frames: int | None) -> Tower:
+
+def find_tower(model: nn.Module) -> Tower:
     """The visual tower of a model.
 
     Args:
         model: the whole model, its CLIP, or the tower; perhaps wrapped by DistributedDataParallel or torch.compile.
-        frames: of a video, if the caller knows.
 
     Raises:
         TypeError: no nn.Module, or none whose structure is known.
-        ValueError: a structure that is known, with a setting that can't be merged.
-        RuntimeError: sharded already, or a module's forward was replaced.
+        ValueError: a structure that is known, with prompts that can't be told from patches.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    whole = model
-    inner: Any = None
-    said = frames
+    tower: Any = model
+    around, frames = [tower], _frames(tower)
     for _ in range(8):  # wrappers inside wrappers
-        said = said or _frames(model)
-        inner = next(
-            (model._modules[name] for name in ("module", "_orig_mod", "clip", "visual") if model._modules.get(name)),
-            None,
-        )
+        inner = next((tower._modules[name] for name in _WRAPPERS if tower._modules.get(name) is not None), None)
         if inner is None:
             break
-        model = inner
-    said = said or _frames(model)
-    tower: Any = model
-    transformer = getattr(model, "transformer", None)
+        tower = inner
+        around.append(tower)
+        frames = frames or _frames(tower)
+    transformer = getattr(tower, "transformer", None)
     blocks = getattr(transformer, "resblocks", None)
-    position: Any = getattr(model, "positional_embedding", None)
+    position: Any = getattr(tower, "positional_embedding", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks) or getattr(position, "ndim", 0) != 2:
         raise TypeError(
-            f"don't know how to merge tokens in {type(whole).__name__}: no visual tower with transformer.resblocks and "
+            f"don't know how to merge tokens in {type(model).__name__}: no visual tower with transformer.resblocks and "
             "positional_embedding was found in it; known are StopModel, and STOP's, DGL's and CLIP4Clip's CLIP"
         )
     patches, width = position.shape[0] - 1, position.shape[1]
-    for block in blocks:
-        _check_block(block)
-    if hasattr(model, "reset_merging"):
-        prompts = tower.config.frame_prompts
-        return Tower("own", tower, tuple(blocks), 1 + prompts + patches, 1 + prompts, tower.config.frames, width)
-    if callable(getattr(model, "forward_deep_prompt", None)):
+    around.append(transformer)
+    if hasattr(tower, "reset_merging"):
+        kind, prompts, frames = "own", tower.config.frame_prompts, tower.config.frames
+    elif callable(getattr(tower, "forward_deep_prompt", None)):
         for name in ("num_tokens", "video_frames"):
-            if not isinstance(getattr(model, name, None), int):
+            if not isinstance(getattr(tower, name, None), int):
                 raise ValueError(
-                    f"{type(model).__name__} has forward_deep_prompt, as STOP and DGL have, but no int {name}: "
+                    f"{type(tower).__name__} has forward_deep_prompt, as STOP and DGL have, but no int {name}: "
                     "its prompts can't be told from its patches"
                 )
-        _check_forward(model, "forward_deep_prompt")
-        prompts = tower.num_tokens
-        return Tower("prompted", tower, tuple(blocks), 1 + prompts + patches, 1 + prompts, tower.video_frames, width)
-    _check_forward(transformer, "forward")
-    return Tower("sequence", transformer, tuple(blocks), 1 + patches, 1, said, width)
+        kind, prompts, frames = "prompted", tower.num_tokens, tower.video_frames
+    else:
+        kind, prompts = "sequence", 0
+    runner = transformer if kind == "sequence" else tower
+    tokens = 1 + prompts + patches
+    return Tower(kind, runner, tuple(blocks), tuple(around), tokens, 1 + prompts, frames, width)
 
 
 def _frames(model: Any) -> int | None:
@@ -97,37 +98,87 @@ def _frames(model: Any) -> int | None:
     return None
 
 
-def _check_forward(module: Any, name: str) -> None:
-    if name in module.__dict__:
-        raise RuntimeError(
-            f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there and which "
-            "would hide the patch: patch first, then hand the model to that library"
-        )
-    if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-        raise RuntimeError(f"{type(module).__name__} was sharded already: patch first, then call fully_shard")
+def check_tower(tower: Tower) -> None:
+    """Raise what keeps a tower from being patched.
+
+    Raises:
+        TypeError, ValueError: a block computes something else than what :func:`.stream.run_block` does.
+        RuntimeError: sharded already, or a module's forward was replaced.
+    """
+    for module in (*tower.around, *tower.blocks):
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise RuntimeError(f"{type(module).__name__} was sharded already: patch first, then call fully_shard")
+    names = {"own": (), "prompted": ("forward_deep_prompt",), "sequence": ("forward",)}[tower.kind]
+    for module, own in ((tower.runner, names), *((block, ("forward",)) for block in tower.blocks)):
+        for name in own:
+            if name in module.__dict__:
+                raise RuntimeError(
+                    f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
+                    "and which would hide the patch: patch first, then hand the model to that library"
+                )
+    for block in tower.blocks:
+        _check_block(block)
 
 
 def _check_block(block: Any) -> None:
-    """Refuse a block that computes something else than what :func:`.stream.run_block` does."""
     what = type(block).__name__
-    _check_forward(block, "forward")
     parts = set(block._modules)
     if not {"attn", "ln_1", "ln_2", "mlp"} <= parts or parts - _KNOWN:
         raise TypeError(
             f"don't know how to merge tokens in {what}: its parts are {', '.join(sorted(parts))}; a block of CLIP's "
             "has attn, ln_1, ln_2, mlp and perhaps LoRA"
         )
-    attn, mlp = block.attn, block.mlp
+    attn = block.attn
     if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
         raise TypeError(f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {attn}")
     for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
         if getattr(attn, setting) != right:
+            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {right}")
+    for name in ("ln_1", "ln_2"):
+        if not isinstance(getattr(block, name), nn.LayerNorm):
+            raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
+    for name in ("attn", "ln_1", "ln_2"):
+        if hooked(getattr(block, name)):
             raise ValueError(
-                f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {setting}={right}"
+                f"{what}.{name} has hooks, which would not be called: its weights are read, not its forward; remove "
+                "them (of torch.nn.utils.prune: prune.remove) before patching"
             )
-    if not all(hasattr(mlp, name) for name in ("c_fc", "gelu", "c_proj")):
-        raise TypeError(f"{what}.mlp must have c_fc, gelu and c_proj, as in CLIP, got {mlp}")
     if getattr(block, "attn_mask", None) is not None:
-        raise ValueError(
-            f"{what} has an attention mask; only the visual tower's blocks, which have none, can be merged"
-        )
+        raise ValueError(f"{what} has an attention mask; merging is for the visual tower's blocks, which have none")
+
+
+def hooked(*modules: Any) -> bool:
+    """Somebody wants to see, or changes, what goes into or comes out of one of these modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def probe(tower: Tower, run) -> None:
+    """Send the same random tokens through each block of upstream's and through ``run(block, x, prompts)``, and refuse a
+    block that computes something else: another activation, another order, another scale of its branches.
+
+    Raises:
+        ValueError: the results differ by more than rounding.
+    """
+    if tower.kind == "own":
+        return
+    shared = tower.prompts  # upstream has as many global prompts as frame prompts
+    for index, block in enumerate(tower.blocks):
+        weight = block.attn.in_proj_weight
+        if weight.device.type == "meta":
+            return
+        rng = torch.Generator().manual_seed(index)  # the program's own random numbers stay as they are
+        x = torch.randn(shared + 6, 1, tower.width, generator=rng).to(weight)
+        with torch.no_grad():
+            try:
+                given = (x, 1, True) if tower.kind == "prompted" else (x, 1)
+                want = block.forward(given)[0].float()  # its hooks are not for this
+            except RuntimeError:
+                return  # float16 weights on upstream's own code outside of autocast: nothing to compare with
+            got = run(block, x, shared).float()
+        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
+        error = (got - want).abs().max().item()
+        if not error <= tolerance * want.abs().max().item():
+            raise ValueError(
+                f"block {index}, a {type(block).__name__}, computes something else than CLIP's and STOP's blocks do "
+                f"(off by {error:.2g} on random tokens): tokens can't be merged in it"
+            )
