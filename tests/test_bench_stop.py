@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-SMALL = ("--layers", "2", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
+SMALL = ("--layers", "2", "--videos", "1", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
     monkeypatch.setattr(upstream.MergingStopBlock, "masked", forgetful)
     monkeypatch.setattr(stop.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
     monkeypatch.setattr(stop.measure, "settle_heap", lambda pages: pages)
-    assert stop.main(["--layers", "3", "--settings", "r=0", "r=8", "--scope", "blocks"]) == 1
+    assert stop.main(["--layers", "3", "--videos", "1", "--settings", "r=0", "r=8", "--scope", "blocks"]) == 1
     assert "eager at r=8: a row's cosine" in capsys.readouterr().err
 
 
