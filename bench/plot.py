@@ -149,6 +149,8 @@ def _ours(cells: Cells, shape: str, direction: str, op: str = "merge") -> dict |
 
 
 def microseconds(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} s"
     return f"{value / 1e3:.3g} ms" if value >= 1000 else f"{value:.3g} µs"
 
 
