@@ -2,19 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs an NVIDIA GPU, in one command and under nine minutes: install, GPU tests, benchmarks, charts.
 #
-#   bench/gpu_suite.sh OUTDIR
+#   bench/gpu_suite.sh OUTDIR              all of it; the tests are stopped after two minutes
+#   bench/gpu_suite.sh OUTDIR tests        the tests alone, seven minutes at most: on a new machine every kernel compiles
+#   bench/gpu_suite.sh OUTDIR bench        the benchmarks and charts alone
 #
 # Needs a python3 with its own torch, Triton, pytest, hypothesis, matplotlib, numpy, tqdm, setuptools, pybind11, ninja.
 # No network, and the environment's torch is left alone. Leaves in OUTDIR:
 #   report.txt    what every stage printed      junit.xml  the GPU tests
 #   versions.txt  driver, torch, Triton         rows.json  benchmark rows; chart.png and table.md made of them
 #   stop.json     rows of STOP's tower; stop.png and stop.md made of them
+#   fused.json    rows of merge_norm and attention
 # A stage that fails does not stop the next ones; the exit status is 1 if any failed. BENCH_COMMIT=<hash> names the
 # commit in the rows where the checkout has no .git.
 set -uo pipefail
 
-if [ $# -ne 1 ]; then
-    echo "usage: $0 OUTDIR" >&2
+what=${2:-all}
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! $what =~ ^(all|tests|bench)$ ]]; then
+    echo "usage: $0 OUTDIR [tests|bench]" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -83,16 +87,21 @@ export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 # warnings of another torch's or Triton's are no failures; kernels of many shapes compile on as many cores as there are
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default)
 python3 -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
-stage tests 130 "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
-commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
-bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 25 "${commit[@]}")
-stage bench-bfloat16 100 "${bench[@]}" --dtype bfloat16
-stage bench-float32 60 "${bench[@]}" --dtype float32 --no-compile
-stop=(python3 "$root/bench/stop.py" --json "$out/stop.json" --seconds 6 "${commit[@]}")
-stage stop-training 65 "${stop[@]}"
-stage stop-one-video 30 "${stop[@]}" --videos 1 --scope blocks --direction inference
-stage charts 20 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
-stage stop-charts 20 python3 "$root/bench/plot_stop.py" "$out/stop.json" --png "$out/stop.png" --table "$out/stop.md"
+[ "$what" = all ] && for_tests=120 || for_tests=420
+[ "$what" = bench ] || stage tests "$for_tests" "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
+benchmarks() {
+    commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
+    bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 25 "${commit[@]}")
+    stage bench-bfloat16 95 "${bench[@]}" --dtype bfloat16
+    stage bench-float32 55 "${bench[@]}" --dtype float32 --no-compile
+    stop=(python3 "$root/bench/stop.py" --json "$out/stop.json" --seconds 6 "${commit[@]}")
+    stage stop-training 60 "${stop[@]}"
+    stage stop-one-video 30 "${stop[@]}" --videos 1 --scope blocks --direction inference
+    stage fused 25 python3 "$root/bench/fused.py" --json "$out/fused.json" --seconds 0.5 "${commit[@]}"
+    stage charts 20 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
+    stage stop-charts 20 python3 "$root/bench/plot_stop.py" "$out/stop.json" --png "$out/stop.png" --table "$out/stop.md"
+}
+[ "$what" = tests ] || benchmarks
 
 {
     printf '\n===== summary\n'

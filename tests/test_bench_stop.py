@@ -125,3 +125,34 @@ def test_live_bytes_counts_what_lives(bench):
         c = b[:50].clone()  # 200: 1000 live
     assert (live.peak, live.largest) == (1200, 800)
     del b, c
+
+
+def test_fused_operators_are_measured(tmp_path):
+    """bench/fused.py from the shell: rows for both operators, each with what it is compared with."""
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCH / "fused.py"), "--shapes", "stop-b32-video-r2", "--seconds", "0.05"]
+    run = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(file.read_text())
+    assert {(row["op"], row["impl"]) for row in rows} == {
+        ("merge_norm", "merge_norm"), ("merge_norm", "add, merge, layer_norm"), ("merge_norm", "add + layer_norm"),
+        ("attention", "attention"), ("attention", "attention, sizes alone"), ("attention", "concatenated, mask"),
+        ("attention", "sdpa, no sizes"),
+    }  # fmt: skip
+    assert all(row["times_base"] == 1 for row in rows if row["impl"] == row["against"])
+    assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
+
+
+def test_fused_refuses_wrong_results(bench, monkeypatch, capsys):
+    """A merge_norm that forgets the residual is found out before a clock runs."""
+    fused = bench("fused")
+    right = fused.stk.merge_norm
+
+    def forgetful(x, residual, *rest, **options):
+        return right(x, residual * (options["backend"] == "reference"), *rest, **options)
+
+    monkeypatch.setattr(fused.stk, "merge_norm", forgetful)
+    monkeypatch.setattr(fused.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(fused.measure, "settle_heap", lambda pages: pages)
+    assert fused.main(["--shapes", "stop-b32-video-r2"]) == 1
+    assert "merge_norm: result 0 is off" in capsys.readouterr().err
