@@ -18,14 +18,16 @@ from measure import ROOT, read_rows
 MARKERS = ("<!-- stop:start -->", "<!-- stop:end -->")
 # what the ToMe guide for STOP promises, in per cent: less memory, less time
 GUIDE = {"r=2": ((15, 20), (10, 15)), "r=4": ((25, 30), (20, 25)), "r=8": ((40, 45), (35, 40))}
+FUSED = ROOT / "bench/results/fused"
 OURS, THEIRS = "#0b6e99", "#7f8fa6"
 
 
-def machines(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """The rows of each machine, dtype and batch."""
+def machines(rows: list[dict], batch: bool = True) -> dict[tuple, list[dict]]:
+    """The rows of each machine and dtype, and perhaps batch."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], row["dtype"], row["n"])
+        size = row["n"] if batch else 0
+        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], row["dtype"], size)
         found.setdefault(key, []).append(row)
     return dict(sorted(found.items()))
 
@@ -86,6 +88,29 @@ def markdown(rows: list[dict]) -> str:
     return "\n\n".join([*parts, note])
 
 
+def fused(rows: list[dict]) -> str:
+    """The rows of bench/fused.py: each operator against what a block does that merges nothing."""
+    parts = []
+    for found in machines(rows, batch=False).values():
+        names = {op: [r["impl"] for r in found if r["op"] == op] for op in dict.fromkeys(r["op"] for r in found)}
+        for op, impls in names.items():
+            impls = list(dict.fromkeys(impls))
+            base = next(r["against"] for r in found if r["op"] == op)
+            head = ["shape", "N × T", "direction", base, *(name for name in impls if name != base)]
+            lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
+            cells = {(r["shape"], r["direction"], r["impl"]): r for r in found if r["op"] == op}
+            for shape, direction in dict.fromkeys(key[:2] for key in cells):
+                first = cells[shape, direction, base]
+                text = [shape, f"{first['n']} × {first['tokens']}", direction, plot.microseconds(first["p50_us"])]
+                text += [f"{cells[shape, direction, name]['times_base']:.2f}×" for name in head[4:]]
+                lines.append("| " + " | ".join(text) + " |")
+            parts.append(f"**{op}: {plot.title(found[0])}** ({plot._origin(found)})\n\n" + "\n".join(lines))
+    note = (
+        "Median time of what a block does that merges nothing; the others as multiples of it (`python bench/fused.py`)."
+    )
+    return "\n\n".join([*parts, note]) if parts else ""
+
+
 def chart(rows: list[dict], file: Path) -> None:
     """A line of panels for each machine: time and memory in per cent of upstream's, against what the guide promises."""
     import matplotlib
@@ -137,6 +162,7 @@ def _bars(axis, rows: list[dict], direction: str, what: str, value, guide: int) 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", type=Path, nargs="*", metavar="FILE.json", help="rows (default: bench/results/stop/*.json)")
+    p.add_argument("--fused", type=Path, nargs="+", metavar="FILE.json", help="(default: bench/results/fused/*.json)")
     p.add_argument("--png", type=Path, default=ROOT / "bench/results/stop/chart.png", metavar="FILE")
     p.add_argument("--readme", type=Path, metavar="FILE", help="put chart and table between its stop markers")
     p.add_argument("--table", type=Path, metavar="FILE", help="write the table to a file of its own")
@@ -144,12 +170,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files = args.files or sorted((ROOT / "bench/results/stop").glob("*.json"))
         rows = [row for file in files for row in read_rows(file)]
+        others = [row for file in args.fused or sorted(FUSED.glob("*.json")) for row in read_rows(file)]
         if not rows:
             raise ValueError("no rows: run `python bench/stop.py --json bench/results/stop` first")
         text = ""
         if args.readme:
             image = plot.relative(args.png, args.readme)
-            block = f"![Time and memory of STOP's blocks with merging]({image})\n\n{markdown(rows)}"
+            parts = [f"![Time and memory of STOP's blocks with merging]({image})", markdown(rows), fused(others)]
+            block = "\n\n".join(part for part in parts if part)
             text = plot.replace_between(args.readme.read_text(), block, args.readme, MARKERS)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
