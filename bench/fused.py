@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from merge import one_of, positive
 from torch import Tensor
+from verify import WrongResult
 
 import stoptome_kernels as stk
 
@@ -27,10 +28,6 @@ FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a vi
 DIRECTIONS = ("forward", "forward+backward")
 BASES = {"merge_norm": "add + layer_norm", "attention": "sdpa, no sizes"}
 Sides = dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]]
-
-
-class WrongResult(Exception):
-    """An operator computed something that rounding does not explain."""
 
 
 def norm_sides(i: data.Inputs) -> Sides:
@@ -170,9 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     pages = measure.settle_heap("reused") if args.device == "cpu" else None
     where = measure.environment(args.device, args.commit) | {"pages": pages}
-    file = args.json
-    if file and (file.is_dir() or not file.suffix):
-        file = file / f"{measure.slug(where)}.json"
+    try:
+        file = measure.rows_file(args.json, where)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
     rows: list[dict] = []
     status = 0

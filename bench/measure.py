@@ -276,6 +276,18 @@ def read_rows(file: Path) -> list[dict]:
     return rows
 
 
+def rows_file(asked: Path | None, where: dict) -> Path | None:
+    """The file that ``--json`` names, in a folder the one of this machine; ValueError if something else is in it."""
+    if asked and (asked.is_dir() or not asked.suffix):
+        asked = asked / f"{slug(where)}.json"
+    if asked and asked.exists():
+        try:
+            read_rows(asked)
+        except ValueError as error:
+            raise ValueError(f"--json: {error}; name another file") from None
+    return asked
+
+
 def write_rows(file: Path, rows: list[dict]) -> None:
     """Add rows to a file, in place of older ones of the same measurement; all or nothing, whenever it is stopped."""
     kept = {tuple(row[key] for key in IDENTITY): row for row in (read_rows(file) if file.exists() else [])}

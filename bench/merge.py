@@ -272,15 +272,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{shape.name:17} N {shape.n(args.device):4} on {args.device}  {sizes}  {rest}")
         return 0
     where = measure.environment(args.device, args.commit) | {"pages": args.pages}
-    file = args.json
-    if file and (file.is_dir() or not file.suffix):
-        file = file / f"{measure.slug(where)}.json"
-    if file and file.exists():
-        try:
-            measure.read_rows(file)
-        except ValueError as error:
-            print(f"error: --json: {error}; name another file", file=sys.stderr)
-            return 2
+    try:
+        file = measure.rows_file(args.json, where)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     memory = f", {args.pages} pages" if args.pages else ""
     print(f"{where['device']}, {where['threads']} threads{memory}, torch {where['torch']}, package {where['package']}")
     for backend, reason in args.skipped.items():

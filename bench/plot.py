@@ -167,9 +167,7 @@ def table(rows: list[dict]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
         for shape in distinct(cells, 0):
             lines.append("| " + " | ".join(_line(cells, shape, impls, graphs)) + " |")
-        parts.append(
-            f"**{title(next(iter(cells.values())))}** ({_origin(list(cells.values()))})\n\n" + "\n".join(lines)
-        )
+        parts.append(f"**{title(next(iter(cells.values())))}** ({origin(list(cells.values()))})\n\n" + "\n".join(lines))
     note = (
         "match + merge of each shape: median time of a call, and in brackets the speed-up over eager PyTorch in the "
         "same run (slower is marked). Last columns: the merge alone against copying its result, both into memory that "
@@ -206,7 +204,7 @@ def _line(cells: Cells, shape: str, impls: list[str], graphs: bool) -> list[str]
     return line
 
 
-def _origin(rows: list[dict]) -> str:
+def origin(rows: list[dict]) -> str:
     commits = sorted({(row["commit"] or "no commit")[:9] + (", changed" if row["dirty"] else "") for row in rows})
     dates = sorted({row["date"][:10] for row in rows})
     return f"commit {' and '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"

@@ -78,7 +78,7 @@ def markdown(rows: list[dict]) -> str:
         lines += ["| " + " | ".join(line(row)) + " |" for row in found]
         first = found[0]
         title = f"{plot.title(first)}, {first['n']} × {first['frames']} frames"
-        parts.append(f"**{title}** ({plot._origin(found)})\n\n" + "\n".join(lines))
+        parts.append(f"**{title}** ({plot.origin(found)})\n\n" + "\n".join(lines))
     note = (
         "Median times. *upstream*: the blocks as STOP's code computes them; *eager*: the same with merging in eager "
         "operations. η: speed-up over the same implementation at r = 0 ÷ the ideal one (its share of the FLOPs). "
@@ -104,7 +104,7 @@ def fused(rows: list[dict]) -> str:
                 text = [shape, f"{first['n']} × {first['tokens']}", direction, plot.microseconds(first["p50_us"])]
                 text += [f"{cells[shape, direction, name]['times_base']:.2f}×" for name in head[4:]]
                 lines.append("| " + " | ".join(text) + " |")
-            parts.append(f"**{op}: {plot.title(found[0])}** ({plot._origin(found)})\n\n" + "\n".join(lines))
+            parts.append(f"**{op}: {plot.title(found[0])}** ({plot.origin(found)})\n\n" + "\n".join(lines))
     note = (
         "Median time of what a block does that merges nothing; the others as multiples of it (`python bench/fused.py`)."
     )

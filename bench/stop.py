@@ -3,8 +3,8 @@
 """Measure STOP's visual tower (ViT-B/32, 12 frames) with token merging: time, memory, and the share of the ideal.
 
 Against upstream's way of computing it without merging, and against merging in eager operations put into that. Every
-result is compared with the others before it is timed; a wrong one ends the run with status 1. Without arguments: on the
-GPU if there is one, else on the CPU with a smaller batch, in about ten minutes; `--quick` takes one.
+result is compared with the plain reference's before it is timed; a wrong one ends the run with status 1. Without
+arguments: on the GPU if there is one, else on the CPU with a smaller batch, in about ten minutes; --quick: in one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from verify import WrongResult
 
 import stoptome_kernels as stk
 from stoptome_kernels.stop import StopConfig, StopModel
-from stoptome_kernels.stop.layers import VisualBlock
+from stoptome_kernels.tome import Schedule
 from stoptome_kernels.tome.stream import Stream, run_block
 
 SETTINGS = {
@@ -45,10 +46,6 @@ DIRECTIONS = ("inference", "training")
 SCOPES = ("block", "blocks", "tower")
 
 
-class WrongResult(Exception):
-    """Two ways of computing the same differ by more than rounding explains."""
-
-
 @dataclass(frozen=True)
 class Side:
     """One implementation at one setting: ``call()`` runs it and gives what its readers read."""
@@ -57,7 +54,7 @@ class Side:
     setting: str
     call: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
-    schedule: object
+    schedule: Schedule
 
     def train(self) -> object:
         return torch.autograd.grad(self.call().float().square().sum(), self.leaves, allow_unused=True)
@@ -78,6 +75,18 @@ def readers(hidden: Tensor, config: StopConfig) -> Tensor:
     return torch.cat([hidden[:, :shared], classes], 1)
 
 
+def casting(args: argparse.Namespace):
+    return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+
+
+def tokens_first(frames: Tensor, prompts: Tensor, shared: Tensor) -> Tensor:
+    """Upstream's layout ``(G + L·T, B, D)`` of frames ``(B·T, 1 + n, D)``, their first prompts ``(B, T, P, D)`` and the
+    global ones ``(1, G, D)``."""
+    rows = frames.unflatten(0, prompts.shape[:2])
+    own = torch.cat([rows[:, :, :1], prompts, rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
+    return torch.cat([shared.expand(len(own), -1, -1), own], 1).transpose(0, 1)
+
+
 def prepare(args: argparse.Namespace) -> tuple[StopModel, Tensor]:
     """A model of random weights, and videos panned and zoomed over a photograph."""
     torch.manual_seed(0)
@@ -91,15 +100,15 @@ def prepare(args: argparse.Namespace) -> tuple[StopModel, Tensor]:
 
 def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace) -> list[Side]:
     """Everything that is measured of a scope."""
-    tower, c = model.visual, model.config
-    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    tower, c, cast = model.visual, model.config, casting(args)
     with torch.no_grad():
         embedded = tower._embed(video.flatten(0, 1))
         deep = model.encode_prompts()[1].expand(-1, args.videos, c.frames, -1, -1).contiguous()
     frames, prompts = embedded.requires_grad_(), deep.requires_grad_()
     found = []
     if scope == "block":
-        return [_own_block(model, frames, prompts, args), _upstream_block(model, frames, prompts, args)]
+        schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
+        return [make(model, frames, prompts[0], schedule, args) for make in (_own_block, _upstream_block)]
     for name in args.settings:
         config = SETTINGS[name]
         schedule = config.schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
@@ -135,10 +144,7 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
 
             def run(peer=peer) -> Tensor:
                 with cast:
-                    rows = frames.unflatten(0, (args.videos, c.frames))
-                    own = torch.cat([rows[:, :, :1], prompts[0], rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
-                    shared = peer.prompt_embeddings.expand(args.videos, -1, -1)
-                    x = torch.cat([shared, own], 1).transpose(0, 1)
+                    x = tokens_first(frames, prompts[0], peer.prompt_embeddings)
                     hidden = peer.forward_deep_prompt(x, prompts.flatten(2, 3)).transpose(0, 1)
                     return readers(peer.ln_post(hidden), c)
 
@@ -148,35 +154,29 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
     return found
 
 
-def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, args: argparse.Namespace) -> Side:
+def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace) -> Side:
     """A block in the middle of the stack, as the tower runs it without merging."""
-    block: VisualBlock = model.visual.transformer.resblocks[0]
-    c = model.config
-    schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
-    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    block, c, cast = model.visual.transformer.resblocks[0], model.config, casting(args)
 
     def run() -> Tensor:
         with cast:
             shared = model.visual.prompt_embeddings.expand(args.videos, -1, -1)
             x = frames if torch.is_grad_enabled() else frames.detach()
-            stream, _ = run_block(block, Stream(x, shared), schedule.steps[0], frame_prompts=prompts[0])
+            stream, _ = run_block(block, Stream(x, shared), schedule.steps[0], frame_prompts=prompts)
             rows = stream.x.unflatten(0, (args.videos, c.frames))
             return torch.cat([stream.prompts, rows.flatten(1, 2)], 1)
 
     return Side("package", "r=0", run, (frames, prompts, *block.parameters()), schedule)
 
 
-def _upstream_block(model: StopModel, frames: Tensor, prompts: Tensor, args: argparse.Namespace) -> Side:
+def _upstream_block(
+    model: StopModel, frames: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace
+) -> Side:
     """The same on upstream's layout, tokens first."""
-    c = model.config
+    c, cast = model.config, casting(args)
     block = upstream.StopBlock(c.width, c.width // 64, c.global_prompts, c.lora).to(args.device)
     block.load_state_dict(model.visual.transformer.resblocks[0].state_dict())
-    schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
-    cast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-    rows = frames.detach().unflatten(0, (args.videos, c.frames))
-    own = torch.cat([rows[:, :, :1], prompts[0].detach(), rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
-    shared = model.visual.prompt_embeddings.detach().expand(args.videos, -1, -1)
-    x = torch.cat([shared, own], 1).transpose(0, 1).contiguous().requires_grad_()
+    x = tokens_first(frames, prompts, model.visual.prompt_embeddings).detach().contiguous().requires_grad_()
 
     def run() -> Tensor:
         with cast:
@@ -276,12 +276,8 @@ def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namesp
         rows.append(
             {
                 **{"shape": side.setting, "n": args.videos, "frames": 12, "op": scope, "direction": direction},
-                **{
-                    "dtype": args.dtype,
-                    "impl": side.impl,
-                    "tokens": side.schedule.tokens,
-                    "items": side.schedule.items,
-                },
+                **{"dtype": args.dtype, "impl": side.impl},
+                **{"tokens": side.schedule.tokens, "items": side.schedule.items},
                 **{f"p{k}_us": round(measure.percentile(samples, k / 100), 1) for k in (20, 50, 80)},
                 "runs": len(samples),
                 "speedup_vs_r0": round(gain, 4),
@@ -331,9 +327,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     where = measure.environment(args.device, args.commit) | {"pages": args.pages}
-    file = args.json
-    if file and (file.is_dir() or not file.suffix):
-        file = file / f"{measure.slug(where)}.json"
+    try:
+        file = measure.rows_file(args.json, where)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}")
     print(f"{args.videos} × 12 frames, {args.layers} layers, {args.dtype}")
     rows: list[dict] = []

@@ -206,19 +206,10 @@ def merge_norm(
         _check_backend(backend, fused.wider(x, residual))
         y = x + residual
         size = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
-        return y, _layer_norm(y, weight, bias, eps), size
+        return y, fused.layer_norm(y, weight, bias, eps), size
     size = None if size is None else size.detach()
     index = (plan.members, plan.offsets)
     return torch.ops.stoptome.merge_norm(x, residual, *index, size, weight, bias, eps, backend)[:3]
-
-
-def _layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    rows = y
-    if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
-        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        rows, weight, bias = y.to(wide), *(None if t is None else t.to(wide) for t in (weight, bias))
-    # autocast may compute it in another dtype
-    return torch.nn.functional.layer_norm(rows, y.shape[-1:], weight, bias, eps).to(y.dtype)
 
 
 def attention(

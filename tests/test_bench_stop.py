@@ -156,3 +156,16 @@ def test_fused_refuses_wrong_results(bench, monkeypatch, capsys):
     monkeypatch.setattr(fused.measure, "settle_heap", lambda pages: pages)
     assert fused.main(["--shapes", "stop-b32-video-r2"]) == 1
     assert "merge_norm: result 0 is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["stop", "fused"])
+def test_a_file_of_something_else_is_not_overwritten(bench, monkeypatch, tmp_path, capsys, command):
+    """Said before anything is measured, not after minutes."""
+    module = bench(command)
+    monkeypatch.setattr(module.measure, "settle_heap", lambda pages: pages)
+    monkeypatch.setattr(module.measure, "measure", lambda *_: pytest.fail("measured"))
+    other = tmp_path / "other.json"
+    other.write_text('{"mine": 1}')
+    assert module.main(["--json", str(other)]) == 2
+    assert "--json: " in capsys.readouterr().err
+    assert other.read_text() == '{"mine": 1}'

@@ -84,6 +84,18 @@ define(
     _merge_norm_fake,
 )
 
+
+def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis, in y's dtype; computed in float32 (float64 for float64) where it is given different
+    dtypes, as PyTorch's own is in any case."""
+    rows = y
+    if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
+        wide = _wide(y.dtype)
+        rows, weight, bias = y.to(wide), *(None if t is None else t.to(wide) for t in (weight, bias))
+    # autocast may compute it in another dtype
+    return torch.nn.functional.layer_norm(rows, y.shape[-1:], weight, bias, eps).to(y.dtype)
+
+
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -63,12 +64,7 @@ class ToMeConfig:
         for name in ("trace_source", "prop_attn"):
             if getattr(self, name) not in (True, False):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        # whatever else is wrong with the numbers shows at once; a stack of any height and a wide frame will do
-        layers = max([len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *(m + 1 for m in _ints(self))])
-        frames = 1
-        for number in self.merge_frame_nums:
-            frames *= number if isinstance(number, int) and number > 0 else 1
-        self.schedule(layers, 1 << 20, frames)
+        self._somewhere()  # whatever else is wrong with the numbers shows at once
         if self.merge_layers and isinstance(self.tome_r, int) and self.tome_r == 0:
             raise ValueError(
                 "tome_r=0 turns all merging off, but merge_layers is set: give tome_r=1 or more, or in Python a list "
@@ -93,12 +89,17 @@ class ToMeConfig:
             merge_frame_nums=self.merge_frame_nums, merge_token_proportions=self.merge_token_proportions, width=width,
         )  # fmt: skip
 
+    def _somewhere(self) -> Schedule:
+        """The schedule of a stack just high enough, of frames and videos large enough for these numbers."""
+        at = [layer + 1 for layer in self.merge_layers if isinstance(layer, int)]
+        layers = max([1, len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *at])
+        frames = math.prod(n for n in self.merge_frame_nums if isinstance(n, int) and n > 0)
+        return self.schedule(layers, 1 << 20, frames)
+
     @property
     def off(self) -> bool:
         """Nothing would be merged: the model computes what it computed before."""
-        rates = self.tome_r if isinstance(self.tome_r, (list, tuple)) else (self.tome_r,)
-        pair = type(self.tome_r) is tuple and len(rates) == 2
-        return not self.merge_layers and not any(rates[:1] if pair else rates)
+        return self._somewhere().idle
 
     @classmethod
     def preset(cls, name: str) -> ToMeConfig:
@@ -128,10 +129,6 @@ class ToMeConfig:
             if name in found and found[name] in (0, 1):
                 found[name] = bool(found[name])
         return cls(**found)
-
-
-def _ints(config: ToMeConfig) -> list[int]:
-    return [m for m in config.merge_layers if isinstance(m, int) and not isinstance(m, bool) and m >= 0]
 
 
 def _dashed(text: str, name: str) -> tuple:
@@ -172,13 +169,7 @@ def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="attention weighted by the tokens' sizes (default: on)",
     )  # fmt: skip
     add("--no-tome_prop_attn", dest="tome_prop_attn", action="store_false", help="turn that off")
-    add(
-        "--merge_layers",
-        type=_numbers,
-        default=(),
-        metavar="A-B",
-        help="clip merging: at which layers frames are joined",
-    )
+    add("--merge_layers", type=_numbers, default=(), metavar="A-B", help="clip merging: where frames are joined")
     add("--merge_frame_nums", type=_numbers, default=(), metavar="F-F", help="clip merging: how many are joined there")
     add(
         "--merge_token_proportions", type=_numbers, default=(), metavar="X-Y",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..api import attention, match, merge, merge_norm
+from ..ops import merge_norm as fused
 from ..plan import MergePlan
 from .schedule import Schedule, Step
 from .towers import hooked
@@ -65,11 +66,8 @@ def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """LayerNorm computed in float32, in x's dtype."""
-    if norm.weight is None or x.dtype == norm.weight.dtype:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    weight, bias = norm.weight.float(), None if norm.bias is None else norm.bias.float()
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+    """What the module computes, in x's dtype, whatever that of its parameters."""
+    return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def heads(attn: nn.MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
@@ -195,15 +193,14 @@ def run_block(
     attn = block.attn
 
     normed = layer_norm(block.ln_1, x)
+    metric = None  # the keys
     if last:  # the class tokens alone ask
         (q,) = heads(attn, normed[:, : step.frames], 0, 1)
         k, v = heads(attn, normed, 1, 3)
-        metric = k
     elif step.r and _columns_pay(attn, x):
         q, k, v, metric = heads_and_metric(attn, normed)
     else:
         q, k, v = heads(attn, normed, 0, 3)
-        metric = k
     weights = size if prop_attn else None
     context = _context(block, prompts, frame_prompts)  # (B, G + T·P, D), normalised
     if context is None:
@@ -219,22 +216,21 @@ def run_block(
             (prompt_q,) = heads(attn, context[:, :globals_], 0, 1)
             over = None if weights is None else weights.view(batch, -1)
             answer = attention(prompt_q, _per_video(k, batch), _per_video(v, batch), over, prefix_k, prefix_v)
-            answer = _project(attn, answer)
-            prompts = prompts + answer
+            prompts = prompts + _project(attn, answer)
             prompts = feed_forward(block, prompts, layer_norm(block.ln_2, prompts))
 
     plan = None
     if step.r and (trace or not last):
-        plan = match(metric, step.r, protected)
+        plan = match(k if metric is None else metric, step.r, protected)
     if last:
-        x = x[:, : step.frames]
+        x, size = x[:, : step.frames], None
     if plan is None or last:
         x = x + attended
         normed = layer_norm(block.ln_2, x)
     else:
         ln = block.ln_2
         x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
-    return Stream(feed_forward(block, x, normed), prompts, None if last else size), Plans(inter, plan)
+    return Stream(feed_forward(block, x, normed), prompts, size), Plans(inter, plan)
 
 
 def run_stack(
@@ -313,9 +309,9 @@ def _join_items(
 
 def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -> Tensor | None:
     """What stands outside of the items, normalised: ``(B, G + T·P, D)``."""
-    rows = [
-        part for part in (prompts, None if frame_prompts is None else frame_prompts.flatten(1, 2)) if part is not None
-    ]
+    rows = [] if prompts is None else [prompts]
+    if frame_prompts is not None:
+        rows.append(frame_prompts.flatten(1, 2))
     return layer_norm(block.ln_1, torch.cat(rows, 1)) if rows else None
 
 
