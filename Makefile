@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench bench-stop test lint gpu asan clean
+.PHONY: bench bench-stop accuracy test lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -24,10 +24,14 @@ bench: $(STAMP)
 bench-stop: $(STAMP)
 	$(RUN) bench/stop.py $(ARGS)
 
+accuracy: $(STAMP)
+	$(RUN) examples/stop_retrieval/accuracy.py $(ARGS)
+
 test: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	MYPYPATH=examples/stop_retrieval $(RUN) -m mypy -p retrieval
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(STAMP)
@@ -43,13 +47,14 @@ gpu:
 asan: $(STAMP)
 	PYTHON=$(RUN) tests/asan.sh
 
-# torch first and by its exact name: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU
+# torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
+# gigabytes of CUDA to a machine without a GPU
 $(STAMP): $(SOURCES)
 ifneq ($(VENV),)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet --editable ".[bench,test,dev]"
+	$(RUN) -m pip install --quiet $(TORCH) --editable ".[bench,test,dev,retrieval]"
 	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(RUN) -m pip install --quiet triton; fi  # elsewhere it has no packages
 else
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What token merging costs in accuracy, and what it gives back: R@1, throughput and memory on the synthetic set.
+
+For each seed a small STOP learns the synthetic videos without merging. Then, at every setting: merging put into it as
+it is (inference only), and trained a little further with it (training). Each against fewer tokens without looking for
+similar ones: as many dropped at random, or pooled with their neighbour. Everything is done by the command
+line of main.py on mp4 files; every figure of a table is a row of the JSON file.
+
+python accuracy.py                       three seeds, under an hour on two cores; goes on where it was stopped
+python accuracy.py --quick               one seed, a few settings, under three minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from retrieval import baselines, model, options, recipes, run, synthetic
+from retrieval.errors import UsageError
+
+import stoptome_kernels as stk
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import measure  # noqa: E402
+import plot_accuracy  # noqa: E402
+import stop  # noqa: E402
+
+SETTINGS: dict[str, stk.ToMeConfig] = {
+    "r=0": stk.ToMeConfig(0),
+    "r=2": stk.ToMeConfig(2),
+    "r=4": stk.ToMeConfig(4),
+    "r=8": stk.ToMeConfig(8),
+    "clips": recipes.CLIPS,
+}
+BY: dict[str, Callable[[int], Any]] = {
+    "merge": lambda seed: None,
+    "merge, sizes off": lambda seed: None,
+    "drop": baselines.RandomDrop,
+    "pool": lambda seed: baselines.average_pool,
+}
+WHEN = ("inference", "training")
+FIGURES = ("r1", "r5", "r10", "median_rank", "mean_rank")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the study: a setting, whether the model was trained with it, and how tokens are chosen."""
+
+    setting: str
+    when: str
+    by: str
+
+    @property
+    def config(self) -> stk.ToMeConfig:
+        config = SETTINGS[self.setting]
+        return stk.ToMeConfig(**vars(config) | {"prop_attn": self.by != "merge, sizes off"})
+
+    @property
+    def name(self) -> str:
+        return "-".join((self.setting, self.when, self.by)).replace(", ", "-").replace(" ", "-").replace("=", "")
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All of the study; quick: r = 0 and 4."""
+    for when in WHEN:
+        for setting in ("r=0", "r=4") if quick else SETTINGS:
+            # without merging there is nothing to choose
+            for by in ("merge",) if setting == "r=0" or (quick and when == "training") else BY:
+                yield Case(setting, when, by)
+
+
+def flags(config: stk.ToMeConfig) -> list[str]:
+    """Token merging as the command line has it."""
+    dashed = {name: "-".join(map(str, getattr(config, name))) for name in
+              ("merge_layers", "merge_frame_nums", "merge_token_proportions")}  # fmt: skip
+    given = [part for name, value in dashed.items() if value for part in (f"--{name}", value)]
+    given += ["--tome_r", str(config.tome_r), "--tome_prop_attn", str(int(config.prop_attn))]
+    return [*given, "--frame_pos", str(config.frame_pos)]
+
+
+class Study:
+    """The runs of a study, each in a folder of its own; one that is done is not run again."""
+
+    def __init__(self, work: Path, quick: bool):
+        self.work, self.quick = work, quick
+        self.recipe = recipes.STUDY["quick" if quick else "full"]
+        paths = synthetic.write(
+            work / "videos", train=self.recipe["train"], val=self.recipe["val"], processes=2, **recipes.VIDEOS
+        )  # fmt: skip
+        self.data = [part for name, path in paths._asdict().items() for part in (f"--{name}", path)]
+
+    def base(self, seed: int) -> Path:
+        """The folder of the model that learnt without merging."""
+        self._run(f"{seed}/base", seed, ["--do_train", *_flags(self.recipe["base"])])
+        return self.work / f"{seed}/base"
+
+    def result(self, case: Case, seed: int) -> dict:
+        """R@1 and its kin, text to video."""
+        begin = ["--init_model", os.fspath(self.base(seed) / "ckpt.pth.tar"), *flags(case.config)]
+        if case.when == "inference":
+            argv = ["--do_eval", *begin]
+        else:
+            argv = ["--do_train", *begin, *_flags(self.recipe["tune"])]
+        with baselines.matching(BY[case.by](seed)):
+            return self._run(f"{seed}/{case.name}", seed, argv)["text_to_video"]
+
+    def _run(self, name: str, seed: int, argv: list[str]) -> dict:
+        out = self.work / name
+        if not (out / "done").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            argv = [*argv, *self.data, *_flags(recipes.SETTING), "--seed", str(seed), "--output_dir", os.fspath(out)]
+            begun = time.perf_counter()
+            if run.main(argv):
+                raise SystemExit(f"stopped: {' '.join(argv)}")
+            print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+            (out / "done").touch()
+        return json.loads((out / "results.json").read_text())
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def costs(settings: list[str], device: str, seconds: float, videos: int) -> dict[str, dict[str, Any]]:
+    """Time and memory of the visual tower at each setting, in alternating runs, with random weights."""
+    given = options.complete(options.read(["--output_dir", "", *_flags(recipes.SETTING), "--datatype", "synthetic"]))
+    sides = {}
+    for setting in settings:
+        torch.manual_seed(0)
+        tower = model.build(given, SETTINGS[setting])[0].to(device).eval()
+        size = tower.clip.config.image_size
+        pixels = torch.randint(0, 256, (videos, given.max_frames, 3, size, size), dtype=torch.uint8, device=device)
+        mask = torch.ones(videos, given.max_frames, dtype=torch.bool, device=device)
+
+        def call(tower=tower, pixels=pixels, mask=mask) -> torch.Tensor:
+            return tower.encode_video(pixels, mask)
+
+        used = tuple(tower.clip.visual.parameters())
+        sides[setting] = stop.Side("package", setting, call, used, tower.clip.visual.tome.schedule)
+    found: dict[str, dict[str, Any]] = {name: {} for name in sides}
+    for direction in ("inference", "training"):
+        calls = {name: [side.train if direction == "training" else side.infer] for name, side in sides.items()}
+        for name, times in measure.measure(calls, device, seconds, set()).items():
+            middle = measure.percentile(times["samples"], 0.5)
+            found[name][f"{direction}_us"] = middle
+            found[name][f"{direction}_videos_per_s"] = videos / middle * 1e6
+    for name, side in sides.items():
+        for direction in ("inference", "training"):
+            bytes_used = stop.memory(side, direction, device)
+            found[name][f"{direction}_bytes"] = bytes_used["saved_bytes"] or bytes_used["peak_bytes"]
+        found[name] |= {
+            "speedup_ideal": side.schedule.speedup, "tokens": side.schedule.tokens,
+            "items": side.schedule.items, "tokens_in": side.schedule.tokens_in, "batch": videos,
+        }  # fmt: skip
+    return found
+
+
+def row(case: Case, figures: list[dict], control: list[dict], seeds: list[int], cost: dict, where: dict) -> dict:
+    """A line of the results file."""
+    told = {name: [figure[name] for figure in figures] for name in FIGURES}
+    lost = [before["r1"] - after["r1"] for before, after in zip(control, figures, strict=True)]
+    return where | cost | told | {
+        "pages": "reused", "shape": case.setting, "n": figures[0]["candidates"], "dtype": "float32", "op": "retrieval",
+        "direction": case.when, "impl": case.by, "seeds": seeds,
+        "r1_mean": statistics.mean(told["r1"]), "r1_spread": _spread(told["r1"]),
+        "lost_mean": statistics.mean(lost), "lost_spread": _spread(lost),
+        "guide": plot_accuracy.GUIDE.get(case.setting),
+    }  # fmt: skip
+
+
+def _spread(values: list[float]) -> float | None:
+    """The deviation of a sample."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="one seed, r = 0 and 4, few steps")
+    p.add_argument("--seeds", type=int, help="models trained (default: 3, quick: 1)")
+    p.add_argument("--work", type=Path, default=Path("output/accuracy"), help="folder of videos and runs")
+    p.add_argument(
+        "--json", type=Path, metavar="PATH", help="add the rows to this file, or to this machine's in a folder"
+    )
+    p.add_argument("--seconds", type=float, help="of each timing (default: 30, quick: 5)")
+    p.add_argument("--threads", type=int, help="of torch on a CPU")
+    p.add_argument("--commit", help="named in the rows, where there is no .git")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seeds = list(range(args.seeds or (1 if args.quick else 3)))
+    try:
+        where = measure.environment(device, args.commit)
+        file = measure.rows_file(args.json, where)
+        study = Study(args.work / ("quick" if args.quick else "full"), args.quick)
+    except (ValueError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lines = list(cases(args.quick))
+    found = {case: [study.result(case, seed) for seed in seeds] for case in lines}
+    used = list(dict.fromkeys(case.setting for case in lines))
+    cost = costs(used, device, args.seconds or (5 if args.quick else 30), 16)
+    rows = [
+        row(case, found[case], found[Case("r=0", case.when, "merge")], seeds, cost[case.setting], where)
+        for case in lines
+    ]
+    print(plot_accuracy.table(rows))
+    if file:
+        measure.write_rows(file, rows)
+        print(f"rows: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: STOP's flags with STOP's meaning, and what this program adds to them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import stoptome_kernels as stk
+from stoptome_kernels.stop.config import LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
+
+from . import recipes
+from .errors import UsageError
+
+DATATYPES = ("msrvtt", "msvd", "didemo", "activity", "lsmdc", "vatex", "synthetic")
+WEIGHTS = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}  # names as OpenAI's files
+TINY = "tiny"
+
+# what STOP's scripts for MSR-VTT give, where its parser's own defaults are no useful ones (max_frames 100, say)
+DEFAULTS: dict[str, Any] = {
+    "max_words": 32, "max_frames": 12, "batch_size": 32, "batch_size_val": 16, "epochs": 5, "lr": 1e-4, "coef_lr": 1.0,
+    "wd": 0.2, "warmup_proportion": 0.1, "pretrained_clip_name": "ViT-B/32", "temporal_prompt": "DGL",
+    "shared_latent_space": "transformer", "visual_output_type": "global_prompt0", "text_prompt_length": 8,
+    "local_each_frame_prompt_length": 4, "global_visual_prompt_length": 4, "lora": True, "slice_framepos": 2,
+    "temperature_new": 1.0,
+}  # fmt: skip
+# what a checkpoint of a run must be read with; the run's folder tells it to --do_eval, --index and --query
+OF_THE_MODEL = (
+    "datatype", "max_words", "max_frames", "pretrained_clip_name", "temporal_prompt", "shared_latent_space",
+    "visual_output_type", "text_prompt_length", "local_each_frame_prompt_length", "global_visual_prompt_length", "lora",
+    "slice_framepos", "feature_framerate", "tome_r", "tome_prop_attn", "merge_layers", "merge_frame_nums",
+    "merge_token_proportions", "frame_pos", "tome_preset", "synthetic_train", "synthetic_val", "synthetic_seed",
+)  # fmt: skip
+_OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
+# what may differ when a run goes on: it changes no weight
+FREE_TO_CHANGE = (
+    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm", "camoe_dsl", "top_k",
+    "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv", "pretrained_dir",
+)  # fmt: skip
+
+# flags of STOP's main.py that mean nothing here, and why; those in _SWITCHES take no value
+_SWITCHES = {
+    "do_pretrain": "STOP's code never reads it",
+    "debug": "everything is logged",
+    "do_lower_case": "CLIP's tokenizer always does",
+    "use_mil": "STOP's loss is cross-entropy",
+    "sampled_use_mil": "STOP's loss is cross-entropy",
+    "loose_type": "the only kind that meanP has",
+    "dp": "one process drives one device: torchrun --nproc_per_node=N main.py …",
+    "use-bn-sync": "the model has no batch norm",
+}
+_VALUED = {
+    "inference_speed_test": "bench/stop.py measures that",
+    "data_dir": "STOP's code never reads it",
+    "lmdb_dataset": "videos are read as files from --features_path",
+    "save_feature_path": "--index writes the features",
+    "lr_decay": "the schedule is a cosine",
+    "video_dim": "STOP's code never reads it",
+    "margin": "STOP's loss is cross-entropy",
+    "hard_negative_rate": "STOP's loss is cross-entropy",
+    "negative_weighting": "STOP's loss is cross-entropy",
+    "n_pair": "STOP's loss is cross-entropy",
+    "load_from_pretrained": "--init_model takes the weights alone, --resume everything",
+    "cross_model": "meanP has no cross encoder",
+    "cross_num_hidden_layers": "meanP has no cross encoder",
+    "text_num_hidden_layers": "the weights tell it",
+    "visual_num_hidden_layers": "the weights tell it",
+    "cache_dir": "nothing is downloaded",
+    "task_type": "retrieval is what this program does",
+    "freeze_layer_num": "STOP's code never reads it; --freeze_clip 1 freezes the backbone",
+    "linear_patch": "STOP's towers take 2d patches",
+    "time_embedding": "STOP's code never reads the embedding it makes",
+    "pre_norm": "STOP's code never reads it",
+    "tfm_heads": "STOP's code never reads it",
+    "tfm_layers": "STOP's code never reads it",
+    "unified_transformer_layers": "the prompt transformer has one layer",
+    "unified_prompt_layers": "every layer has prompts of its own",
+    "dist_backend": "nccl on GPUs, gloo on CPUs",
+    "world_size": "torchrun says how many processes there are",
+    "local_rank": "torchrun says it",
+    "init_method": "torchrun says where the processes meet",
+    "multigpu": "torchrun --nproc_per_node=N main.py …",
+    "gpu": "CUDA_VISIBLE_DEVICES chooses GPUs",
+    "n_gpu": "torchrun --nproc_per_node=N main.py …",
+    "remote": "torchrun starts processes on several machines",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and which flag was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message = f"{unknown[1]} is no flag of this program" + (f"; did you mean {near[0]}?" if near else "")
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+class _Ignored(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        note = f"{option_string} is ignored: {self.help_text}"
+        if note not in namespace.notes:
+            namespace.notes.append(note)
+
+    def __init__(self, *args, help_text: str, **options):
+        super().__init__(*args, **options)
+        self.help_text = help_text
+
+
+def _at_least(least: int):
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def _number(low: float, high: float = float("inf")):
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or value == float("inf"):
+            what = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a number, {what}, got {text!r}")
+        return value
+
+    return read
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("0", "1", "true", "false"):
+        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
+    return text.lower() in ("1", "true")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags. Those without a default have one that depends on the data (see DEFAULTS and recipes.py)."""
+    p = _Parser(
+        description="Text-video retrieval with STOP and token merging: training, evaluation, search. With --output_dir "
+        "alone: a small model on synthetic videos.",
+        allow_abbrev=False,
+    )
+    switch: dict[str, Any] = {"nargs": "?", "const": True, "type": _switch, "default": False, "metavar": "0|1"}
+
+    add = p.add_argument_group("what to do").add_argument
+    add("--output_dir", required=True, help="folder of the run: log, checkpoints, results, index")
+    add("--do_train", nargs="?", const=True, type=_switch, metavar="0|1", help="train (default: unless --do_eval, …)")
+    add("--do_eval", **switch, help="evaluate a checkpoint: --init_model, or the best one in --output_dir")
+    add("--index", nargs="?", const="", metavar="FOLDER", help="write the features of the evaluation videos, or of all "
+        "videos in FOLDER, and an index for --query")  # fmt: skip
+    add("--query", nargs="+", default=[], metavar="TEXT", help="search the index in --output_dir")
+    add("--top_k", type=_at_least(1), default=5, help="videos to show for a query")
+    add("--shard_size", type=_at_least(1), default=256, help="videos in one file of features")
+    add("--resume", metavar="auto|FILE", help="go on from a checkpoint; auto: from the newest in --output_dir, if any")
+    add("--init_model", metavar="FILE", help="weights to begin with: STOP's or this program's checkpoint, or CLIP's")
+    add("--seed", type=_at_least(0), default=42)
+
+    add = p.add_argument_group("data").add_argument
+    add("--datatype", choices=DATATYPES, help="default: msrvtt if a path is given, else synthetic")
+    add("--data_path", help="annotations: MSRVTT_data.json, or the folder of the other data sets")
+    add("--features_path", help="folder of the videos")
+    add("--train_csv", help="MSR-VTT: training videos (9k, 7k split); without: the JSON's own split")
+    add("--val_csv", help="MSR-VTT: pairs to evaluate (1k-A); without: the JSON's own split")
+    add("--expand_msrvtt_sentences", action="store_true", help="every caption is a training sample of its own")
+    add("--max_words", type=_at_least(2), help="tokens of a caption; longer ones are cut")
+    add("--max_frames", type=_at_least(1), help="frames of a video")
+    add("--feature_framerate", type=_number(1e-3), default=1.0, help="frames a second with --slice_framepos 0 and 1")
+    add("--slice_framepos", type=int, choices=(0, 1, 2), help="0: first frames, 1: last, 2: spread (STOP's, default)")
+    add("--train_frame_order", type=int, choices=(0, 1, 2), default=0, help="0: ordinary, 1: reversed, 2: shuffled")
+    add("--eval_frame_order", type=int, choices=(0, 1, 2), default=0)
+    add("--num_thread_reader", type=_at_least(0), default=1, help="processes that decode videos")
+    add("--synthetic_train", type=_at_least(1), help="synthetic: videos to train on")
+    add("--synthetic_val", type=_at_least(1), help="synthetic: videos to evaluate on")
+    add("--synthetic_seed", type=_at_least(0), default=0, help="synthetic: other videos")
+
+    add = p.add_argument_group("model").add_argument
+    add("--pretrained_clip_name", choices=(*WEIGHTS, TINY), help=f"{TINY}: a small model with random weights")
+    add("--pretrained_dir", default=os.path.expanduser("~/models/pretrained"), help="folder of CLIP's weights")
+    add("--temporal_prompt", choices=TEMPORAL_PROMPTS, help="group2-2 is STOP proper")
+    add("--shared_latent_space", choices=LATENT_SPACES)
+    add("--visual_output_type", choices=VISUAL_OUTPUTS, help="what stands for a video")
+    add("--lora", nargs="?", const=True, type=_switch, metavar="0|1", help="low-rank branch beside the MLPs (on)")
+    add("--sim_header", choices=("meanP", "seqLSTM", "seqTransf", "tightTransf"), default="meanP")
+    add("--text_prompt_length", type=_at_least(0))
+    add("--local_each_frame_prompt_length", type=_at_least(1))
+    add("--global_visual_prompt_length", type=_at_least(1))
+    add("--temperature_new", type=_number(0), help="above 1: value of logit_scale to begin with")
+    add("--freeze_clip", **switch, help="train only what STOP adds to CLIP")
+
+    stk.add_tome_args(p)
+    p.add_argument("--tome_preset", choices=("training", "inference", "prototyping", "accuracy", "memory"),
+                   help="settings of token merging by name, in place of the flags above")  # fmt: skip
+
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=_at_least(1))
+    add("--batch_size", type=_at_least(1), help="videos of one process in one step")
+    add("--gradient_accumulation_steps", type=_at_least(1), default=1, help="parts that a batch is computed in")
+    add("--lr", type=_number(0), help="of what STOP adds to CLIP")
+    add("--coef_lr", type=_number(0), help="times lr: the rate of CLIP's own weights")
+    add("--wd", type=_number(0), help="weight decay")
+    add("--beta1", type=_number(0, 1), default=0.9)
+    add("--beta2", type=_number(0, 1), default=0.98)
+    add("--eps", type=_number(0), default=1e-6)
+    add("--optim", choices=("AdamW", "BertAdam"), default="AdamW")
+    add("--warmup_proportion", type=_number(0, 1), help="share of the steps in which lr rises")
+    add("--clip_grad_norm", type=_number(0), default=1.0, help="largest norm of the gradient (0: any)")
+    add("--precision", choices=("fp32", "amp", "bf16", "fp16"), default="fp32", help="amp: float16 on a GPU, bfloat16 "
+        "on a CPU")  # fmt: skip
+    add("--gradient_checkpointing", **switch, help="keep only what stands between the visual blocks for backward")
+    add("--compile", **switch, help="torch.compile the towers")
+    add("--fsdp", **switch, help="shard the model over the processes (torchrun)")
+    add("--n_display", type=_at_least(1), default=50, help="steps between two lines of the log")
+    add("--save_steps", type=_at_least(0), default=200, help="steps between two checkpoints (0: at epochs alone)")
+
+    add = p.add_argument_group("evaluation").add_argument
+    add("--batch_size_val", type=_at_least(1))
+    add("--qb_norm", nargs="?", const=2000, default=0, type=_at_least(0), metavar="N",
+        help="also with QB-Norm, by a bank of N training captions and videos")  # fmt: skip
+    add("--camoe_dsl", "--dsl", dest="camoe_dsl", **switch, help="also with the dual softmax of CAMoE")
+
+    for name, why in _SWITCHES.items():
+        p.add_argument(f"--{name}", nargs=0, action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
+    for name, why in _VALUED.items():
+        p.add_argument(f"--{name}", action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
+    p.set_defaults(notes=[])
+    return p
+
+
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """The settings of a run, complete but for what an earlier run in the folder tells (see :func:`complete`).
+
+    ``notes`` are lines to be said once. ``given`` are the names of the flags that were given.
+
+    Raises:
+        UsageError: one line that names the flag.
+    """
+    p = parser()
+    args = p.parse_args([*argv], argparse.Namespace(notes=[]))
+    spelled = {word.split("=")[0] for word in argv if word.startswith("--")}
+    args.given = sorted({a.dest for a in p._actions for name in a.option_strings if name in spelled} - {"notes"})
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.sim_header != "meanP":
+        raise UsageError(f"--sim_header {args.sim_header} is not to be had with STOP's prompts; use meanP")
+    if args.optim == "BertAdam":
+        args.optim = "AdamW"
+        args.notes.append("--optim BertAdam is ignored: AdamW is used, which also corrects the bias of the first steps")
+    if args.precision == "fp16":
+        args.precision = "amp"
+        args.notes.append("--precision fp16 is ignored: amp is used, whose weights stay float32")
+    if args.do_train is None:
+        args.do_train = not (args.do_eval or args.index is not None or args.query)
+    if not (args.do_train or args.do_eval or args.index is not None or args.query):
+        raise UsageError("nothing to do: --do_train 1, --do_eval, --index or --query")
+    if args.resume and not args.do_train:
+        raise UsageError("--resume goes on with a training; to evaluate a checkpoint give --do_eval --init_model FILE")
+    if args.resume and args.init_model:
+        raise UsageError("--resume and --init_model both say where the weights come from; give one of them")
+    if any(not text.strip() for text in args.query):
+        raise UsageError('--query needs a text, such as --query "a red circle moves left"')
+    tome = [n for n in args.given if n.startswith(("tome_", "merge_")) or n == "frame_pos"]
+    tome = [name for name in tome if name not in ("tome_preset", "tome_trace_source")]
+    if args.tome_preset and tome:
+        raise UsageError(f"--tome_preset {args.tome_preset} and --{tome[0]} both set token merging; give one of them")
+
+
+def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> argparse.Namespace:
+    """Fill in what was not given: from the run that made the checkpoint, then by the kind of data.
+
+    Args:
+        args: of :func:`read`; changed in place.
+        run: the settings of that run.
+    """
+    for name in OF_THE_MODEL:
+        if run and name in run and name not in args.given:
+            value = run[name]
+            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+    if args.datatype is None:
+        args.datatype = (
+            "msrvtt" if args.data_path or args.features_path or args.train_csv or args.val_csv else "synthetic"
+        )
+    defaults = DEFAULTS | (recipes.SYNTHETIC if args.datatype == "synthetic" else {})
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch_size % args.gradient_accumulation_steps:
+        raise UsageError(
+            f"--batch_size {args.batch_size} is no multiple of --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps}"
+        )
+    reads = args.do_train or args.do_eval or args.index == ""
+    if args.datatype != "synthetic" and reads:
+        for name in ("data_path", "features_path"):
+            if getattr(args, name) is None:
+                raise UsageError(f"--datatype {args.datatype} needs --{name}")
+    if args.datatype == "synthetic":
+        for name in ("data_path", "features_path", "train_csv", "val_csv"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--datatype synthetic makes its own videos: leave out --{name}")
+    return args
+
+
+def adopt(args: argparse.Namespace, run: dict[str, Any], path: str) -> None:
+    """Settings of a run that goes on: those it was begun with.
+
+    Raises:
+        UsageError: another value was given for one that changes what is learnt.
+    """
+    for name, value in run.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in args.given:
+            if name not in _OF_THE_CALL:
+                setattr(args, name, value)
+        elif name not in FREE_TO_CHANGE and getattr(args, name) != value:
+            raise UsageError(
+                f"--{name} is {getattr(args, name)}, but {path} was trained with {value}: leave it out to go on, or "
+                "begin another run by --init_model"
+            )
+
+
+def tome_config(args: argparse.Namespace) -> stk.ToMeConfig:
+    """The settings of token merging; raises UsageError where they contradict each other."""
+    try:
+        if args.tome_preset:
+            config = stk.ToMeConfig.preset(args.tome_preset)
+            return stk.ToMeConfig(**vars(config) | {"trace_source": args.tome_trace_source})
+        return stk.ToMeConfig.from_args(args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is written down of a run, as JSON keeps it."""
+    skip = ("notes", "given", "tome", "hparams")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in skip}

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line does: check everything, then train, evaluate, index, search."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import datasets, indexing, options, recipes, state, synthetic
+from .corpus import Split
+from .errors import UsageError
+from .evaluate import evaluate
+from .loader import tokens, train_loader
+from .model import Retrieval, build, count
+from .parallel import Processes
+from .tokenizer import Tokenizer
+from .train import Training
+
+log = logging.getLogger("stop_retrieval")
+OUT_OF_MEMORY = (
+    "out of memory: try a smaller --batch_size (or --gradient_accumulation_steps, which keeps it), fewer --max_frames, "
+    "--gradient_checkpointing, or a larger --tome_r; when evaluating a smaller --batch_size_val"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 for what the user can put right, said in one line; 1 out of memory."""
+    processes = None
+    try:
+        args = options.read(sys.argv[1:] if argv is None else argv)
+        processes = Processes()
+        _run(args, processes)
+        return 0
+    except UsageError as error:
+        if processes is None or processes.first or processes.world == 1:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it of a CPU
+            raise
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 1
+    finally:
+        for handler in log.handlers[:]:
+            log.removeHandler(handler)
+            handler.close()
+        if processes is not None:
+            processes.close()
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> None:
+    folder = state.Folder(args.output_dir)
+    if args.do_train or args.do_eval or args.index is not None:
+        processes.first_does(folder.open)
+    _start_log(args, folder, processes)
+    resume, weights_from, before = _origin(args, folder)
+    options.complete(args, before)
+    if args.do_train and not args.resume:
+        processes.first_does(folder.must_be_new)
+    args.tome = options.tome_config(args)
+    for note in args.notes if processes.first else ():
+        log.info(note)
+    tokenizer = Tokenizer()
+    splits = _splits(args, folder, processes)
+    torch.manual_seed(args.seed)  # all processes begin with the same weights
+    model, notes = build(args, args.tome, weights_from)
+    model.to(processes.device)
+    size = model.clip.config.image_size
+    if processes.first:
+        for note in notes:
+            log.info(note)
+        log.info("%s", _summary(model, args))
+    results: dict[str, Any] = {}
+    if args.do_train:
+        results = _train(args, model, splits, tokenizer, folder, processes, resume)
+    elif args.do_eval:
+        results = evaluate(model, args, splits["val"], tokenizer, size, processes, splits.get("train"))
+    if results and processes.first:
+        folder.write_json(state.RESULTS, results)
+    if args.index is not None:
+        videos = indexing.videos_in(args.index) if args.index else splits["val"].videos
+        indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
+    if args.query:
+        indexing.query(model, args.query, folder.path / state.INDEX, args, tokenizer, processes)
+
+
+def _start_log(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
+    works = args.do_train or args.do_eval or args.index is not None
+    log.setLevel(logging.INFO if processes.first and works else logging.WARNING)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if processes.first else f"process {processes.rank}: %(message)s")
+    )
+    log.addHandler(handler)
+    if processes.first and works:
+        folder.log()
+
+
+def _origin(
+    args: argparse.Namespace, folder: state.Folder
+) -> tuple[dict[str, Any] | None, str | None, dict[str, Any] | None]:
+    """A checkpoint to go on from, the file of other weights to begin with, and the settings these were trained by."""
+    if args.resume:
+        path = folder.path / state.LAST if args.resume == "auto" else args.resume
+        if args.resume == "auto" and not path.exists():
+            return None, None, None
+        found = state.to_resume(path)
+        options.adopt(args, found["hparams"], os.fspath(path))
+        return found, None, None
+    if args.do_train:
+        return None, args.init_model, None
+    path = args.init_model or os.fspath(folder.weights())
+    return None, path, state.settings_of(path)
+
+
+def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> dict[str, Split]:
+    want = []
+    if args.do_train or args.qb_norm:
+        want.append("train")
+    if args.do_train or args.do_eval or args.index == "":
+        want.append("val")
+    if not want:
+        return {}
+    datatype, paths = args.datatype, (args.data_path, args.features_path, args.train_csv, args.val_csv)
+    if datatype == "synthetic":
+        datatype = "msrvtt"  # in whose file layout it is written
+        paths = processes.first_does(
+            lambda: synthetic.write(
+                folder.path / "synthetic", train=args.synthetic_train, val=args.synthetic_val, seed=args.synthetic_seed,
+                **recipes.VIDEOS,
+            )
+        )  # fmt: skip
+    splits = datasets.load(datatype, *paths, want=tuple(want))
+    for split in splits.values() if processes.first else ():
+        log.info("%s: %d videos, %d captions", split.name, len(split.videos), len(split.captions))
+        for path in split.missing:
+            log.warning("skipped %s: not there", path)
+        if split.missing:
+            log.warning("%s: %d videos are missing and were skipped", split.name, len(split.missing))
+    return splits
+
+
+def _train(
+    args: argparse.Namespace,
+    model: Retrieval,
+    splits: dict[str, Split],
+    tokenizer: Tokenizer,
+    folder: state.Folder,
+    processes: Processes,
+    resume: dict | None,
+) -> dict[str, Any]:
+    if args.fsdp and args.index is not None:
+        raise UsageError("--index can't follow a training with --fsdp in one call: call again with --index alone")
+    size = model.clip.config.image_size
+    train, val = splits["train"], splits["val"]
+    wrapped = processes.wrap(model, args.fsdp, unused=args.temporal_prompt == "group2-2")
+    loader, sampler = train_loader(args, train, tokens(train, tokenizer, args.max_words), size, processes)
+    args.hparams = options.settings(args)
+    training = Training(
+        args, wrapped, loader, sampler, folder, processes,
+        evaluate=lambda: evaluate(model, args, val, tokenizer, size, processes, train),
+    )  # fmt: skip
+    if resume is None:
+        processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
+    elif processes.first:
+        log.info("going on after epoch %d, step %d", resume["epoch"], resume["step"])
+    return training.run(resume)
+
+
+def _summary(model: Retrieval, args: argparse.Namespace) -> str:
+    learning = count(p for p in model.parameters() if p.requires_grad)
+    schedule = model.clip.visual.tome.schedule
+    return (
+        f"{count(model.parameters()) / 1e6:.2f} million parameters, {learning / 1e6:.2f} million of them learning; "
+        f"tokens of an item after each layer {', '.join(map(str, schedule.tokens))} (of {schedule.tokens_in}), "
+        f"{args.max_frames} frames a video"
+    )

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: AdamW with two learning rates, a cosine with warm-up, checkpoints that a killed run goes on from.
+
+Nothing of a step depends on what was before it but weights, optimizer and scaler: samples and dropout are drawn by the
+seed and the step's number. That is why a run that goes on ends bit for bit where it would have ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from . import state
+from .errors import UsageError
+from .loader import Batch, Broken, TrainSampler
+from .model import Retrieval, parameter_groups
+from .parallel import Processes, unwrapped
+
+log = logging.getLogger("stop_retrieval")
+Evaluate = Callable[[], dict]
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """What the learning rates are multiplied with in a step: up to 1 in the first ``warmup`` of all steps, then down to
+    0 by half a cosine (Loshchilov & Hutter, 2017)."""
+    rising = int(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their norm is at most ``limit``, and give what it was. Sharded and whole ones may
+    stand side by side."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
+    norms = [nn.utils.get_total_norm(kind) for kind in kinds if kind]
+    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    return total
+
+
+class Training:
+    """One training run.
+
+    Args:
+        args: complete settings.
+        model: as :meth:`Processes.wrap` gives it.
+        loader, sampler: of :func:`loader.train_loader`.
+        folder: for checkpoints and TensorBoard.
+        evaluate: called after each epoch in all processes; gives the results.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        loader: DataLoader,
+        sampler: TrainSampler,
+        folder: state.Folder,
+        processes: Processes,
+        evaluate: Evaluate,
+    ):
+        self.args, self.model, self.loader, self.sampler = args, model, loader, sampler
+        self.folder, self.processes, self.evaluate = folder, processes, evaluate
+        groups = parameter_groups(model, args.lr, args.coef_lr, args.wd)
+        self.optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        device = processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "amp" and device == "cuda")
+        self.progress = state.Progress()
+        self.broken = Broken()
+        self.results: dict = {}
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.sampler.steps * self.args.epochs
+
+    def run(self, resume: dict | None = None) -> dict:
+        """Train, from the beginning or from a checkpoint, and give the results of the last evaluation.
+
+        Raises:
+            UsageError: videos can't be read, or the loss is no number any more.
+        """
+        if resume is not None:
+            self.progress = state.restore(resume, self.model, self.optimizer, self.scaler)
+        done = self.progress
+        writer = None
+        if self.processes.first:
+            writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done.global_step or None)
+        try:
+            self._evaluate(writer)  # of an epoch after which the run was killed
+            while done.epoch < self.args.epochs:
+                self._epoch(writer)
+                done.epoch, done.step = done.epoch + 1, 0
+                self._save()
+                self._evaluate(writer)
+        finally:
+            if writer is not None:
+                writer.close()
+        self.broken.say(self.processes)
+        return self.results
+
+    def _epoch(self, writer: SummaryWriter | None) -> None:
+        args, done = self.args, self.progress
+        self.sampler.start(done.epoch, done.step)
+        self.model.train()
+        batches = iter(self.loader)
+        each = args.batch_size * self.processes.world
+        bar = tqdm(
+            total=self.sampler.steps * each, initial=done.step * each, unit="video",
+            desc=f"epoch {done.epoch + 1} of {args.epochs}", disable=self.processes.silent, leave=False,
+        )  # fmt: skip
+        begun, since = time.perf_counter(), 0
+        with bar:
+            while done.step < self.sampler.steps:
+                loss, norm = self._step(batches)
+                since += each
+                bar.update(each)
+                done.step, done.global_step = done.step + 1, done.global_step + 1
+                if done.global_step % args.n_display == 0 or done.step == self.sampler.steps:
+                    value = self._finite(loss)
+                    seconds = time.perf_counter() - begun
+                    self._tell(writer, bar, value, float(norm), since / seconds)
+                    begun, since = time.perf_counter(), 0
+                if args.save_steps and done.global_step % args.save_steps == 0 and done.step < self.sampler.steps:
+                    self._finite(loss)
+                    self._save()
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer; gives loss and norm of the gradient."""
+        args, done, parts = self.args, self.progress, self.sampler.parts
+        drawn = np.random.SeedSequence((args.seed, done.global_step, self.processes.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
+        factor = rate(done.global_step, self.steps, args.warmup_proportion)
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.processes.device)
+        for part in range(parts):
+            batch = next(batches)
+            self.broken.note(batch)
+            if not batch.readable.all():
+                path, reason = batch.broken[-1]
+                raise UsageError(f"too many of the videos can't be read, {path} for one: {reason}")
+            with self._syncing(last=part == parts - 1):
+                loss = self.model(*batch.to(self.processes.device)) / parts
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(list(self.model.parameters()), args.clip_grad_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._clip().clamp()
+        return total, norm
+
+    def _clip(self) -> Retrieval:
+        return unwrapped(self.model)  # type: ignore[return-value]
+
+    def _syncing(self, last: bool) -> AbstractContextManager:
+        """Gradients are exchanged with the last part of a batch only."""
+        if isinstance(self.model, DistributedDataParallel):
+            return nullcontext() if last else self.model.no_sync()
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+    def _finite(self, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise UsageError(
+                f"the loss is {value} at step {self.progress.global_step}: try a smaller --lr, or --precision fp32; "
+                "the last checkpoint is from before"
+            )
+        return value
+
+    def _tell(self, writer: SummaryWriter | None, bar: tqdm, loss: float, norm: float, speed: float) -> None:
+        if writer is None:
+            return
+        done, lr = self.progress, max(group["lr"] for group in self.optimizer.param_groups)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        log.info(
+            "epoch %d, step %d of %d: loss %.4f, gradient %.2f, lr %.1e, %.1f videos/s",
+            done.epoch + 1, done.step, self.sampler.steps, loss, norm, lr, speed,
+        )  # fmt: skip
+        told = {"loss": loss, "gradient_norm": norm, "lr": lr, "videos_per_second": speed}
+        told["logit_scale"] = float(self._clip().clip.logit_scale.detach())
+        for name, value in told.items():
+            writer.add_scalar(f"train/{name}", value, done.global_step)
+
+    def _save(self, best: bool = False) -> None:
+        hparams = self.args.hparams
+        found = state.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
+        state.save(self.folder, self.processes, found, best)
+
+    def _evaluate(self, writer: SummaryWriter | None) -> None:
+        done = self.progress
+        if done.evaluated == done.epoch:
+            return
+        self.results = self.evaluate() | {"epoch": done.epoch}
+        done.evaluated = done.epoch
+        r1 = self.results["text_to_video"]["r1"]
+        best = r1 > done.best
+        done.best = max(r1, done.best)
+        self._save(best)
+        if writer is None:
+            return
+        self.folder.write_json(state.RESULTS, self.results)
+        for way in ("text_to_video", "video_to_text"):
+            for name in ("r1", "r5", "r10", "median_rank", "mean_rank"):
+                writer.add_scalar(f"{way}/{name}", self.results[way][name], done.global_step)

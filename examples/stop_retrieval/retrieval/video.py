@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames of a video file: which ones, decoded by PyAV, as squares."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_MAJOR = int(av.__version__.split(".")[0])
+# tags that are no UTF-8 must not fail the file; from PyAV 19 on they never do, and the argument is gone
+_OPEN = {"metadata_errors": "ignore"} if _MAJOR < 19 else {}
+# videos are read by several processes, each of them with one thread; before PyAV 17 colours had no others
+_CONVERT = {"threads": 1} if _MAJOR >= 17 else {}
+PATIENCE = 60.0  # seconds that one packet may take; a playlist is a file too, and may wait for its next part for ever
+
+
+class BrokenVideo(Exception):
+    """A file that gives no frames.
+
+    Attributes:
+        path: of the file.
+        reason: one short line.
+    """
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # both, as pickle makes the copy in another process of them
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def sample_indices(count: int, frames: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Which of a video's frames are taken, int64 ``(frames,)``, rising; the last one repeats if there are too few.
+
+    As STOP has it. With ``rng`` (training) one frame by lot of each of ``frames`` segments, every one ``count //
+    frames`` long, so that what remains at the end is never drawn. Without (evaluation) the middles of segments that
+    cover all of the video.
+
+    Args:
+        count: frames of the video, 1 or more.
+        frames: how many are wanted, 1 or more.
+
+    Raises:
+        ValueError: either is less than 1.
+    """
+    if count < 1 or frames < 1:
+        raise ValueError(f"count and frames must be 1 or more, got {count} and {frames}")
+    places = np.arange(frames)
+    if count <= frames:
+        return np.minimum(places, count - 1)
+    if rng is None:
+        segment = count / frames
+        return (segment / 2 + segment * places).astype(np.int64)
+    segment = count // frames
+    return places * segment + rng.integers(segment, size=frames)
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    frames: int,
+    size: int,
+    *,
+    rng: np.random.Generator | None = None,
+    span: tuple[float, float] | None = None,
+    slice_framepos: int = 2,
+    feature_framerate: float = 1,
+    order: int = 0,
+) -> tuple[Tensor, int]:
+    """Decode some frames of a video; no others are held in memory.
+
+    They are turned as the file says, their short side resized to ``size`` as CLIP does it, and the middle cut out.
+
+    Args:
+        frames: how many are wanted.
+        size: pixels of a side.
+        rng: for a training sample; None: the same frames every time.
+        span: seconds from and to, where frame ``i`` is at ``i`` divided by the average frame rate; the frames at both
+            ends belong to it, as in STOP. None: all of the video.
+        slice_framepos: 2: spread over the video (:func:`sample_indices`). 0 and 1: the first and the last ones of those
+            that ``feature_framerate`` takes a second, as in CLIP4Clip.
+        feature_framerate: frames a second, above 0; a video that has fewer gives all it has.
+        order: 0: as they are shown; 1: reversed; 2: shuffled, by ``rng``, or always the same for a file of this name.
+
+    Returns:
+        uint8 ``(frames, 3, size, size)``, RGB, and how many of these are not repetitions of the last one.
+
+    Raises:
+        BrokenVideo: the file gives no frame; whatever PyAV finds wrong with it ends as this.
+    """
+    if slice_framepos not in (0, 1, 2) or order not in (0, 1, 2):
+        raise ValueError(f"slice_framepos and order must be 0, 1 or 2, got {slice_framepos} and {order}")
+    path = os.fspath(path)
+
+    def choose(count: int, rate: float) -> tuple[np.ndarray, int]:
+        """Which of ``count`` frames, ``(frames,)``, and how many are no repetitions."""
+        if not rate and (span or slice_framepos != 2):
+            raise BrokenVideo(path, "its frame rate is not known")
+        first, end = 0, count
+        if span:
+            first, end = max(int(span[0] * rate), 0), int(min(span[1] * rate, count - 1)) + 1
+            if first >= end:
+                raise BrokenVideo(path, f"no frame from {span[0]:g} s to {span[1]:g} s: {count} at {rate:g} a second")
+        if slice_framepos == 2:
+            chosen = sample_indices(end - first, frames, rng)[: end - first]
+        else:
+            step = max(rate / feature_framerate, 1)
+            taken = math.ceil((end - first) / step)
+            skipped = 0 if slice_framepos == 0 else max(taken - frames, 0)
+            chosen = (np.arange(skipped, min(skipped + frames, taken)) * step).astype(np.int64)
+            chosen = np.minimum(chosen, end - first - 1)  # rounding must not lead out of the video
+        if order == 1:
+            chosen = chosen[::-1]
+        elif order == 2:
+            name = os.fsencode(os.path.basename(path))
+            chosen = (rng or np.random.default_rng(zlib.crc32(name))).permutation(chosen)
+        return first + np.pad(chosen, (0, frames - len(chosen)), mode="edge"), len(chosen)
+
+    try:
+        return _read(path, choose, size)
+    except (av.FFmpegError, OSError) as error:
+        raise BrokenVideo(path, error.strerror or str(error)) from error
+
+
+def _read(path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], size: int) -> tuple[Tensor, int]:
+    if not os.path.isfile(path):  # what else has a name may never end (a pipe), or lie in a network (an address)
+        raise BrokenVideo(path, "not a file" if os.path.exists(path) else "no such file")
+    if os.path.getsize(path) == 0:
+        raise BrokenVideo(path, "the file is empty")
+    count = 0
+    while True:
+        with av.open(f"file:{path}", timeout=PATIENCE, **_OPEN) as container:
+            stream = _video_stream(path, container)
+            count = count or stream.frames
+            if not count:  # the header doesn't tell: count, then begin again
+                count = sum(1 for packet in _packets(container, stream) if packet.size)
+                if not count:
+                    raise BrokenVideo(path, "it has no frames")
+                continue
+            chosen, real = choose(count, float(stream.average_rate or 0))
+            wanted = set(chosen.tolist())
+            images: dict[int, Tensor] = {}
+            decoded = 0
+            for decoded, frame in enumerate(_frames(container, stream), 1):
+                if decoded - 1 in wanted:
+                    images[decoded - 1] = _square(frame, size)
+                    if len(images) == len(wanted):
+                        return torch.stack([images[number] for number in chosen.tolist()]), real
+        if not decoded:
+            raise BrokenVideo(path, "no frame of it can be decoded")
+        count = decoded  # fewer than was promised: the file is cut off or damaged
+
+
+def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
+    # a cover is a stream of its own, of one picture
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise BrokenVideo(path, "no video stream")
+    if streams[0].codec_context is None:
+        raise BrokenVideo(path, "no decoder for its video")
+    streams[0].codec_context.thread_count = 1
+    return streams[0]
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Up to the end or to where the file can't be read on."""
+    # IndexError: in the end PyAV stumbles over streams that only turned up on the way, as a damaged .ts may have them
+    with contextlib.suppress(av.FFmpegError, IndexError):
+        yield from container.demux(stream)
+
+
+def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """In the order in which they are shown; damaged packets are passed over."""
+    for packet in _packets(container, stream):
+        with contextlib.suppress(av.FFmpegError):
+            yield from packet.decode()
+    with contextlib.suppress(av.FFmpegError):  # where the file broke off, the decoder still holds some
+        yield from stream.decode(None)
+
+
+def _square(frame: av.VideoFrame, size: int) -> Tensor:
+    """``(3, size, size)``. By Pillow, whose bicubic filter CLIP's and CLIP4Clip's transforms use; of the resized image
+    only the middle is computed."""
+    image = Image.fromarray(frame.to_ndarray(format="rgb24", **_CONVERT))
+    if frame.rotation in (-180, -90, 90, 180):
+        image = image.rotate(frame.rotation, expand=True)
+    across, down = image.size
+    short = min(across, down)
+    width, height = size * across // short, size * down // short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if short == size:
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        x, y = across / width, down / height
+        box = (left * x, top * y, min((left + size) * x, across), min((top + size) * y, down))
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
