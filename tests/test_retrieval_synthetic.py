@@ -246,10 +246,14 @@ def test_layout_is_that_of_msrvtt(made):
 def test_files_hold_what_is_drawn_and_said(made):
     data, train, val = synthetic.draw(9, 7, seed=4)
     assert data == json.loads(Path(made.data_path).read_text())
-    for clip in (*train[:2], *val[:2]):
+    clips = [*train[:2], *val[:2]]
+    drawn = np.stack([synthetic.film(clip) for clip in clips]).astype(int)
+    for i, clip in enumerate(clips):
         film = decoded(Path(made.features_path, f"{clip.id}.mp4"))
         assert film.shape == (24, 64, 64, 3)
-        assert np.abs(film.astype(int) - synthetic.film(clip)).mean() < 6  # 8-bit YUV with half the colours, and H.264
+        errors = np.abs(film - drawn).mean((1, 2, 3, 4))
+        assert errors[i] < 10  # H.264 keeps a quarter of the colours
+        assert errors[i] < np.delete(errors, i).min() / 3
         said = {s["caption"] for s in data["sentences"] if s["video_id"] == clip.id}
         assert said <= set(clip.scene.captions())
 

@@ -122,6 +122,7 @@ def test_open_clip_is_missing(monkeypatch):
         (None, "No such file"),
         (b"i n\nt h\n", "Not a gzipped file"),
         (gzip.compress(b"i n\nt h\n" * 9)[:20], "ended before"),
+        (gzip.compress(b"i n\nt h\n" * 9)[:10] + b"\xff" * 20, "Error -3"),
         (gzip.compress(b"\xff\xfe\n"), "can't decode"),
         (gzip.compress(b"title\ni n\nt h\n"), "it has 2 merges in place of 48894"),
     ],

@@ -24,7 +24,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 NEARLY_LOSSLESS = {
-    "libx264": {"qp": "0", "preset": "veryfast"},
+    "libx264": {"qp": "1", "preset": "veryfast", "x264-params": "bframes=3:b-adapt=0"},  # with frames out of order
     "libvpx": {"crf": "4", "b": "9M"},
     "mpeg4": {"qmin": "1", "qmax": "1"},
 }
@@ -62,6 +62,11 @@ def numbers(frames):
     grey = frames.double().mean(1)[:, side // 2]
     units, forties = ((grey[:, place] - 10) / 6 for place in (side // 5, side * 4 // 5))
     return (units.round() + 40 * forties.round()).int().tolist()
+
+
+def decoded_numbers(path):
+    """The numbers of all pictures that can be decoded."""
+    return numbers(torch.tensor(np.stack(decoded(path))[:, :, 8:40]).permute(0, 3, 1, 2))
 
 
 def textured(height, width):
@@ -129,7 +134,7 @@ def test_nothing_to_choose_from(count, frames):
     ("suffix", "codec"),
     [("mp4", "libx264"), ("mkv", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx"), ("ts", "libx264")],
 )
-@pytest.mark.parametrize("count", [1, 2, 7, 33])
+@pytest.mark.parametrize("count", [1, 3, 7, 33])
 def test_the_frames_that_were_chosen_are_read(tmp_path, suffix, codec, count):
     path = write(tmp_path / f"a.{suffix}", numbered(count), codec=codec)
     frames, real = read_video(path, 5, 32)
@@ -292,19 +297,20 @@ def test_of_a_file_that_breaks_off_the_rest_is_sampled(tmp_path, suffix, codec, 
     container = {"movflags": "faststart"} if suffix == "mp4" else {}  # what it promises stands at the beginning
     path = write(tmp_path / f"a.{suffix}", numbered(100), codec=codec, container=container)
     short = cut(path, 0.6)
-    count = len(decoded(short))
-    assert 5 < count < 95
-    expected = sample_indices(count, 4, None).tolist() if slice_framepos == 2 else [*range(count)][-4:]
+    there = decoded_numbers(short)  # a frame that others need may be there, and those before it not
+    assert 5 < len(there) < 95
+    chosen = sample_indices(len(there), 4, None) if slice_framepos == 2 else np.arange(len(there))[-4:]
     frames, real = read_video(short, 4, 32, slice_framepos=slice_framepos, feature_framerate=10)
-    assert (numbers(frames), real) == (expected, 4)
+    assert numbers(frames) == [there[i] for i in chosen]
+    assert real == 4
 
 
 def test_training_draws_again_where_a_file_breaks_off(tmp_path):
     short = cut(write(tmp_path / "a.mp4", numbered(100), container={"movflags": "faststart"}), 0.6)
-    count = len(decoded(short))
+    there = decoded_numbers(short)
     for seed in range(4):
         frames, _ = read_video(short, 4, 32, rng=np.random.default_rng(seed))
-        assert [number // (count // 4) for number in numbers(frames)] == [0, 1, 2, 3]
+        assert [there.index(number) // (len(there) // 4) for number in numbers(frames)] == [0, 1, 2, 3]
         assert torch.equal(frames, read_video(short, 4, 32, rng=np.random.default_rng(seed))[0])
 
 
@@ -322,7 +328,7 @@ def test_a_damaged_place_is_passed_over(tmp_path):
 @pytest.mark.parametrize("error", [av.error.OSError(5, "Input/output error"), IndexError("list index out of range")])
 def test_reading_fails_on_the_way(tmp_path, monkeypatch, error):
     """A disk that gives up, or PyAV over a stream that turned up late: what was read before counts."""
-    path = write(tmp_path / "a.mp4", numbered(40), options={"qp": "0", "x264-params": "bframes=3:b-adapt=0"})
+    path = write(tmp_path / "a.mp4", numbered(40))
     opened = av.open
 
     class Failing:
@@ -386,7 +392,7 @@ def broken(kind, folder):
         write(path, numbered(30), container={"movflags": "faststart"})
         path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"mdat") + 8])
     elif kind == "no header":
-        path = cut(write(path, numbered(30)), 0.6)
+        path.write_bytes(write(path, numbered(30)).read_bytes().partition(b"moov")[0][:-4])
     elif kind == "unknown codec":
         write(path, numbered(3))
         path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
@@ -490,7 +496,7 @@ def test_damaged_files_give_frames_or_are_broken(tmp_path, suffix, codec):
     path = tmp_path / f"b.{suffix}"
     rng = np.random.default_rng(0)
     outcomes = set()
-    for _ in range(60):
+    for _ in range(40):
         data = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
         for place in rng.integers(len(data), size=rng.integers(0, 60)):
             data[place] = rng.integers(256)

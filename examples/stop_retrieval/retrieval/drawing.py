@@ -38,7 +38,7 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64, frames: int =
     Raises:
         UsageError: see :func:`photographs`.
     """
-    half = round(frames * rng.uniform(0.42, 0.58))
+    half = round(frames * rng.uniform(0.48, 0.52))
     film = _background(rng, size, frames)
     _play(scene.first, rng, film[:half])
     _play(scene.second, rng, film[half:])
@@ -86,7 +86,7 @@ def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
         side = sides @ (1 - t, t)
         left, top = (whole - side) * ((1 - t, t) @ places)
         frame[:] = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-    film *= np.float32(rng.uniform(0.3, 0.6))
+    film *= np.float32(rng.uniform(0.2, 0.45))
     return film
 
 
@@ -94,17 +94,19 @@ def _play(event: Event, rng: np.random.Generator, film: np.ndarray) -> None:
     """Draw an event over all frames of ``film``. Opposite motions are each other's time reversal, so that a frame by
     itself doesn't tell which of them it is from."""
     frames, size = film.shape[:2]
-    radius, way = rng.uniform(0.14, 0.175), rng.uniform(0.36, 0.48)  # of the frame's side, like all lengths here
+    radius = rng.uniform(0.14, 0.175)  # of the frame's side, like all lengths here
+    there = rng.random() < 0.5  # which way it moves first
     side_by_side, along, lanes = rng.random() < 0.5, rng.random(3), rng.random(3)
     hue, saturation, bright = HUES[event.colour] + rng.uniform(-0.02, 0.02), rng.uniform(0.8, 1), rng.uniform(0.8, 1, 3)
 
-    verb, _, where = event.motion.partition(" ")
-    sizes, steps = np.full(frames, radius), np.zeros(frames)
-    if verb == "moves":
-        steps = np.linspace(-way / 2, way / 2, frames) * (1 if where in ("right", "down") else -1)
-        side_by_side = where in ("up", "down")
+    t = np.linspace(0, 1, frames)
+    sizes, way, steps = np.full(frames, radius), 0.0, np.zeros(frames)
+    if event.motion.startswith("moves"):
+        way = 1 - 2.8 * radius
+        steps = way / 2 * np.cos(np.pi * t) * (1 if there else -1)  # from one side to the other
+        side_by_side = event.motion == "moves up and down"
     else:
-        sizes = np.linspace(0.4, 1, frames)[:: 1 if verb == "grows" else -1] * radius
+        sizes *= 0.4 + 0.9 * t
 
     # each shape has a lane of its own, so that none covers another
     number, margin, apart = COUNTS.index(event.count) + 1, 1.4 * radius, 2.4 * radius

@@ -21,8 +21,9 @@ from .corpus import Split, Video
 from .errors import UsageError
 from .parallel import Processes
 from .tokenizer import Tokenizer
-from .video import BrokenVideo, read_video
+from .video import BrokenVideo, read_video, sample_indices
 
+KEPT = 3  # times as many frames as are taken stay in memory with --cache_frames
 ATTEMPTS = 10  # other videos that are tried in place of a broken one
 log = logging.getLogger("stop_retrieval")
 
@@ -70,6 +71,29 @@ class _Reader:
         """In place of a video that can't be read: batches keep their shape, in all processes."""
         size = self.options["size"]
         return torch.zeros(self.options["frames"], 3, size, size, dtype=torch.uint8)
+
+
+class _Cached(_Reader):
+    """A reader that decodes a video once: it keeps ``KEPT`` times as many frames as are taken, spread over the video,
+    and takes from these as a reader does from the file."""
+
+    def __init__(self, args: argparse.Namespace, size: int, order: int):
+        super().__init__(args, size, order)
+        if order or args.slice_framepos != 2:
+            raise UsageError("--cache_frames 1 goes with frame order 0 and --slice_framepos 2 alone")
+        self.kept: dict[Video, tuple[Tensor, int]] = {}
+
+    def __call__(self, video: Video, rng: np.random.Generator | None) -> tuple[Tensor, int]:
+        wanted = self.options["frames"]
+        if video not in self.kept:
+            more = self.options | {"frames": KEPT * wanted}
+            self.kept[video] = read_video(video.path, span=video.span, **more)
+        frames, real = self.kept[video]
+        return frames[torch.from_numpy(sample_indices(real, wanted, rng))], min(real, wanted)
+
+
+def _reader(args: argparse.Namespace, size: int, order: int) -> _Reader:
+    return (_Cached if args.cache_frames else _Reader)(args, size, order)
 
 
 class TrainSet(Dataset):
@@ -188,13 +212,18 @@ class Broken:
 def tokens(split: Split, tokenizer: Tokenizer, max_words: int) -> Tensor:
     """``(captions, max_words)`` int32 of a split; how many were cut is logged."""
     texts = [text for _, text in split.captions]
-    ids = tokenizer(texts, max_words)
-    cut = int((tokenizer(texts, max_words + 1)[:, -1] != 0).sum())
-    if cut:
+    ids = tokenizer(texts, max_words + 1)  # one more, to see which are longer
+    cut = ids[:, -1] != 0
+    ids[cut, max_words - 1] = tokenizer.end
+    if cut.any():
         log.info(
-            "%s: %d of %d captions are longer than --max_words %d and are cut", split.name, cut, len(texts), max_words
+            "%s: %d of %d captions are longer than --max_words %d and are cut",
+            split.name,
+            int(cut.sum()),
+            len(texts),
+            max_words,
         )
-    return ids.int()
+    return ids[:, :max_words].int()
 
 
 def train_loader(
@@ -207,7 +236,7 @@ def train_loader(
     """
     # outside of MSR-VTT STOP trains on every caption
     every_caption = args.expand_msrvtt_sentences or args.datatype not in ("msrvtt", "synthetic")
-    data = TrainSet(split, ids, _Reader(args, size, args.train_frame_order), every_caption, args.seed)
+    data = TrainSet(split, ids, _reader(args, size, args.train_frame_order), every_caption, args.seed)
     batch, parts = args.batch_size // args.gradient_accumulation_steps, args.gradient_accumulation_steps
     if len(data) < batch * parts * processes.world:
         batch, parts = len(data) // processes.world, 1
@@ -223,7 +252,7 @@ def train_loader(
 
 def video_loader(args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes) -> DataLoader:
     """Batches of videos in their order."""
-    return _loader(args, VideoSet(videos, _Reader(args, size, args.eval_frame_order)), processes, args.batch_size_val)
+    return _loader(args, VideoSet(videos, _reader(args, size, args.eval_frame_order)), processes, args.batch_size_val)
 
 
 def _loader(

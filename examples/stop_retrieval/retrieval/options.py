@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "wd": 0.2, "warmup_proportion": 0.1, "pretrained_clip_name": "ViT-B/32", "temporal_prompt": "DGL",
     "shared_latent_space": "transformer", "visual_output_type": "global_prompt0", "text_prompt_length": 8,
     "local_each_frame_prompt_length": 4, "global_visual_prompt_length": 4, "lora": True, "slice_framepos": 2,
-    "temperature_new": 1.0,
+    "temperature_new": 1.0, "num_thread_reader": 1, "cache_frames": False,
 }  # fmt: skip
 # what a checkpoint of a run must be read with; the run's folder tells it to --do_eval, --index and --query
 OF_THE_MODEL = (
@@ -38,7 +38,7 @@ OF_THE_MODEL = (
 _OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
 # what may differ when a run goes on: it changes no weight
 FREE_TO_CHANGE = (
-    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm", "camoe_dsl", "top_k",
+    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "cache_frames", "qb_norm", "camoe_dsl", "top_k",
     "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv", "pretrained_dir",
 )  # fmt: skip
 
@@ -176,7 +176,9 @@ def parser() -> argparse.ArgumentParser:
     add("--slice_framepos", type=int, choices=(0, 1, 2), help="0: first frames, 1: last, 2: spread (STOP's, default)")
     add("--train_frame_order", type=int, choices=(0, 1, 2), default=0, help="0: ordinary, 1: reversed, 2: shuffled")
     add("--eval_frame_order", type=int, choices=(0, 1, 2), default=0)
-    add("--num_thread_reader", type=_at_least(0), default=1, help="processes that decode videos")
+    add("--num_thread_reader", type=_at_least(0), help="processes that decode videos (0: the one that trains)")
+    add("--cache_frames", nargs="?", const=True, type=_switch, metavar="0|1", help="keep frames of small videos in "
+        "memory, three times as many as are taken; in each process that decodes")  # fmt: skip
     add("--synthetic_train", type=_at_least(1), help="synthetic: videos to train on")
     add("--synthetic_val", type=_at_least(1), help="synthetic: videos to evaluate on")
     add("--synthetic_seed", type=_at_least(0), default=0, help="synthetic: other videos")
@@ -201,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=_at_least(1))
+    add("--eval_epochs", type=_at_least(1), default=1, help="epochs between two evaluations")
     add("--batch_size", type=_at_least(1), help="videos of one process in one step")
     add("--gradient_accumulation_steps", type=_at_least(1), default=1, help="parts that a batch is computed in")
     add("--lr", type=_number(0), help="of what STOP adds to CLIP")

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from . import datasets, indexing, options, recipes, state, synthetic
+from . import indexing, options, recipes, state, synthetic
+from .annotations import load
 from .corpus import Split
 from .errors import UsageError
 from .evaluate import evaluate
@@ -140,7 +141,7 @@ def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes
                 **recipes.VIDEOS,
             )
         )  # fmt: skip
-    splits = datasets.load(datatype, *paths, want=tuple(want))
+    splits = load(datatype, *paths, want=tuple(want))
     for split in splits.values() if processes.first else ():
         log.info("%s: %d videos, %d captions", split.name, len(split.videos), len(split.captions))
         for path in split.missing:

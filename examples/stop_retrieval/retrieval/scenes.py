@@ -15,10 +15,10 @@ import numpy as np
 
 from .errors import UsageError
 
-COUNTS = ("one", "two", "three")
+COUNTS = ("one", "two")
 HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.62, "yellow": 1 / 6}  # as a share of the colour circle
-SHAPES = ("circle", "triangle", "cross", "square")
-MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks")
+SHAPES = ("circle", "triangle", "cross")
+MOTIONS = ("moves sideways", "moves up and down", "grows")
 KINDS = {"count": COUNTS, "colour": tuple(HUES), "shape": SHAPES, "motion": MOTIONS}
 ATTRIBUTES = (*KINDS, "order")
 TEMPLATES = ("{0}, then {1}", "first {0}, then {1}", "{0} before {1}", "{0} and after that {1}", "{1} after {0}")

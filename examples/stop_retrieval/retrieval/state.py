@@ -2,7 +2,7 @@
 """What a run leaves in its folder: settings, log, checkpoints; and how it goes on from them.
 
 The keys of a checkpoint are STOP's (``epoch, global_step, arch, state_dict, best_acc1, optimizer, scaler``), its
-weights have STOP's names; ``step``, ``evaluated`` and ``hparams`` are this program's. It holds tensors and plain values
+weights have STOP's names; ``step`` and ``hparams`` are this program's. It holds tensors and plain values
 alone, so that ``torch.load(weights_only=True)`` reads it.
 """
 
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,12 @@ class Progress:
         epoch: epochs that are finished.
         step: steps of the next one that are.
         global_step: steps in all.
-        evaluated: epochs that were evaluated.
-        best: R@1 of the best of them, text to video, per cent.
+        best: R@1 of the best epoch, text to video, per cent.
     """
 
     epoch: int = 0
     step: int = 0
     global_step: int = 0
-    evaluated: int = 0
     best: float = -1.0
 
 
@@ -84,9 +83,14 @@ class Folder:
         atomic.replace(self.path / name, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
     def save(self, checkpoint: dict[str, Any], best: bool) -> None:
-        """Write the last checkpoint, whole or not at all, and the best one if it is that."""
-        for name in (LAST, BEST) if best else (LAST,):
-            atomic.replace(self.path / name, lambda path: _save(checkpoint, path))
+        """Write the last checkpoint, whole or not at all, and before it the best one if it is that: a run that is
+        killed between the two finds it to be the best again."""
+        last, kept = self.path / LAST, self.path / BEST
+        if best:
+            atomic.replace(kept, lambda path: _save(checkpoint, path))
+            atomic.replace(last, lambda path: shutil.copyfile(kept, path))
+        else:
+            atomic.replace(last, lambda path: _save(checkpoint, path))
 
     def weights(self) -> Path:
         """The best checkpoint, else the last one."""
@@ -132,7 +136,7 @@ def settings_of(path: str | os.PathLike) -> dict[str, Any] | None:
 def to_resume(path: str | os.PathLike) -> dict[str, Any]:
     """A checkpoint that a training can go on from."""
     found = read(path)
-    for key in ("state_dict", "optimizer", "hparams", "evaluated", "step", "global_step"):
+    for key in ("state_dict", "optimizer", "hparams", "step", "global_step"):
         if key not in found:
             raise UsageError(
                 f"{os.fspath(path)} is no checkpoint of this program ({key} is missing); to begin with its weights "
@@ -177,7 +181,7 @@ def restore(
         ) from error
     if found["scaler"]:
         scaler.load_state_dict(found["scaler"])
-    names = ("epoch", "step", "global_step", "evaluated")
+    names = ("epoch", "step", "global_step")
     return Progress(**{name: found[name] for name in names}, best=found["best_acc1"])
 
 

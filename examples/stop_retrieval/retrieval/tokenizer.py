@@ -7,6 +7,7 @@ import gzip
 import html
 import importlib.util
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a title
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path} can't be read as CLIP's vocabulary, {FILE}: {reason}") from error
     merges = [(pair[0], pair[1]) for line in lines if len(pair := line.split()) == 2]

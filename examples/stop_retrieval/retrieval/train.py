@@ -103,12 +103,13 @@ class Training:
         if self.processes.first:
             writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done.global_step or None)
         try:
-            self._evaluate(writer)  # of an epoch after which the run was killed
             while done.epoch < self.args.epochs:
                 self._epoch(writer)
                 done.epoch, done.step = done.epoch + 1, 0
-                self._save()
-                self._evaluate(writer)
+                if done.epoch % self.args.eval_epochs == 0 or done.epoch == self.args.epochs:
+                    self._evaluate(writer)
+                else:
+                    self._save()
         finally:
             if writer is not None:
                 writer.close()
@@ -120,7 +121,7 @@ class Training:
         self.sampler.start(done.epoch, done.step)
         self.model.train()
         batches = iter(self.loader)
-        each = args.batch_size * self.processes.world
+        each = self.sampler.batch * self.sampler.parts * self.processes.world  # videos of a step
         bar = tqdm(
             total=self.sampler.steps * each, initial=done.step * each, unit="video",
             desc=f"epoch {done.epoch + 1} of {args.epochs}", disable=self.processes.silent, leave=False,
@@ -209,10 +210,7 @@ class Training:
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
         done = self.progress
-        if done.evaluated == done.epoch:
-            return
         self.results = self.evaluate() | {"epoch": done.epoch}
-        done.evaluated = done.epoch
         r1 = self.results["text_to_video"]["r1"]
         best = r1 > done.best
         done.best = max(r1, done.best)

@@ -8,6 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import av
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 
 _MAJOR = int(av.__version__.split(".")[0])
 # tags that are no UTF-8 must not fail the file; from PyAV 19 on they never do, and the argument is gone
-_OPEN = {"metadata_errors": "ignore"} if _MAJOR < 19 else {}
+_OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if _MAJOR < 19 else {}
 # videos are read by several processes, each of them with one thread; before PyAV 17 colours had no others
-_CONVERT = {"threads": 1} if _MAJOR >= 17 else {}
+_CONVERT: dict[str, Any] = {"threads": 1} if _MAJOR >= 17 else {}
 PATIENCE = 60.0  # seconds that one packet may take; a playlist is a file too, and may wait for its next part for ever
 
 
@@ -157,7 +158,7 @@ def _read(path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], siz
                         return torch.stack([images[number] for number in chosen.tolist()]), real
         if not decoded:
             raise BrokenVideo(path, "no frame of it can be decoded")
-        count = decoded  # fewer than was promised: the file is cut off or damaged
+        count = min(decoded, count - 1)  # fewer than was promised: the file is cut off or damaged
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
