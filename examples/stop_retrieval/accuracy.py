@@ -214,7 +214,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lines = list(cases(args.quick))
-    found = {case: [study.result(case, seed) for seed in seeds] for case in lines}
+    found: dict[Case, list[dict]] = {case: [] for case in lines}
+    for seed in seeds:
+        for case in lines:
+            found[case].append(study.result(case, seed))
     used = list(dict.fromkeys(case.setting for case in lines))
     cost = costs(used, device, args.seconds or (5 if args.quick else 30), 16)
     rows = [

@@ -82,17 +82,17 @@ def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
     sides = whole.min() * rng.uniform(0.4, 0.9, 2)  # of the crop, at the beginning and at the end
     places = rng.random((2, 2))
     film = np.empty((frames, size, size, 3), np.float32)
-    for frame, t in zip(film, np.linspace(0, 1, frames), strict=True):
+    for number, t in enumerate(np.linspace(0, 1, frames)):
         side = sides @ (1 - t, t)
         left, top = (whole - side) * ((1 - t, t) @ places)
-        frame[:] = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        crop = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        film[number] = np.asarray(crop)
     film *= np.float32(rng.uniform(0.2, 0.45))
     return film
 
 
 def _play(event: Event, rng: np.random.Generator, film: np.ndarray) -> None:
-    """Draw an event over all frames of ``film``. Opposite motions are each other's time reversal, so that a frame by
-    itself doesn't tell which of them it is from."""
+    """Draw an event over all frames of ``film``. Moving shapes go from one side to the other, which way is by lot."""
     frames, size = film.shape[:2]
     radius = rng.uniform(0.14, 0.175)  # of the frame's side, like all lengths here
     there = rng.random() < 0.5  # which way it moves first
@@ -128,10 +128,6 @@ def _circle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - r
 
 
-def _square(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.89 * r
-
-
 def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.maximum(0.866 * np.abs(x) - 0.5 * y, y) - 0.66 * r
 
@@ -144,7 +140,6 @@ def _cross(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
 # how far a point (x, y) is outside of a shape of size r, negative inside
 _OUTSIDE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
-    "square": _square,
     "triangle": _triangle,
     "cross": _cross,
 }

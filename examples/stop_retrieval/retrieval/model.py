@@ -131,7 +131,7 @@ def build(
         if weights_from is None and args.pretrained_clip_name == TINY:
             model = StopModel(StopConfig(**recipes.MODEL | given))
             with torch.no_grad():
-                model.visual.positional_embedding *= recipes.POSITIONS
+                model.visual.positional_embedding.mul_(recipes.POSITIONS)
             stk.apply_tome_patch(model, config=tome)
         else:
             model, notes = _load(weights_from or _clip_file(args), given, tome)

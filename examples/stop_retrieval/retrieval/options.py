@@ -38,8 +38,9 @@ OF_THE_MODEL = (
 _OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
 # what may differ when a run goes on: it changes no weight
 FREE_TO_CHANGE = (
-    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "cache_frames", "qb_norm", "camoe_dsl", "top_k",
-    "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv", "pretrained_dir",
+    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "cache_frames", "qb_norm",
+    "camoe_dsl", "top_k", "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv",
+    "pretrained_dir",
 )  # fmt: skip
 
 # flags of STOP's main.py that mean nothing here, and why; those in _SWITCHES take no value

@@ -11,9 +11,10 @@ from typing import Any
 
 import stoptome_kernels as stk
 
-# fields of StopConfig that no flag sets, of --pretrained_clip_name tiny: 25 patches of a frame
+# fields of StopConfig that no flag sets, of --pretrained_clip_name tiny: 25 patches of a frame; heads are 64 wide, as in
+# every CLIP, since a checkpoint doesn't tell
 MODEL: dict[str, Any] = {
-    "image_size": 40, "patch_size": 8, "width": 64, "layers": 3, "embed_dim": 128, "text_width": 64, "text_heads": 2,
+    "image_size": 40, "patch_size": 8, "width": 64, "layers": 3, "embed_dim": 128, "text_width": 64, "text_heads": 1,
     "text_layers": 2,
 }  # fmt: skip
 # positions begin so much stronger than in CLIP, whose are hard to see beside patches that nothing has learnt yet: told
@@ -40,12 +41,12 @@ SYNTHETIC: dict[str, Any] = {
 _TUNE: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "wd": 0.05, "warmup_proportion": 0.1, "n_display": 1000}
 STUDY: dict[str, dict[str, Any]] = {
     "full": {
-        "train": 2000, "val": 400, "base": {**_BASE, "epochs": 30, "eval_epochs": 10, "n_display": 31},
-        "tune": {**_TUNE, "epochs": 2, "eval_epochs": 2},
+        "train": 2000, "val": 400, "base": {**_BASE, "epochs": 20, "eval_epochs": 10, "n_display": 31},
+        "tune": {**_TUNE, "epochs": 1},
     },
     "quick": {
         "train": 640, "val": 200, "base": {**_BASE, "epochs": 15, "eval_epochs": 5, "n_display": 10},
-        "tune": {**_TUNE, "epochs": 1, "eval_epochs": 1},
+        "tune": {**_TUNE, "epochs": 1},
     },
 }  # fmt: skip
 CLIPS = stk.ToMeConfig(

@@ -100,12 +100,14 @@ def draw(train: int, val: int, seed: int = 0) -> tuple[dict[str, Any], list[Clip
         Clip(f"video{i}", scene, (seed, 1, i)) for i, scene in enumerate([*apart, *(pair.scene for pair in pairs)])
     ]
     rng = np.random.default_rng((seed, 2))
-    videos, sentences = [], []
+    videos: list[dict[str, Any]] = []
+    sentences: list[dict[str, Any]] = []
     for i, clip in enumerate(clips):
         split = "train" if i < train else "test"
-        video = {"video_id": clip.id, "id": i, "split": split, "category": 0, "url": ""}
-        if i >= train and pairs[i - train].twin is not None:
-            video |= {"twin": f"video{train + pairs[i - train].twin}", "differs_in": pairs[i - train].attribute}
+        video: dict[str, Any] = {"video_id": clip.id, "id": i, "split": split, "category": 0, "url": ""}
+        twin = pairs[i - train].twin if i >= train else None
+        if twin is not None:
+            video |= {"twin": f"video{train + twin}", "differs_in": pairs[i - train].attribute}
         videos.append(video)
         for caption in rng.permutation(clip.scene.captions())[: CAPTIONS if i < train else 1]:
             sentences.append({"video_id": clip.id, "caption": str(caption), "sen_id": len(sentences)})
