@@ -85,7 +85,8 @@ stage install 80 bash -c install
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 
 # warnings of another torch's or Triton's are no failures; kernels of many shapes compile on as many cores as there are
-pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default)
+pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default
+    --ignore-glob "*/test_retrieval_*") # the example needs packages that such a machine may lack, and no kernel of its own
 python3 -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
 [ "$what" = all ] && for_tests=120 || for_tests=420
 [ "$what" = bench ] || stage tests "$for_tests" "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"

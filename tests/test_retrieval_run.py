@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from retrieval import run, state
-from retrieval.model import Retrieval
+from retrieval import options, run, state
+from retrieval.model import Retrieval, build
 from retrieval.tokenizer import Tokenizer
 from retrieval.video import read_video
 from retrieval_cases import FRAMES, MAIN, call, clip_weights, layout, msrvtt, refused, results, weights
@@ -93,6 +93,22 @@ def test_the_package_reads_the_checkpoint(trained):
     assert model.loaded.missing == ()
     assert model.loaded.left_over == ()
     assert model.config.frames == FRAMES
+
+
+def test_nothing_but_a_folder_trains_on_synthetic_videos(tmp_path):
+    """The default, with few videos; and a checkpoint of it is the model that was trained."""
+    few = ["--synthetic_train", "6", "--synthetic_val", "4", "--epochs", "1", "--batch_size", "3"]
+    assert run.main(["--output_dir", str(tmp_path), *few]) == 0
+    first = results(tmp_path)
+    assert len(list((tmp_path / "synthetic/videos").glob("*.mp4"))) == 10
+    ranks = [first[way][name] for way in ("text_to_video", "video_to_text") for name in ("r1", "mean_rank")]
+    assert run.main(["--output_dir", str(tmp_path), "--do_eval"]) == 0
+    again = results(tmp_path)
+    assert [again[way][name] for way in ("text_to_video", "video_to_text") for name in ("r1", "mean_rank")] == ranks
+    args = options.complete(options.read(["--output_dir", str(tmp_path)]))
+    trained_, _ = build(args, stk.ToMeConfig())
+    read, _ = build(args, stk.ToMeConfig(), str(tmp_path / "ckpt.pth.tar"))
+    assert read.clip.config == trained_.clip.config
 
 
 def test_index_and_query(trained, data, tmp_path, capsys):

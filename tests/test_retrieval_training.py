@@ -4,11 +4,16 @@
 import argparse
 import itertools
 import math
+import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from retrieval import loader as loading
+from retrieval import options, synthetic
+from retrieval.annotations import load
 from retrieval.corpus import Split, Video
 from retrieval.loader import Broken, TrainSampler, TrainSet, VideoSet, collate
 from retrieval.model import Retrieval, parameter_groups
@@ -159,6 +164,34 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
     )  # fmt: skip
     _, sampler = loading.train_loader(args, split, ids, 4, Processes())
     assert (sampler.batch, sampler.parts, sampler.steps) == (3, 1, 1)
+
+
+def resident() -> int:
+    """Bytes of this process and its workers."""
+    pages = 0
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read off Linux's /proc")
+def test_memory_of_the_loader_is_flat_over_many_epochs(tmp_path):
+    paths = synthetic.write(tmp_path / "set", train=16, val=2, size=128)
+    split = load("msrvtt", *paths, want=("train",))["train"]
+    args = options.complete(options.read([
+        "--output_dir", "o", "--data_path", paths.data_path, "--features_path", paths.features_path, "--batch_size",
+        "4", "--num_thread_reader", "1", "--max_frames", "12",
+    ]))  # fmt: skip
+    loader, sampler = loading.train_loader(args, split, torch.zeros(48, 8, dtype=torch.int32), 128, Processes())
+    seen = []
+    for epoch in range(24):
+        sampler.start(epoch)
+        for batch in loader:
+            assert batch.video.shape == (4, 12, 3, 128, 128)
+            seen.append(resident())
+    assert len(seen) == 96
+    grown = max(seen[80:]) - max(seen[48:64])  # before that Python's garbage collector finds its rhythm
+    assert grown < 4 << 20, f"{grown >> 20} MiB more after 32 batches of 2 MiB"
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
