@@ -34,7 +34,7 @@ def spread(mean: float, deviation: float | None) -> str:
 def lines(rows: list[dict]) -> list[list[str]]:
     """A line for each setting and whether the model was trained with it, beside r = 0 of the same kind."""
     of = {(row["shape"], row["direction"], row["impl"]): row for row in rows}
-    base = of["r=0", "inference", "merge"]
+    base = next(row for row in rows if row["shape"] == "r=0")
     found = []
     for when, setting in dict.fromkeys((row["direction"], row["shape"]) for row in rows):
         row = of[setting, when, "merge"]
@@ -44,15 +44,21 @@ def lines(rows: list[dict]) -> list[list[str]]:
             for kind in ("inference", "training")
         ]
         found.append([
-            setting, f"{row['items'][-1]} × {row['tokens'][-1]}", "—" if setting == "r=0" else when,
+            setting, f"{row['items'][-1]} × {row['tokens'][-1]}", _trained(row),
             spread(row["r1_mean"], row["r1_spread"]),
             "" if setting == "r=0" else spread(row["lost_mean"], row["lost_spread"]), row["guide"] or "",
             *("" if other is None else spread(other["r1_mean"], other["r1_spread"]) for other in others),
             *speeds, f"{row['speedup_ideal']:.2f}×", saved(row["training_bytes"] / base["training_bytes"]) + " less",
         ])  # fmt: skip
-        if setting == "r=0" and when == "training":
-            found[-1][2] = "—, trained as far"
     return found
+
+
+def _trained(row: dict) -> str:
+    number = len(row["seeds"])
+    seeds = f"{number} seed{'s' if number > 1 else ''}"
+    if row["shape"] == "r=0":
+        return f"none, {seeds}" if row["direction"] == "inference" else f"none, trained as far, {seeds}"
+    return f"{row['direction']}, {seeds}"
 
 
 def table(rows: list[dict]) -> str:
@@ -68,15 +74,15 @@ def markdown(rows: list[dict]) -> str:
         text = ["| " + " | ".join(HEAD) + " |", "|---|---|---|" + "---:|" * (len(HEAD) - 3)]
         text += ["| " + " | ".join(line) + " |" for line in lines(found)]
         first = found[0]
-        what = f"{first['n']} videos, {len(first['seeds'])} seeds, chance {100 / first['n']:.1f} %"
+        what = f"{first['n']} videos, chance {100 / first['n']:.2g} %"
         parts.append(f"**{plot.title(first)}: synthetic videos** ({what}; {plot.origin(found)})\n\n" + "\n".join(text))
     note = (
         "**This is a synthetic set and a small model, not MSR-VTT and CLIP.** R@1 in per cent, text to video, mean ± "
         "deviation over the seeds; *lost*: points of R@1 against r = 0 of the same seed, with merging in training "
         "against a model trained as far without. *sizes off*: merging without proportional attention; *dropped at "
         "random* and *average pool*: as many tokens fewer in every layer, chosen blindly. Inference and training: "
-        "videos a second through the visual tower and the speed-up over r = 0; ideal: by FLOPs of the blocks. Made by "
-        "`python examples/stop_retrieval/accuracy.py --json bench/results/accuracy` and `python bench/plot_accuracy.py "
+        "videos a second through the visual tower and the speed-up over r = 0; ideal: by FLOPs of the blocks; memory: on "
+        "a CPU what the tower keeps for backward, on a GPU the allocator's peak. Made by `python examples/stop_retrieval/accuracy.py --json bench/results/accuracy` and `python bench/plot_accuracy.py "
         "--readme README.md`."
     )
     return "\n\n".join([*parts, note])
@@ -106,6 +112,8 @@ def chart(rows: list[dict], file: Path) -> None:
 
 
 def _recall(axis, rows: list[dict], settings: list[str], what: str) -> None:
+    if not rows:
+        return  # not measured
     base = next(row for row in rows if row["shape"] == "r=0")
     for by, colour in BY.items():
         own = [base, *(row for row in rows if row["impl"] == by and row["shape"] != "r=0")]

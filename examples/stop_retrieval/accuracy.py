@@ -20,7 +20,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ class Case:
         return "-".join((self.setting, self.when, self.by)).replace(", ", "-").replace(" ", "-").replace("=", "")
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """All of the study; quick: r = 0 and 4."""
-    for when in WHEN:
+def cases(quick: bool, whens: Sequence[str] = WHEN) -> Iterator[Case]:
+    """All of the study, or what is asked for of it; quick: r = 0 and 4."""
+    for when in whens:
         for setting in ("r=0", "r=4") if quick else SETTINGS:
             # without merging there is nothing to choose
             for by in ("merge",) if setting == "r=0" or (quick and when == "training") else BY:
@@ -118,15 +118,16 @@ class Study:
             return self._run(f"{seed}/{case.name}", seed, argv)["text_to_video"]
 
     def _run(self, name: str, seed: int, argv: list[str]) -> dict:
-        out = self.work / name
-        if not (out / "done").exists():
+        out, done = self.work / name, self.work / name / "done"
+        argv = [*argv, *self.data, *_flags(recipes.SETTING), "--seed", str(seed), "--output_dir", os.fspath(out)]
+        made_by = json.dumps([argv, recipes.MODEL, recipes.POSITIONS])  # by another recipe is not done
+        if not done.exists() or done.read_text() != made_by:
             shutil.rmtree(out, ignore_errors=True)
-            argv = [*argv, *self.data, *_flags(recipes.SETTING), "--seed", str(seed), "--output_dir", os.fspath(out)]
             begun = time.perf_counter()
             if run.main(argv):
                 raise SystemExit(f"stopped: {' '.join(argv)}")
             print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-            (out / "done").touch()
+            done.write_text(made_by)
         return json.loads((out / "results.json").read_text())
 
 
@@ -169,10 +170,10 @@ def costs(settings: list[str], device: str, seconds: float, videos: int) -> dict
 
 
 def row(case: Case, figures: list[dict], control: list[dict], seeds: list[int], cost: dict, where: dict) -> dict:
-    """A line of the results file."""
+    """A line of the results file; what the tower costs is measured, and told, for merging as it is meant."""
     told = {name: [figure[name] for figure in figures] for name in FIGURES}
     lost = [before["r1"] - after["r1"] for before, after in zip(control, figures, strict=True)]
-    return where | cost | told | {
+    return where | (cost if case.by == "merge" else {}) | told | {
         "pages": "reused", "shape": case.setting, "n": figures[0]["candidates"], "dtype": "float32", "op": "retrieval",
         "direction": case.when, "impl": case.by, "seeds": seeds,
         "r1_mean": statistics.mean(told["r1"]), "r1_spread": _spread(told["r1"]),
@@ -189,6 +190,7 @@ def _spread(values: list[float]) -> float | None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="one seed, r = 0 and 4, few steps")
+    p.add_argument("--when", choices=WHEN, nargs="+", default=WHEN, help="merging at inference alone, in training too")
     p.add_argument("--seeds", type=int, help="models trained (default: 3, quick: 1)")
     p.add_argument("--work", type=Path, default=Path("output/accuracy"), help="folder of videos and runs")
     p.add_argument(
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lines = list(cases(args.quick))
+    lines = list(cases(args.quick, args.when))
     found: dict[Case, list[dict]] = {case: [] for case in lines}
     for seed in seeds:
         for case in lines:
