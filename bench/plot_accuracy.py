@@ -81,8 +81,9 @@ def markdown(rows: list[dict]) -> str:
         "deviation over the seeds; *lost*: points of R@1 against r = 0 of the same seed, with merging in training "
         "against a model trained as far without. *sizes off*: merging without proportional attention; *dropped at "
         "random* and *average pool*: as many tokens fewer in every layer, chosen blindly. Inference and training: "
-        "videos a second through the visual tower and the speed-up over r = 0; ideal: by FLOPs of the blocks; memory: on "
-        "a CPU what the tower keeps for backward, on a GPU the allocator's peak. Made by `python examples/stop_retrieval/accuracy.py --json bench/results/accuracy` and `python bench/plot_accuracy.py "
+        "videos a second through the visual tower and the speed-up over r = 0; ideal: by FLOPs of the blocks; memory: "
+        "on a CPU what the tower keeps for backward, on a GPU the allocator's peak. Made by `python "
+        "examples/stop_retrieval/accuracy.py --json bench/results/accuracy` and `python bench/plot_accuracy.py "
         "--readme README.md`."
     )
     return "\n\n".join([*parts, note])

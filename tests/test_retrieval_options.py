@@ -23,7 +23,7 @@ UPSTREAM = shlex.split("""
     --max_frames 12 --batch_size_val 16 --datatype msrvtt --expand_msrvtt_sentences --feature_framerate 3
     --freeze_layer_num 12 --slice_framepos 2 --loose_type --linear_patch 2d --sim_header meanP
     --pretrained_clip_name ViT-B/32 --precision amp --init_method tcp://127.0.0.1:6010 --pretrained_dir w
-    --freeze_clip 1 --time_embedding 0 --load_from_pretrained 0
+    --freeze_clip 1 --time_embedding 0 --resume None --load_from_pretrained 0
     --shared_latent_space transformer --temporal_prompt group2-2
 """)
 
@@ -106,7 +106,9 @@ def test_an_ignored_flag_is_said_once():
         (["--do_train", "0"], "nothing to do"),
         (["--do_train", "maybe"], "--do_train: must be 0 or 1"),
         (["--do_eval", "--resume", "auto"], "--resume goes on with a training"),
-        (["--resume", "auto", "--init_model", "x"], "--resume and --init_model"),
+        (["--resume", "x", "--init_model", "x"], "--resume FILE and --init_model"),
+        (["--do_train", "1", "--query", "x"], "--query after a training needs --index"),
+        (["--do_train", "1", "--fsdp", "--index"], "--fsdp in one call"),
         (["--query", " "], "--query needs a text"),
         (["--sim_header", "seqTransf"], "--sim_header seqTransf"),
         (["--batch_size", "10", "--gradient_accumulation_steps", "4"], "no multiple of --gradient_accumulation_steps"),
@@ -137,17 +139,46 @@ def test_what_is_evaluated_has_the_settings_it_was_trained_with():
     args = read("--do_eval", run=run)
     assert (args.max_frames, args.tome_r, args.merge_layers, args.datatype) == (6, 3, (1,), "synthetic")
     assert args.lr != 0.5
-    assert read("--do_eval", "--tome_r", "0", "--merge_layers", "", run=run).tome_r == 0
+    assert (args.lr, args.merge_token_proportions) == (read().lr, (5, 5))
+    # the flags of merging are one setting
+    assert options.tome_config(read("--do_eval", "--tome_r", "4", run=run)) == stk.ToMeConfig(4)
+    assert options.tome_config(read("--do_eval", "--tome_r", "0", run=run)).off
+    off = options.tome_config(read("--do_eval", "--no-tome_prop_attn", run=run))
+    assert off == stk.ToMeConfig(3, False, False, (1,), (2,), (5, 5))
+    preset = options.settings(read("--tome_preset", "accuracy"))
+    assert options.tome_config(read("--do_eval", run=preset)) == stk.ToMeConfig.preset("accuracy")
+    assert options.tome_config(read("--do_eval", "--tome_r", "4", run=preset)) == stk.ToMeConfig(4)
+    assert options.tome_config(read("--do_eval", "--tome_preset", "training", run=run)) == stk.ToMeConfig(2)
+
+
+def test_what_is_evaluated_is_what_was_evaluated_in_training():
+    run = options.settings(read("--data_path", "a.json", "--features_path", "v", "--val_csv", "1k.csv"))
+    args = read("--do_eval", run=run)
+    assert (args.datatype, args.data_path, args.val_csv) == ("msrvtt", "a.json", "1k.csv")
+    args = read("--do_eval", "--features_path", "w", run=run)
+    assert (args.features_path, args.val_csv) == ("w", "1k.csv")
+    args = read("--do_eval", "--data_path", "a.json", "--features_path", "v", run=options.settings(read()))
+    assert args.datatype == "msrvtt", "a model of synthetic videos on others"
+
+
+def test_frames_are_cached_only_where_they_are_taken_in_order():
+    assert read().cache_frames
+    assert not read("--eval_frame_order", "1").cache_frames
+    with pytest.raises(UsageError, match="--cache_frames 1 goes with"):
+        read("--cache_frames", "1", "--slice_framepos", "0")
 
 
 def test_a_run_goes_on_as_it_was_begun():
     run = options.settings(read("--lr", "0.5", "--num_thread_reader", "3"))
     args = options.read(["--output_dir", "o", "--resume", "auto"])
+    args.world = 1
     options.adopt(args, run, "ckpt")
     assert (args.lr, args.num_thread_reader, args.resume) == (0.5, 3, "auto")
     args = options.read(["--output_dir", "o", "--resume", "auto", "--num_thread_reader", "0", "--lr", "0.5"])
+    args.world = 1
     options.adopt(args, run, "ckpt")
     assert args.num_thread_reader == 0
     args = options.read(["--output_dir", "o", "--resume", "auto", "--lr", "0.25"])
+    args.world = 1
     with pytest.raises(UsageError, match=r"--lr is 0\.25, but ckpt was trained with 0\.5"):
         options.adopt(args, run, "ckpt")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/stop_retrieval from videos to R@1: training, evaluation, going on, searching; what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -108,7 +109,8 @@ def test_nothing_but_a_folder_trains_on_synthetic_videos(tmp_path):
     args = options.complete(options.read(["--output_dir", str(tmp_path)]))
     trained_, _ = build(args, stk.ToMeConfig())
     read, _ = build(args, stk.ToMeConfig(), str(tmp_path / "ckpt.pth.tar"))
-    assert read.clip.config == trained_.clip.config
+    ours = trained_.clip.config
+    assert read.clip.config == dataclasses.replace(ours, prompt_layers=ours.deep)
 
 
 def test_index_and_query(trained, data, tmp_path, capsys):
@@ -220,19 +222,45 @@ def test_two_processes_are_one(data, clip, tmp_path, how):
     moved = (theirs["clip.visual.conv1.weight"] - begun["visual.conv1.weight"]).abs().max()
     assert moved > 1e-4, "the steps must be larger than the tolerance"
     assert results(tmp_path / "two")["text_to_video"] == results(tmp_path / "one")["text_to_video"]
-    # a checkpoint of two processes goes on in one
-    more[1] = "3"
-    shutil.rmtree(tmp_path / "one")
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    bad = call("--output_dir", str(tmp_path / "one"), "--resume", "auto", "--epochs", "3")
+    bad = call("--output_dir", str(tmp_path / "two"), "--resume", "auto")
     assert bad.returncode == 2
-    assert "--epochs is 3" in bad.stderr
+    assert "--nproc_per_node=2" in bad.stderr, "one process would see other batches"
 
 
 def test_accumulation_takes_every_part_and_the_same_number_of_steps(data, clip, tmp_path):
     assert run.main(msrvtt(data, clip, tmp_path, "--gradient_accumulation_steps", "2", "--clip_grad_norm", "0")) == 0
     found = torch.load(tmp_path / "ckpt.pth.tar", weights_only=True)
     assert found["global_step"] == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_as_it_was_begun(data, clip, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run.main(msrvtt(data, clip, whole, "--tome_r", "3", "--do_train", "1")) == 0
+    killed.mkdir()
+    shutil.copy(whole / "hparams_train.json", killed)
+    assert run.main(["--output_dir", str(killed), "--resume", "auto"]) == 0
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(killed).items())
+    capsys.readouterr()
+    assert "--tome_r is 2" in refused(capsys, "--output_dir", str(killed), "--resume", "auto", "--tome_r", "2")
+
+
+def test_going_on_in_another_folder_leaves_the_run_there_alone(trained, data, clip, tmp_path, capsys):
+    other, new = tmp_path / "other", tmp_path / "new"
+    shutil.copytree(trained, other)
+    best = str(trained / "ckpt.best.pth.tar")
+    assert "holds another run" in refused(capsys, "--output_dir", str(other), "--resume", best)
+    assert run.main(["--output_dir", str(new), "--resume", best]) == 0
+    assert (new / "hparams_train.json").exists()
+
+
+def test_training_and_indexing_in_one_call_can_be_searched(data, clip, tmp_path, capsys):
+    more = ["--epochs", "3", "--do_train", "1", "--index", "--query", "a red circle", "--top_k", "2"]
+    assert run.main(msrvtt(data, clip, tmp_path / "out", *more)) == 0
+    assert run.main(["--output_dir", str(tmp_path / "out"), "--query", "a red circle"]) == 0
+    capsys.readouterr()
+    said = refused(capsys, *msrvtt(data, clip, tmp_path / "b", "--do_train", "1", "--index", str(tmp_path / "no")))
+    assert "is no folder" in said
+    assert not (tmp_path / "b/ckpt.pth.tar").exists()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

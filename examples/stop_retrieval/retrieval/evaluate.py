@@ -106,7 +106,7 @@ def evaluate(
     found: dict = {"plain": (similarity, similarity)}
     if args.qb_norm:
         assert train is not None
-        bank_text, bank_video = _bank(model, args, train, tokenizer, size, processes, broken)
+        bank_text, bank_video = _bank(model, args, train, tokenizer, size, processes)
         found["qb_norm"] = (
             rerank.qb_norm(similarity, bank_text @ seen.t()),
             rerank.qb_norm(similarity.t(), bank_video @ text.t()).t(),
@@ -129,9 +129,8 @@ def evaluate(
 
 
 def _bank(
-    model: nn.Module, args: argparse.Namespace, train: Split, tokenizer: Tokenizer, size: int, processes: Processes,
-    broken: Broken,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: nn.Module, args: argparse.Namespace, train: Split, tokenizer: Tokenizer, size: int, processes: Processes
+) -> tuple[Tensor, Tensor]:
     """Features of training captions and videos, spread over the split, as queries to normalise by."""
 
     def spread(count: int) -> list[int]:
@@ -141,4 +140,4 @@ def _bank(
     chosen = Split(train.name, train.videos, tuple(train.captions[i] for i in spread(len(train.captions))))
     text = encode_texts(model, tokens(chosen, tokenizer, args.max_words), 4 * args.batch_size_val, processes)
     videos = [train.videos[i] for i in spread(len(train.videos))]
-    return text, _everyones(model, args, videos, size, processes, broken)[0]
+    return text, _everyones(model, args, videos, size, processes, Broken())[0]

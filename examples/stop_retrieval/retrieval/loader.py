@@ -79,8 +79,6 @@ class _Cached(_Reader):
 
     def __init__(self, args: argparse.Namespace, size: int, order: int):
         super().__init__(args, size, order)
-        if order or args.slice_framepos != 2:
-            raise UsageError("--cache_frames 1 goes with frame order 0 and --slice_framepos 2 alone")
         self.kept: dict[Video, tuple[Tensor, int]] = {}
 
     def __call__(self, video: Video, rng: np.random.Generator | None) -> tuple[Tensor, int]:

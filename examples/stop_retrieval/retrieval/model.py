@@ -141,7 +141,7 @@ def build(
     if args.freeze_clip:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(added in name for added in ADDED))
-    if args.temperature_new > 1:
+    if args.do_train and args.temperature_new > 1 and (weights_from is None or "temperature_new" in args.given):
         nn.init.constant_(model.logit_scale, args.temperature_new)
     model.visual.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:

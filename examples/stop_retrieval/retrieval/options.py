@@ -32,13 +32,15 @@ DEFAULTS: dict[str, Any] = {
 OF_THE_MODEL = (
     "datatype", "max_words", "max_frames", "pretrained_clip_name", "temporal_prompt", "shared_latent_space",
     "visual_output_type", "text_prompt_length", "local_each_frame_prompt_length", "global_visual_prompt_length", "lora",
-    "slice_framepos", "feature_framerate", "tome_r", "tome_prop_attn", "merge_layers", "merge_frame_nums",
-    "merge_token_proportions", "frame_pos", "tome_preset", "synthetic_train", "synthetic_val", "synthetic_seed",
+    "slice_framepos", "feature_framerate", "tome_prop_attn", "synthetic_train", "synthetic_val", "synthetic_seed",
 )  # fmt: skip
+_DATA = ("data_path", "features_path", "train_csv", "val_csv")
+# one setting in several flags: whoever gives one of them gives it anew
+_MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportions", "frame_pos")
 _OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
 # what may differ when a run goes on: it changes no weight
 FREE_TO_CHANGE = (
-    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "cache_frames", "qb_norm",
+    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm",
     "camoe_dsl", "top_k", "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv",
     "pretrained_dir",
 )  # fmt: skip
@@ -267,14 +269,28 @@ def _check(args: argparse.Namespace) -> None:
         args.do_train = not (args.do_eval or args.index is not None or args.query)
     if not (args.do_train or args.do_eval or args.index is not None or args.query):
         raise UsageError("nothing to do: --do_train 1, --do_eval, --index or --query")
+    args.resume, args.init_model = (None if v in ("None", "") else v for v in (args.resume, args.init_model))  # STOP's
     if args.resume and not args.do_train:
         raise UsageError("--resume goes on with a training; to evaluate a checkpoint give --do_eval --init_model FILE")
-    if args.resume and args.init_model:
-        raise UsageError("--resume and --init_model both say where the weights come from; give one of them")
+    if args.resume and args.resume != "auto" and args.init_model:
+        raise UsageError("--resume FILE and --init_model both say where the weights come from; give one of them")
     if any(not text.strip() for text in args.query):
         raise UsageError('--query needs a text, such as --query "a red circle moves left"')
-    tome = [n for n in args.given if n.startswith(("tome_", "merge_")) or n == "frame_pos"]
-    tome = [name for name in tome if name not in ("tome_preset", "tome_trace_source")]
+    if args.fsdp and not args.do_train:
+        args.notes.append("--fsdp is ignored: only training shards the model")
+    if args.fsdp and args.do_train and (args.index is not None or args.query):
+        raise UsageError(
+            "--index and --query can't follow a training with --fsdp in one call: call again with them alone"
+        )
+    if args.do_train and args.query and args.index is None:
+        raise UsageError("--query after a training needs --index: the index that is there is not of the new weights")
+    if args.qb_norm and not (args.do_train or args.do_eval):
+        args.notes.append("--qb_norm is ignored: nothing is evaluated")
+    if args.tome_trace_source:
+        args.notes.append(
+            "--tome_trace_source keeps the last batch's trace for stk.tome_trace, and nothing here draws it"
+        )
+    tome = [name for name in args.given if name in (*_MERGING, "tome_prop_attn")]
     if args.tome_preset and tome:
         raise UsageError(f"--tome_preset {args.tome_preset} and --{tome[0]} both set token merging; give one of them")
 
@@ -286,14 +302,20 @@ def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> arg
         args: of :func:`read`; changed in place.
         run: the settings of that run.
     """
-    for name in OF_THE_MODEL:
-        if run and name in run and name not in args.given:
-            value = run[name]
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+    data = [name for name in _DATA if getattr(args, name) is not None]
+    merging = {*_MERGING, "tome_preset"} & {*args.given}
+    if run is not None:
+        names = [name for name in (*OF_THE_MODEL, *_DATA) if name in run and name not in args.given]
+        if data and run.get("datatype") == "synthetic":
+            names.remove("datatype")  # other videos are wanted
+        for name in (*names, *(() if merging else _MERGING)):
+            setattr(args, name, tuple(run[name]) if isinstance(run[name], list) else run[name])
+    if args.tome_preset:
+        preset = vars(stk.ToMeConfig.preset(args.tome_preset))
+        for name in (*_MERGING, "tome_prop_attn"):
+            setattr(args, name, preset[name if name in preset else name.removeprefix("tome_")])
     if args.datatype is None:
-        args.datatype = (
-            "msrvtt" if args.data_path or args.features_path or args.train_csv or args.val_csv else "synthetic"
-        )
+        args.datatype = "msrvtt" if data else "synthetic"
     defaults = DEFAULTS | (recipes.SYNTHETIC if args.datatype == "synthetic" else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -303,13 +325,17 @@ def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> arg
             f"--batch_size {args.batch_size} is no multiple of --gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}"
         )
+    if args.cache_frames and (args.train_frame_order or args.eval_frame_order or args.slice_framepos != 2):
+        if "cache_frames" in args.given:
+            raise UsageError("--cache_frames 1 goes with frame order 0 and --slice_framepos 2 alone")
+        args.cache_frames = False
     reads = args.do_train or args.do_eval or args.index == ""
     if args.datatype != "synthetic" and reads:
         for name in ("data_path", "features_path"):
             if getattr(args, name) is None:
                 raise UsageError(f"--datatype {args.datatype} needs --{name}")
     if args.datatype == "synthetic":
-        for name in ("data_path", "features_path", "train_csv", "val_csv"):
+        for name in _DATA:
             if getattr(args, name) is not None:
                 raise UsageError(f"--datatype synthetic makes its own videos: leave out --{name}")
     return args
@@ -319,8 +345,13 @@ def adopt(args: argparse.Namespace, run: dict[str, Any], path: str) -> None:
     """Settings of a run that goes on: those it was begun with.
 
     Raises:
-        UsageError: another value was given for one that changes what is learnt.
+        UsageError: another value was given for one that changes what is learnt, or there are more or fewer processes.
     """
+    if run.get("world", args.world) != args.world:
+        raise UsageError(
+            f"{path} was trained by {run['world']} processes, not {args.world}, whose batches would be others: "
+            f"torchrun --nproc_per_node={run['world']} main.py …"
+        )
     for name, value in run.items():
         value = tuple(value) if isinstance(value, list) else value
         if name not in args.given:
@@ -336,9 +367,6 @@ def adopt(args: argparse.Namespace, run: dict[str, Any], path: str) -> None:
 def tome_config(args: argparse.Namespace) -> stk.ToMeConfig:
     """The settings of token merging; raises UsageError where they contradict each other."""
     try:
-        if args.tome_preset:
-            config = stk.ToMeConfig.preset(args.tome_preset)
-            return stk.ToMeConfig(**vars(config) | {"trace_source": args.tome_trace_source})
         return stk.ToMeConfig.from_args(args)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error

@@ -17,18 +17,24 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import UsageError
 
 
+class Together(UsageError):
+    """One that all processes know of, so that the first alone needs to say it."""
+
+
 class Processes:
     """This process among the others.
 
     Attributes:
         rank, world: its number and how many there are.
         device: the one it drives.
+        working: settings are checked, the same in all processes; from here on an error may be one process's alone.
     """
 
     def __init__(self) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
+        self.working = False
         cuda = torch.cuda.is_available()
         if cuda and local >= torch.cuda.device_count():
             raise UsageError(
@@ -72,7 +78,7 @@ class Processes:
                 told[1] = str(error)
         dist.broadcast_object_list(told, 0)
         if told[1] is not None:
-            raise UsageError(told[1])
+            raise Together(told[1])
         return told[0]
 
     def all_know(self, value: Any) -> list[Any]:

@@ -8,25 +8,27 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import indexing, options, recipes, state, synthetic
+from . import indexing, options, recipes, search, state, synthetic
 from .annotations import load
-from .corpus import Split
+from .corpus import Split, Video
 from .errors import UsageError
 from .evaluate import evaluate
 from .loader import tokens, train_loader
 from .model import Retrieval, build, count
-from .parallel import Processes
+from .parallel import Processes, Together
 from .tokenizer import Tokenizer
 from .train import Training
 
 log = logging.getLogger("stop_retrieval")
 OUT_OF_MEMORY = (
     "out of memory: try a smaller --batch_size (or --gradient_accumulation_steps, which keeps it), fewer --max_frames, "
-    "--gradient_checkpointing, or a larger --tome_r; when evaluating a smaller --batch_size_val"
+    "--gradient_checkpointing, or a larger --tome_r; when evaluating a smaller --batch_size_val; fewer "
+    "--num_thread_reader"
 )
 
 
@@ -39,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(args, processes)
         return 0
     except UsageError as error:
-        if processes is None or processes.first or processes.world == 1:
+        alone = processes is None or (processes.working and not isinstance(error, Together))
+        if alone or processes.first:  # type: ignore[union-attr]
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (torch.OutOfMemoryError, MemoryError):
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it of a CPU
+        # how torch says it of a CPU, and of a process that decodes
+        if not any(words in str(error) for words in ("can't allocate memory", "DataLoader worker")):
             raise
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
@@ -60,13 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, processes: Processes) -> None:
     folder = state.Folder(args.output_dir)
+    args.world = processes.world
     if args.do_train or args.do_eval or args.index is not None:
         processes.first_does(folder.open)
     _start_log(args, folder, processes)
     resume, weights_from, before = _origin(args, folder)
     options.complete(args, before)
-    if args.do_train and not args.resume:
+    own = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.path.resolve())
+    if args.do_train and not own:
         processes.first_does(folder.must_be_new)
+        if resume is not None:
+            resume["best_acc1"] = -1.0  # of another folder's run
+    corpus = _searchable(args, folder)
     args.tome = options.tome_config(args)
     for note in args.notes if processes.first else ():
         log.info(note)
@@ -81,17 +90,31 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
             log.info(note)
         log.info("%s", _summary(model, args))
     results: dict[str, Any] = {}
+    processes.working = True
     if args.do_train:
         results = _train(args, model, splits, tokenizer, folder, processes, resume)
+        if corpus or args.query:  # a later call searches with the best weights, too
+            model.load_state_dict(state.read(folder.weights())["state_dict"])
     elif args.do_eval:
         results = evaluate(model, args, splits["val"], tokenizer, size, processes, splits.get("train"))
     if results and processes.first:
         folder.write_json(state.RESULTS, results)
     if args.index is not None:
-        videos = indexing.videos_in(args.index) if args.index else splits["val"].videos
+        videos = corpus or splits["val"].videos
         indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
     if args.query:
         indexing.query(model, args.query, folder.path / state.INDEX, args, tokenizer, processes)
+
+
+def _searchable(args: argparse.Namespace, folder: state.Folder) -> list[Video]:
+    """The videos of a folder that is to be indexed, after what can be checked before any work."""
+    if args.index is None and not args.query:
+        return []
+    search.require()
+    where = folder.path / state.INDEX
+    if args.do_train and where.exists():
+        raise UsageError(f"{where} is of other weights than those to be trained: remove it")
+    return indexing.videos_in(args.index) if args.index else []
 
 
 def _start_log(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
@@ -114,7 +137,11 @@ def _origin(
     if args.resume:
         path = folder.path / state.LAST if args.resume == "auto" else args.resume
         if args.resume == "auto" and not path.exists():
-            return None, None, None
+            begun = folder.settings()
+            if begun is not None:
+                options.adopt(args, begun, os.fspath(folder.path))
+                args.init_model = args.init_model or begun["init_model"]
+            return None, args.init_model, None
         found = state.to_resume(path)
         options.adopt(args, found["hparams"], os.fspath(path))
         return found, None, None
@@ -126,7 +153,7 @@ def _origin(
 
 def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> dict[str, Split]:
     want = []
-    if args.do_train or args.qb_norm:
+    if args.do_train or (args.do_eval and args.qb_norm):
         want.append("train")
     if args.do_train or args.do_eval or args.index == "":
         want.append("val")
@@ -160,8 +187,6 @@ def _train(
     processes: Processes,
     resume: dict | None,
 ) -> dict[str, Any]:
-    if args.fsdp and args.index is not None:
-        raise UsageError("--index can't follow a training with --fsdp in one call: call again with --index alone")
     size = model.clip.config.image_size
     train, val = splits["train"], splits["val"]
     wrapped = processes.wrap(model, args.fsdp, unused=args.temporal_prompt == "group2-2")
@@ -171,9 +196,8 @@ def _train(
         args, wrapped, loader, sampler, folder, processes,
         evaluate=lambda: evaluate(model, args, val, tokenizer, size, processes, train),
     )  # fmt: skip
-    if resume is None:
-        processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
-    elif processes.first:
+    processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
+    if resume is not None and processes.first:
         log.info("going on after epoch %d, step %d", resume["epoch"], resume["step"])
     return training.run(resume)
 

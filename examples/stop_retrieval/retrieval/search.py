@@ -41,6 +41,11 @@ class Hit:
     span: tuple[float, float] | None
 
 
+def require() -> None:
+    """Raises UsageError without FAISS."""
+    _faiss()
+
+
 def build(features: Features, folder: str | os.PathLike[str]) -> None:
     """Write an index for exact search by cosine, and what its entries are, in place of the index that is there.
 

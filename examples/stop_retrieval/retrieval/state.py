@@ -72,12 +72,20 @@ class Folder:
 
     def must_be_new(self) -> None:
         """Raises UsageError where there is a run already."""
-        for name in (SETTINGS, LAST, BEST):
+        for name in (LAST, BEST):
             if (self.path / name).exists():
                 raise UsageError(
                     f"--output_dir {self.path} holds another run ({name}): give another folder, or go on with it by "
                     "--resume auto"
                 )
+
+    def settings(self) -> dict[str, Any] | None:
+        """Those that a run here was begun with, if one was."""
+        path = self.path / SETTINGS
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} can't be read: {error}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         atomic.replace(self.path / name, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))

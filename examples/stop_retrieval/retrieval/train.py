@@ -101,7 +101,9 @@ class Training:
         done = self.progress
         writer = None
         if self.processes.first:
-            writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done.global_step or None)
+            writer = SummaryWriter(
+                str(self.folder.path / "tensorboard"), purge_step=done.global_step + 1 if resume else None
+            )
         try:
             while done.epoch < self.args.epochs:
                 self._epoch(writer)
@@ -214,10 +216,11 @@ class Training:
         r1 = self.results["text_to_video"]["r1"]
         best = r1 > done.best
         done.best = max(r1, done.best)
+        if writer is not None:  # before the checkpoint: a run that is killed between them writes the same again
+            self.folder.write_json(state.RESULTS, self.results)
         self._save(best)
         if writer is None:
             return
-        self.folder.write_json(state.RESULTS, self.results)
         for way in ("text_to_video", "video_to_text"):
             for name in ("r1", "r5", "r10", "median_rank", "mean_rank"):
                 writer.add_scalar(f"{way}/{name}", self.results[way][name], done.global_step)
