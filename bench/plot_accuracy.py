@@ -129,7 +129,8 @@ def _recall(axis, rows: list[dict], settings: list[str], what: str) -> None:
         )
     chance = 100 / base["n"]
     axis.axhline(chance, color="#999999", lw=0.8, ls=":")
-    axis.annotate("chance", (0, chance), (0, 3), textcoords="offset points", size=7, color="#666666")
+    last = (len(settings) - 1, chance)
+    axis.annotate("chance", last, (0, 3), textcoords="offset points", size=7, color="#666666", ha="right")
     axis.set_xticks(range(len(settings)), settings, size=8)
     axis.set_ylim(0, None)
     _head(axis, f"R@1, %: {what}")
