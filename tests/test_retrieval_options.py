@@ -158,6 +158,8 @@ def test_what_is_evaluated_is_what_was_evaluated_in_training():
     args = read("--do_eval", "--features_path", "w", run=run)
     assert (args.features_path, args.val_csv) == ("w", "1k.csv")
     args = read("--do_eval", "--data_path", "a.json", "--features_path", "v", run=options.settings(read()))
+    given = ("--datatype", "msrvtt", "--data_path", "a.json", "--features_path", "v")
+    assert read("--do_eval", *given, run=options.settings(read())).datatype == "msrvtt"
     assert args.datatype == "msrvtt", "a model of synthetic videos on others"
 
 

@@ -254,8 +254,9 @@ def test_going_on_in_another_folder_leaves_the_run_there_alone(trained, data, cl
 
 
 def test_training_and_indexing_in_one_call_can_be_searched(data, clip, tmp_path, capsys):
-    more = ["--epochs", "3", "--do_train", "1", "--index", "--query", "a red circle", "--top_k", "2"]
+    more = ["--epochs", "3", "--do_train", "1", "--index", "--lr", "0.02"]  # so large that the best is not the last
     assert run.main(msrvtt(data, clip, tmp_path / "out", *more)) == 0
+    assert run.main(msrvtt(data, clip, tmp_path / "c", "--do_train", "1", "--index", "--query", "a red circle")) == 0
     assert run.main(["--output_dir", str(tmp_path / "out"), "--query", "a red circle"]) == 0
     capsys.readouterr()
     said = refused(capsys, *msrvtt(data, clip, tmp_path / "b", "--do_train", "1", "--index", str(tmp_path / "no")))

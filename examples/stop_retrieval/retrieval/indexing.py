@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from . import features, search
+from .annotations.files import SUFFIXES
 from .corpus import Video
 from .errors import UsageError
 from .evaluate import encode_texts, encode_videos
@@ -19,7 +20,6 @@ from .loader import Broken
 from .parallel import Processes
 from .tokenizer import Tokenizer
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 log = logging.getLogger("stop_retrieval")
 
 

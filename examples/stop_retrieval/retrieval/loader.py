@@ -250,15 +250,13 @@ def train_loader(
 
 def video_loader(args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes) -> DataLoader:
     """Batches of videos in their order."""
-    return _loader(args, VideoSet(videos, _reader(args, size, args.eval_frame_order)), processes, args.batch_size_val)
+    return _loader(
+        args, VideoSet(videos, _reader(args, size, args.eval_frame_order)), processes, batch_size=args.batch_size_val
+    )
 
 
-def _loader(
-    args: argparse.Namespace, data: Dataset, processes: Processes, batch_size: int = 1, **options
-) -> DataLoader:
+def _loader(args: argparse.Namespace, data: Dataset, processes: Processes, **options) -> DataLoader:
     workers = args.num_thread_reader
-    if "batch_sampler" not in options:
-        options["batch_size"] = batch_size
     return DataLoader(
         data, num_workers=workers, collate_fn=collate, pin_memory=processes.device.type == "cuda",
         persistent_workers=workers > 0 and "batch_sampler" in options, **options,

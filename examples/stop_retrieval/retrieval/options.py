@@ -305,9 +305,8 @@ def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> arg
     data = [name for name in _DATA if getattr(args, name) is not None]
     merging = {*_MERGING, "tome_preset"} & {*args.given}
     if run is not None:
-        names = [name for name in (*OF_THE_MODEL, *_DATA) if name in run and name not in args.given]
-        if data and run.get("datatype") == "synthetic":
-            names.remove("datatype")  # other videos are wanted
+        elsewhere = {"datatype"} if data and run.get("datatype") == "synthetic" else set()  # other videos are wanted
+        names = {*OF_THE_MODEL, *_DATA} & {*run} - {*args.given} - elsewhere
         for name in (*names, *(() if merging else _MERGING)):
             setattr(args, name, tuple(run[name]) if isinstance(run[name], list) else run[name])
     if args.tome_preset:

@@ -89,16 +89,14 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         for note in notes:
             log.info(note)
         log.info("%s", _summary(model, args))
-    results: dict[str, Any] = {}
     processes.working = True
     if args.do_train:
-        results = _train(args, model, splits, tokenizer, folder, processes, resume)
-        if corpus or args.query:  # a later call searches with the best weights, too
+        _train(args, model, splits, tokenizer, folder, processes, resume)
+        if args.index is not None:  # a later call searches with the best weights, too
             model.load_state_dict(state.read(folder.weights())["state_dict"])
     elif args.do_eval:
         results = evaluate(model, args, splits["val"], tokenizer, size, processes, splits.get("train"))
-    if results and processes.first:
-        folder.write_json(state.RESULTS, results)
+        processes.first_does(lambda: folder.write_json(state.RESULTS, results))
     if args.index is not None:
         videos = corpus or splits["val"].videos
         indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
@@ -186,7 +184,7 @@ def _train(
     folder: state.Folder,
     processes: Processes,
     resume: dict | None,
-) -> dict[str, Any]:
+) -> None:
     size = model.clip.config.image_size
     train, val = splits["train"], splits["val"]
     wrapped = processes.wrap(model, args.fsdp, unused=args.temporal_prompt == "group2-2")
@@ -199,7 +197,7 @@ def _train(
     processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
     if resume is not None and processes.first:
         log.info("going on after epoch %d, step %d", resume["epoch"], resume["step"])
-    return training.run(resume)
+    training.run(resume)
 
 
 def _summary(model: Retrieval, args: argparse.Namespace) -> str:

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint import state_dict as sharded
 
 from . import atomic
 from .errors import UsageError
-from .parallel import Processes
 
 SETTINGS, LAST, BEST, LOG, INDEX = "hparams_train.json", "ckpt.pth.tar", "ckpt.best.pth.tar", "log.txt", "index"
 RESULTS = "results.json"
@@ -191,8 +190,3 @@ def restore(
         scaler.load_state_dict(found["scaler"])
     names = ("epoch", "step", "global_step")
     return Progress(**{name: found[name] for name in names}, best=found["best_acc1"])
-
-
-def save(folder: Folder, processes: Processes, checkpoint: dict[str, Any], best: bool = False) -> None:
-    """By the first process, while the others wait."""
-    processes.first_does(lambda: folder.save(checkpoint, best))

@@ -83,15 +83,14 @@ class Training:
         self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "amp" and device == "cuda")
         self.progress = state.Progress()
         self.broken = Broken()
-        self.results: dict = {}
 
     @property
     def steps(self) -> int:
         """Of the whole training."""
         return self.sampler.steps * self.args.epochs
 
-    def run(self, resume: dict | None = None) -> dict:
-        """Train, from the beginning or from a checkpoint, and give the results of the last evaluation.
+    def run(self, resume: dict | None = None) -> None:
+        """Train, from the beginning or from a checkpoint.
 
         Raises:
             UsageError: videos can't be read, or the loss is no number any more.
@@ -116,7 +115,6 @@ class Training:
             if writer is not None:
                 writer.close()
         self.broken.say(self.processes)
-        return self.results
 
     def _epoch(self, writer: SummaryWriter | None) -> None:
         args, done = self.args, self.progress
@@ -208,19 +206,19 @@ class Training:
     def _save(self, best: bool = False) -> None:
         hparams = self.args.hparams
         found = state.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
-        state.save(self.folder, self.processes, found, best)
+        self.processes.first_does(lambda: self.folder.save(found, best))
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
         done = self.progress
-        self.results = self.evaluate() | {"epoch": done.epoch}
-        r1 = self.results["text_to_video"]["r1"]
+        results = self.evaluate() | {"epoch": done.epoch}
+        r1 = results["text_to_video"]["r1"]
         best = r1 > done.best
         done.best = max(r1, done.best)
         if writer is not None:  # before the checkpoint: a run that is killed between them writes the same again
-            self.folder.write_json(state.RESULTS, self.results)
+            self.folder.write_json(state.RESULTS, results)
         self._save(best)
         if writer is None:
             return
         for way in ("text_to_video", "video_to_text"):
             for name in ("r1", "r5", "r10", "median_rank", "mean_rank"):
-                writer.add_scalar(f"{way}/{name}", self.results[way][name], done.global_step)
+                writer.add_scalar(f"{way}/{name}", results[way][name], done.global_step)
