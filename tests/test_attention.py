@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proportional attention on every backend: the property it is made for, values, gradients, PyTorch around it."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -93,11 +95,23 @@ def assert_exact(arguments, backend, scale=None, call=stk.attention):
         return
     # dq and dk come from differences of numbers of this size, which may cancel: for a single key they are 0
     term = grad.double().norm(dim=-1).max().item() * largest(*arguments[2::3]) * abs(scale or q.shape[-1] ** -0.5)
-    terms = [term * largest(*arguments[1::3]), term * largest(q), 0.0, 0.0, term * largest(q), 0.0]
+    # dv is a sum of weights, made again from the scores and their log-sum: a weight is as wrong as its score is large
+    weighted = scores_and_weights(arguments, scale, grad)
+    terms = [term * largest(*arguments[1::3]), term * largest(q), weighted, 0.0, term * largest(q), weighted]
     for x, y, z, term in zip(ours, theirs, exact, terms, strict=True):
         if x is not None and x.requires_grad:
             assert x.grad.dtype == x.dtype
             assert_as_exact_as_eager(x.grad, y.grad, z.grad, term)
+
+
+def scores_and_weights(arguments, scale, grad):
+    """The largest score (in base 2, as kernels keep it) times the largest sum of weights over what they weigh."""
+    q, k, v, size, *prefix = (x if x is None else x.detach().double() for x in arguments)
+    k, _, size = joined(k, v, size, *prefix, q.shape[0])
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if size is not None:
+        scores = scores + size.log()[:, None, None]
+    return scores.abs().max().item() / math.log(2) * (scores.softmax(-1).mT @ grad.double().abs()).max().item()
 
 
 def largest(*rows):
