@@ -10,40 +10,21 @@ exact.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from .. import vit
 from .config import ToMeConfig
 from .merging import Merging
 from .schedule import Rate, Schedule, Step, plan_layers
 from .stream import Stream, run_block
+from .swap import Patched, check_unswap, swap, unswap
 from .towers import Tower, check_tower, find_tower, probe
 from .trace import Trace
 
 
-class _Patched:
-    """First of the bases of a patched class; what it does not define is the original's."""
-
-    tome_parts: tuple[type, type]  # the mixin and the original class
-
-    def __reduce_ex__(self, protocol):
-        # the class was made at run time: pickle and deepcopy make it again from the two that can be imported
-        return _restore, self.tome_parts, self.__getstate__()  # type: ignore[attr-defined]
-
-
-def _restore(mixin: type, original: type):
-    return object.__new__(_subclass(mixin, original))
-
-
-@cache
-def _subclass(mixin: type, original: type) -> type:
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), {**names, "tome_parts": (mixin, original)})
-
-
-class _Block(_Patched):
+class _Block(Patched):
     """A block that takes a :class:`.stream.Stream`; called as before it does as before."""
 
     def forward(self, x, *args, **options):
@@ -57,7 +38,7 @@ class _Block(_Patched):
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
 
-class _PromptedTower(_Patched):
+class _PromptedTower(Patched):
     """The visual tower of STOP and DGL, whose ``forward_deep_prompt`` runs the blocks one by one."""
 
     def forward_deep_prompt(self, x: Tensor, unified_visual_prompt: Tensor) -> Tensor:
@@ -79,7 +60,7 @@ class _PromptedTower(_Patched):
         return torch.cat([stream.prompts, classes], 1).transpose(0, 1)  # type: ignore[list-item]
 
 
-class _Transformer(_Patched):
+class _Transformer(Patched):
     """The block stack of CLIP4Clip's visual tower, ``(L, B·T, D)`` in and out."""
 
     def forward(self, x: Tensor, video_frame: int = -1, **options) -> Tensor:
@@ -122,12 +103,14 @@ def apply_tome_patch(
     *,
     config: ToMeConfig | None = None,
     frames: int | None = None,
+    unmerge: bool = False,
 ) -> nn.Module:
     """Merge tokens in the visual tower of a model, from its next forward on.
 
     Args:
         model: a :class:`StopModel`; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
-            recognised by structure. Perhaps inside DistributedDataParallel or torch.compile.
+            recognised by structure; a vision transformer of timm, or a model that holds one. Perhaps inside
+            DistributedDataParallel or torch.compile.
         tome_r: tokens merged from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
             (tuple) ``(r, inflection)``.
         trace_source: keep the source map for :func:`tome_trace`.
@@ -137,6 +120,8 @@ def apply_tome_patch(
             start: make the optimizer afterwards).
         config: all of these as one value, in place of them.
         frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone.
+        unmerge: behind its last block a library's vision transformer gives every original token a row again, that of
+            the token it is part of; always so where the model itself reads more than class tokens there.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
@@ -153,8 +138,16 @@ def apply_tome_patch(
         config, tome_r=tome_r, trace_source=trace_source, prop_attn=prop_attn, merge_layers=merge_layers,
         merge_frame_nums=merge_frame_nums, merge_token_proportions=merge_token_proportions, frame_pos=frame_pos,
     )  # fmt: skip
+    found = vit.find(_module(model))
+    if found is not None:
+        if frames is not None:
+            raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
+        vit.apply(found, config, unmerge)
+        return model
     tower = find_tower(model)
     check_tower(tower)
+    if unmerge:
+        raise ValueError("unmerge is for the vision transformers of other libraries: STOP reads class tokens alone")
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames!r}")
     if frames is not None and tower.kind != "sequence" and frames != tower.frames:
@@ -171,13 +164,19 @@ def apply_tome_patch(
     joined = [step.items * step.join if step.join > 1 else 0 for step in chosen.steps]
     _check_embeddings(tower, joined, config.frame_pos)
     if tower.kind in _MIXINS:
-        if not isinstance(tower.runner, _Patched):
+        if not isinstance(tower.runner, Patched):
             probe(tower, _as_upstream)
-        _swap(tower.runner, _MIXINS[tower.kind])
+        swap(tower.runner, _MIXINS[tower.kind])
         for block in tower.blocks:
-            _swap(block, _Block)
+            swap(block, _Block)
     _set_embeddings(tower, joined, config.frame_pos)
     tower.runner.tome = Merging(config, chosen, schedule(video))
+    return model
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
@@ -198,21 +197,19 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
     Returns:
         The model itself. A model that was never patched is left alone.
     """
+    found = vit.find(_module(model))
+    if found is not None:
+        vit.remove(found)
+        return model
     tower = find_tower(model)
     modules = (tower.runner, *tower.blocks) if tower.kind in _MIXINS else ()
     for module in modules:
-        if isinstance(module, _Patched) and type(module) is not _subclass(*module.tome_parts):
-            raise RuntimeError(
-                f"{type(module).__name__} was given another class after it was patched (by fully_shard or a "
-                "parametrization, say): undo that first"
-            )
+        check_unswap(module)
     _set_embeddings(tower, [0] * len(tower.blocks), 0)
     if tower.kind == "own":
         tower.runner.reset_merging()
     for module in modules:
-        if isinstance(module, _Patched):
-            module.__class__ = module.tome_parts[1]
-            module.__dict__.pop("tome", None)
+        unswap(module)
     return model
 
 
@@ -222,6 +219,9 @@ def tome_trace(model: nn.Module) -> Trace:
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
     """
+    found = vit.find(_module(model))
+    if found is not None:
+        return vit.trace(found)
     runner = find_tower(model).runner
     if "tome" not in runner.__dict__:
         raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
@@ -235,11 +235,6 @@ def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
     """
     config = ToMeConfig.from_args(task_config)
     return model if config.off else apply_tome_patch(model, config=config)
-
-
-def _swap(module: nn.Module, mixin: type) -> None:
-    if not isinstance(module, _Patched):
-        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
 def _check_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:

@@ -105,19 +105,37 @@ def check_tower(tower: Tower) -> None:
         TypeError, ValueError: a block computes something else than what :func:`.stream.run_block` does.
         RuntimeError: sharded already, or a module's forward was replaced.
     """
-    for module in (*tower.around, *tower.blocks):
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise RuntimeError(f"{type(module).__name__} was sharded already: patch first, then call fully_shard")
+    check_unsharded(*tower.around, *tower.blocks)
     names = {"own": (), "prompted": ("forward_deep_prompt",), "sequence": ("forward",)}[tower.kind]
     for module, own in ((tower.runner, names), *((block, ("forward",)) for block in tower.blocks)):
-        for name in own:
-            if name in module.__dict__:
-                raise RuntimeError(
-                    f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
-                    "and which would hide the patch: patch first, then hand the model to that library"
-                )
+        check_free(module, *own)
     for block in tower.blocks:
         _check_block(block)
+
+
+def check_unsharded(*modules: Any) -> None:
+    """Raise if one of these modules was given to ``fully_shard``.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    for module in modules:
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise RuntimeError(f"{type(module).__name__} was sharded already: patch first, then call fully_shard")
+
+
+def check_free(module: Any, *names: str) -> None:
+    """Raise if a method of a module was replaced on the module itself.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    for name in names:
+        if name in module.__dict__:
+            raise RuntimeError(
+                f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
+                "and which would hide the patch: patch first, then hand the model to that library"
+            )
 
 
 def _check_block(block: Any) -> None:

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging in the vision transformers of other libraries.
+
+``tokens`` is what travels from block to block, ``block`` what all blocks have in common, ``towers`` finds the blocks of
+a model; one module for each library says what its blocks are made of.
+"""
+
+from .apply import apply, remove, trace
+from .towers import Vit, find
+
+__all__ = ["Vit", "apply", "find", "remove", "trace"]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the blocks of all vision transformers have in common: the mixins that libraries' blocks are patched with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..api import attention
+from ..tome.swap import Patched
+from .tokens import Layer, Tokens
+
+
+class Block(Patched):
+    """A block that takes and gives :class:`.tokens.Tokens` between the first and the last block of its tower.
+
+    Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says what its
+    blocks are made of by ``tome_attention``, and by ``tome_run`` where it isn't a pre-norm block.
+    """
+
+    tome: Layer
+
+    def forward(self, x: Any, *args, **options):
+        layer = self.tome
+        tokens = layer.start(x)
+        if tokens.size is None and not layer.merging.rates[layer.index]:
+            out = super().forward(tokens.x, *args, **options)  # type: ignore[misc]
+            if layer.merging.idle and not layer.merging.config.trace_source:
+                return out
+            return layer.finish(tokens._replace(x=out))
+        return layer.finish(self.tome_run(tokens, *args, **options))
+
+    def tome_run(self, tokens: Tokens, *args, **options) -> Tokens:
+        """The block's work on merged tokens: attention, merging, MLP."""
+        raise NotImplementedError
+
+    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+        """Arguments beside ``tokens`` tokens with which the block can be tried out."""
+        return (), {}
+
+
+def sizes(block: Block, tokens: Tokens) -> Tensor | None:
+    """What keys count in the block's attention; None: one each."""
+    return tokens.size if block.tome.merging.config.prop_attn else None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Proportional attention ``(N, H, T, d) → (N, T, H·d)``; with dropout of the weights by torch's own function."""
+    if dropout:
+        mask = None if size is None else size.log()[:, None, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+    else:
+        out = attention(q, k, v, size, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def no_mask(block: Any, **given) -> None:
+    """Merged tokens have no places that a mask could speak of.
+
+    Raises:
+        ValueError: one of these arguments is given.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{type(block).__name__} got {name}, which says something of tokens that are merged: call the model "
+                "without it, or take the patch out (remove_tome_patch)"
+            )

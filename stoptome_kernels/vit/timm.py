@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's VisionTransformer (with DeiT, DeiT-3, DINOv2, CLIP's and SigLIP's towers in it) and Eva (EVA, EVA-02, DINOv3,
+PE and other models with rotary embeddings)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tome.swap import Patched
+from .block import Block, attend, no_mask, sizes
+from .tokens import Merging, Tokens
+from .towers import Vit, is_a, require, the_only, within
+
+_VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
+_LEAST = (1, 0)
+_ATTENTION = {
+    ("timm.models.vision_transformer", "Attention"),  # where it was before timm 1.0.16
+    ("timm.layers.attention", "Attention"),
+    ("timm.layers.attention", "AttentionRope"),
+    ("timm.models.eva", "EvaAttention"),
+}
+
+
+class _PreNorm(Block):
+    """``Block`` and ``EvaBlock``."""
+
+    def tome_run(self, tokens: Tokens, rope: Tensor | None = None, **masks) -> Tokens:
+        block: Any = self
+        no_mask(block, **masks)
+        residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
+        residual = block.drop_path1(_scaled(block, 1, residual))
+        merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
+        return merged._replace(x=merged.x + block.drop_path2(_scaled(block, 2, block.mlp(normed))))
+
+    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+        return _sample(self, tokens)
+
+
+class _PostNorm(Block):
+    """``ResPostBlock`` and ``EvaBlockPostNorm``: normalised behind each branch."""
+
+    def tome_run(self, tokens: Tokens, rope: Tensor | None = None, **masks) -> Tokens:
+        block: Any = self
+        no_mask(block, **masks)
+        residual, keys = _attention(block, tokens.x, tokens, rope)
+        merged, _ = block.tome.merge(tokens, block.drop_path1(block.norm1(residual)), keys, None)
+        return merged._replace(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
+
+    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+        return _sample(self, tokens)
+
+
+_BLOCKS: dict[tuple[str, str], type[Block]] = {
+    ("timm.models.vision_transformer", "Block"): _PreNorm,
+    ("timm.models.vision_transformer", "ResPostBlock"): _PostNorm,
+    ("timm.models.eva", "EvaBlock"): _PreNorm,
+    ("timm.models.eva", "EvaBlockPostNorm"): _PostNorm,
+}
+
+
+class _Model(Patched):
+    """The model: what reads its tokens has to know that there are fewer."""
+
+    tome: Merging
+
+    def reset_classifier(self, *args, **options):
+        super().reset_classifier(*args, **options)  # type: ignore[misc]
+        self.tome.dense = self.tome.asked or _reads_all(self)
+
+    def pool(self, x: Tensor, pool_type: str | None = None):
+        if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"pool_type={pool_type!r} takes all tokens as equals, but they stand for different numbers of patches: "
+                "patch with unmerge=True"
+            )
+        return super().pool(x, pool_type)  # type: ignore[misc]
+
+    def forward_intermediates(self, *args, **options):
+        """As before: every layer's tokens stand for themselves on the grid."""
+        self.tome.every = True
+        try:
+            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
+        finally:
+            self.tome.every = False
+
+    def prune_intermediate_layers(self, *args, **options):
+        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+
+
+def find(model: nn.Module) -> Vit | None:
+    """timm's vision transformer in a model."""
+    paths = [path for home in (_VIT, _EVA) for path in within(model, *home)]
+    if not paths:
+        _refuse_others(model)
+        return None
+    path = the_only(paths)
+    tower: Any = path[-1]
+    require("timm", _LEAST, tower)
+    mixins = tuple(_mixin(block) for block in tower.blocks)
+    patches = tower.patch_embed.num_patches
+    dynamic = getattr(tower, "dynamic_img_size", False) or patches is None
+    return Vit(
+        tower, tuple(tower.blocks), mixins, tower.num_prefix_tokens, _reads_all(tower), tower.embed_dim,
+        None if dynamic else tower.num_prefix_tokens + patches, _Model, is_a(tower, *_EVA), path,
+    )  # fmt: skip
+
+
+def _refuse_others(model: nn.Module) -> None:
+    """Name the models of timm that look like vision transformers and aren't this one."""
+    kind = type(model)
+    if kind.__module__.startswith("timm.models.") and kind.__module__ != "timm.models._features":
+        raise TypeError(
+            f"don't know how to merge tokens in timm's {kind.__name__}: known are VisionTransformer and Eva, and the "
+            "models made of them"
+        )
+
+
+def _reads_all(tower: Any) -> bool:
+    """Whether more than the class token of the tower's output is read: by the pool, or by the caller."""
+    return tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
+
+
+def _mixin(block: Any) -> type[Block]:
+    kind = block.tome_parts[1] if isinstance(block, Patched) else type(block)
+    mixin = _BLOCKS.get((kind.__module__, kind.__qualname__))
+    if mixin is None:
+        raise TypeError(
+            f"don't know how to merge tokens in timm's {kind.__name__}: known are "
+            f"{', '.join(name for _, name in _BLOCKS)}; build the model with one of these (block_fn=…)"
+        )
+    attn = type(block.attn)
+    if (attn.__module__, attn.__qualname__) not in _ATTENTION:
+        raise TypeError(
+            f"don't know how to merge tokens in {kind.__name__} with the attention {attn.__name__}: known are "
+            f"{', '.join(sorted({name for _, name in _ATTENTION}))}"
+        )
+    if block.attn._forward_hooks or block.attn._forward_pre_hooks:
+        raise ValueError(f"{kind.__name__}.attn has hooks, which would not be called: remove them before patching")
+    return mixin
+
+
+def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the attention module makes of ``x``, and the keys before any rotation: tokens are compared by what they
+    show, not by where they are."""
+    attn = block.attn
+    gate = getattr(attn, "gate", None)
+    q, k, v = _heads(attn, x)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    keys = k
+    if rope is not None:
+        from timm.layers import apply_rot_embed_cat
+
+        first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+        rope = _at(rope, tokens.position, first)
+        options = {"half": half} if half else {}  # timm before 1.0.17 knows no other way
+        q, k = (
+            torch.cat([part[:, :, :first], apply_rot_embed_cat(part[:, :, first:], rope, **options)], 2).type_as(v)
+            for part in (q, k)
+        )
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = attend(q, k, v, sizes(block, tokens), dropout=attn.attn_drop.p if attn.training else 0.0)
+    if hasattr(attn, "norm"):
+        out = attn.norm(out)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out)), keys
+
+
+def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v, each ``(N, H, T, d)``."""
+    if attn.qkv is None:
+        parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+        return tuple(
+            part.unflatten(2, (-1, attn.q_proj.out_features // attn.num_heads)).transpose(1, 2) for part in parts
+        )
+    if getattr(attn, "q_bias", None) is None:
+        packed = attn.qkv(x)
+    else:  # Eva's: there is no bias for the keys
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        if attn.qkv_bias_separate:
+            packed = attn.qkv(x) + bias
+        else:
+            packed = F.linear(x, attn.qkv.weight, bias)
+    return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _at(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
+    """The rows of ``([N,] [H,] patches, 2d)`` rotary embeddings that belong to the tokens."""
+    if position is None:
+        return rope
+    place = position[:, prefix:] - prefix  # (N, T')
+    if rope.dim() == 4:  # of each image its own patches
+        return rope.gather(2, place[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+    if rope.dim() == 3:
+        return rope[:, place].transpose(0, 1)
+    return rope[place][:, None]
+
+
+def _scaled(block: Any, branch: int, x: Tensor) -> Tensor:
+    """LayerScale, under either of its names."""
+    module = getattr(block, f"ls{branch}", None)
+    if module is not None:
+        return module(x)
+    gamma = getattr(block, f"gamma_{branch}", None)
+    return x if gamma is None else x * gamma
+
+
+def _sample(block: Any, tokens: int) -> tuple[tuple, dict]:
+    if not hasattr(block.attn, "num_prefix_tokens"):
+        return (), {}
+    weight = block.norm1.weight
+    angle = torch.arange(tokens - block.attn.num_prefix_tokens, device=weight.device)[:, None].to(weight)
+    d = (block.attn.qkv.out_features // 3 if block.attn.qkv is not None else block.attn.q_proj.out_features) // (
+        block.attn.num_heads
+    )
+    angle = angle.expand(-1, d)
+    return (), {"rope": torch.cat([angle.sin(), angle.cos()], 1)}

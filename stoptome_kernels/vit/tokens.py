@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a batch of images on their way from block to block, and what a block is to do with them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..api import match, merge, merge_norm, unmerge
+from ..plan import MergePlan
+from ..reference import build_groups
+from ..tome.config import ToMeConfig
+from ..tome.trace import Trace
+
+# Whose forward is torch's layer_norm and nothing else; their weights may be read in its place.
+_LAYER_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm"),
+    ("timm.layers.norm", "LayerNorm"),
+    ("open_clip.transformer", "LayerNorm"),
+}
+
+
+class Tokens(NamedTuple):
+    """What one block gives the next: a tuple, so that checkpointing and several forwards before a backward are exact.
+
+    Attributes:
+        x: ``(N, T', D)``.
+        size: ``(N, T')`` float32, how many original tokens each token stands for; None: nothing was merged yet.
+        source: ``(N, T)`` int64, the token that each original token is part of now; None: nothing was merged yet.
+        position: ``(N, T')`` int64, the original token whose place each token has (that into which others were merged),
+            carried where attention needs it; None: nothing was merged yet.
+        layers: ``source`` behind each layer, if a trace is wanted.
+    """
+
+    x: Tensor
+    size: Tensor | None = None
+    source: Tensor | None = None
+    position: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
+
+
+class Merging:
+    """What a tower is to merge. Nothing of a forward is kept in it but the trace, if one was asked for.
+
+    Attributes:
+        config: the settings.
+        rates: tokens to merge in each block.
+        protected: leading tokens that are never merged.
+        dense: the last block gives every original token a row again.
+        every: every block gives dense tokens, while intermediate layers are read.
+        positions: attention asks where tokens come from.
+        asked: the user wants ``dense``, whatever the model reads.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        rates: tuple[int, ...],
+        protected: int,
+        dense: bool,
+        positions: bool,
+        asked: bool = False,
+    ):
+        self.config, self.rates, self.protected = config, rates, protected
+        self.dense, self.every, self.positions, self.asked = dense, False, positions, asked
+        self._last: tuple[Tensor, ...] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is merged anywhere."""
+        return not any(self.rates)
+
+    def keep(self, layers: tuple[Tensor, ...]) -> None:
+        """Remember the trace of a forward; an exported graph has no values that could be kept."""
+        if not getattr(torch.compiler, "is_exporting", lambda: False)():
+            self._last = layers
+
+    def trace(self) -> Trace:
+        """The source map of the last forward.
+
+        Raises:
+            RuntimeError: none is kept, or nothing has run yet.
+        """
+        if not self.config.trace_source:
+            raise RuntimeError("no trace is kept: patch with trace_source=True")
+        if self._last is None:
+            raise RuntimeError("nothing to trace yet: run the model on an image first")
+        layers = tuple(source[:, None].int() for source in self._last)
+        left, tokens = self._last[0].shape[1], []
+        for rate in self.rates:
+            left -= capped(rate, left, self.protected)
+            tokens.append(left)
+        return Trace(layers, tuple(tokens), (1,) * len(layers), self.protected)
+
+
+class Layer(NamedTuple):
+    """A block's place in its tower.
+
+    Attributes:
+        merging: of the tower.
+        index: of the block, from 0.
+    """
+
+    merging: Merging
+    index: int
+
+    @property
+    def last(self) -> bool:
+        """No block follows."""
+        return self.index == len(self.merging.rates) - 1
+
+    def start(self, x: Any) -> Tokens:
+        """What a block was given, as tokens."""
+        if not isinstance(x, Tokens):
+            # while intermediate layers are read, blocks give plain tensors that carry the merged ones along
+            x = getattr(x, "tome_tokens", None) or Tokens(x)
+        if x.x.requires_grad and not torch.is_grad_enabled():
+            # the first pass of a reentrant checkpoint; tensors inside a tuple would silently get no gradient
+            raise RuntimeError(
+                "a block got tokens that need a gradient while gradients are off: checkpoint with use_reentrant=False; "
+                "for inference run the whole model under torch.no_grad()"
+            )
+        return x
+
+    def merge(
+        self, tokens: Tokens, residual: Tensor, keys: Tensor, norm: nn.Module | None
+    ) -> tuple[Tokens, Tensor | None]:
+        """Add what attention computed, merge by the keys, and normalise.
+
+        Args:
+            tokens: before the block's attention.
+            residual: ``(N, T', D)``, what attention adds to them.
+            keys: ``(N, H, T', d)`` or ``(N, T', d)``, what tokens are compared by.
+            norm: what follows in the block; None for nothing.
+
+        Returns:
+            The merged tokens, and ``norm`` of them (None without).
+        """
+        x, size, source, position, _ = tokens
+        merging = self.merging
+        r = capped(merging.rates[self.index], x.shape[1], merging.protected)
+        if r == 0:
+            x = x + residual
+            return tokens._replace(x=x), None if norm is None else norm(x)
+        plan = match(keys, r, merging.protected)
+        normed = None
+        if norm is not None and _is_layer_norm(norm):
+            x, normed, size = merge_norm(x, residual, plan, size, norm.weight, norm.bias, norm.eps)  # type: ignore
+        else:
+            x, size = merge(x + residual, plan, size)
+            normed = None if norm is None else norm(x)
+        dest = plan.dest.long()
+        if merging.positions:
+            position = _moved(position, dest, plan.tokens_out, merging.protected)
+        return Tokens(x, size, dest if source is None else dest.gather(1, source), position, tokens.layers), normed
+
+    def finish(self, tokens: Tokens) -> Tokens | Tensor:
+        """What the block gives: tokens to the next block, a tensor to whoever follows the last."""
+        merging = self.merging
+        if merging.config.trace_source:
+            source = tokens.source
+            if source is None:
+                source = torch.arange(tokens.x.shape[1], device=tokens.x.device).repeat(tokens.x.shape[0], 1)
+            tokens = tokens._replace(layers=(*tokens.layers, source))
+            if self.last:
+                merging.keep(tokens.layers)
+        if merging.every:
+            x = spread(tokens)
+            x = x.view_as(x) if x is tokens.x else x
+            x.tome_tokens = tokens  # type: ignore[attr-defined]
+            return x
+        if not self.last:
+            return tokens
+        return spread(tokens) if merging.dense else tokens.x
+
+
+def capped(rate: int, tokens: int, protected: int) -> int:
+    """Tokens that a layer can merge of those it was asked to: at most half of the unprotected ones."""
+    return min(rate, (tokens - protected) // 2)
+
+
+def spread(tokens: Tokens) -> Tensor:
+    """Give every original token the row of the token that it is part of: ``(N, T, D)``."""
+    if tokens.source is None:
+        return tokens.x
+    nowhere = torch.zeros_like(tokens.source, dtype=torch.bool)
+    members, offsets = build_groups(tokens.source, nowhere, tokens.x.shape[1])
+    return unmerge(tokens.x, MergePlan(tokens.source.int(), members, offsets, 0))
+
+
+def _moved(position: Tensor | None, dest: Tensor, tokens_out: int, protected: int) -> Tensor:
+    """Where merged tokens are: where the one was into which the others were merged (protected and odd tokens receive,
+    even ones alone in their group stay)."""
+    index = torch.arange(dest.shape[1], device=dest.device)
+    receives = (index % 2 == 1) | (index < protected)
+    rank = torch.where(receives, index + dest.shape[1], index).expand_as(dest)
+    kept = torch.zeros(dest.shape[0], tokens_out, dtype=torch.int64, device=dest.device)
+    kept = kept.scatter_reduce(1, dest, rank, "amax") % dest.shape[1]
+    return kept if position is None else position.gather(1, kept)
+
+
+def _is_layer_norm(norm: Any) -> bool:
+    kind = type(norm)
+    known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
+    return known and len(norm.normalized_shape) == 1 and not (norm._forward_hooks or norm._forward_pre_hooks)

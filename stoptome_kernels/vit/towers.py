@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the blocks of a vision transformer inside a model, whichever library it is from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Vit:
+    """A vision transformer whose tokens can be merged.
+
+    Attributes:
+        runner: the module that calls the blocks.
+        blocks: from first to last.
+        mixins: what each block is patched with.
+        protected: leading tokens that are never merged: class token, registers.
+        dense: whoever reads the tower's output reads all tokens, so each must have a row there.
+        width: of a token.
+        tokens: of an image; None if that is not known before it comes.
+        runner_mixin: what the runner is patched with; None for nothing.
+        positions: attention asks where tokens come from (rotary embeddings).
+        around: the modules from the model down to the runner.
+    """
+
+    runner: nn.Module
+    blocks: tuple[Any, ...]
+    mixins: tuple[type, ...]
+    protected: int
+    dense: bool
+    width: int
+    tokens: int | None = None
+    runner_mixin: type | None = None
+    positions: bool = False
+    around: tuple[nn.Module, ...] = ()
+
+
+def find(model: nn.Module) -> Vit | None:
+    """The vision transformer in a model; None if there is none of a library's that is known.
+
+    Raises:
+        TypeError, ValueError: one that is known, with a part or setting with which its tokens can't be merged.
+        ImportError: of a library too old.
+    """
+    from . import timm
+
+    for family in (timm,):
+        found = family.find(model)
+        if found is not None:
+            return found
+    return None
+
+
+def is_a(module: Any, home: str, *names: str) -> bool:
+    """Whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is imported
+    for it."""
+    return any(kind.__module__ == home and kind.__name__ in names for kind in type(module).__mro__)
+
+
+def within(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:
+    """The paths from a model down to each module of these classes in it, outermost first."""
+
+    def walk(module: nn.Module, path: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, ...]]:
+        path = (*path, module)
+        if is_a(module, home, *names):
+            yield path
+        else:
+            for child in module.children():
+                yield from walk(child, path)
+
+    return walk(model, ())
+
+
+def the_only(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
+    """The only path to a tower.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(paths) > 1:
+        names = ", ".join(type(path[-1]).__name__ for path in paths)
+        raise ValueError(f"model has {len(paths)} vision transformers ({names}): patch them one by one")
+    return paths[0]
+
+
+def require(package: str, least: tuple[int, ...], module: Any) -> None:
+    """Raise if a library is too old.
+
+    Raises:
+        ImportError: it is; the message names the class that was found, both versions and the way out.
+    """
+    have = importlib.metadata.version(package)
+    digits = [int("".join(c for c in part if c.isdigit()) or 0) for part in have.split(".")[: len(least)]]
+    if tuple(digits) < least:
+        want = ".".join(map(str, least))
+        raise ImportError(
+            f"merging tokens in {type(module).__name__} needs {package} {want} or later, found {have}: "
+            f"pip install -U '{package}>={want}'"
+        )
