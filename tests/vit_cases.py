@@ -23,10 +23,11 @@ class Case:
         inputs: ``inputs(batch)``, the positional arguments of its forward.
         blocks: its blocks, first to last; of a patched model too.
         protected: leading tokens that are never merged.
-        slow: ``slow(model, inputs, rates)``, what ``answer`` gives of the unpatched model, with so many tokens merged in
-            each block, written without anything of stoptome_kernels but the reference matching.
+        slow: ``slow(model, inputs, rates)``, the answer of the unpatched model with so many tokens merged in each
+            block, written without anything of stoptome_kernels but the reference matching.
         answer: the tensor of a forward's result that is compared.
         tokens: of an image.
+        main: stands for its family in tests that take long.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     slow: Callable[[Any, tuple, tuple[int, ...]], Tensor]
     answer: Callable[[Any], Tensor] = lambda result: result
     tokens: int = 65
+    main: bool = False
 
 
 def build(case: Case, seed: int = 0) -> Any:

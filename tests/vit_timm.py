@@ -92,17 +92,19 @@ def scaled(block: Any, branch: int, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-def case(name: str, protected: int, kind=VisionTransformer, **options) -> Case:
-    make = partial(kind, **SIZE | options)
-    return Case(f"timm-{name}", make, images, lambda model: list(model.blocks), protected, slow, tokens=64 + protected)
+def case(name: str, protected: int, kind=VisionTransformer, main: bool = False, **options) -> Case:
+    make, tokens = partial(kind, **SIZE | options), 64 + protected
+    return Case(
+        f"timm-{name}", make, images, lambda model: list(model.blocks), protected, slow, tokens=tokens, main=main
+    )
 
 
 EVA = {"kind": Eva, "use_rot_pos_emb": True}
 CASES = [
-    case("vit", 1),
+    case("vit", 1, main=True),
     case("registers", 5, reg_tokens=4, init_values=0.1, qk_norm=True),
     case("distilled", 2, VisionTransformerDistilled),
-    case("avg", 1, global_pool="avg", scale_attn_norm=True, pre_norm=True),
+    case("avg", 1, main=True, global_pool="avg", scale_attn_norm=True, pre_norm=True),
     case("avg-prefix", 1, global_pool="avg", fc_norm=False, pool_include_prefix=True),
     case("avgmax", 1, global_pool="avgmax"),
     case("map", 0, class_token=False, global_pool="map"),
@@ -111,7 +113,7 @@ CASES = [
     case("eva", 5, num_reg_tokens=4, init_values=0.1, **EVA),
     case("eva02", 1, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, rope_rotate_half=True, **EVA),
     case("eva-mixed", 1, rope_type="mixed", qkv_bias=False, attn_type="rope", **EVA),
-    case("dinov3", 5, num_reg_tokens=4, rope_type="dinov3", attn_type="rope", init_values=0.1, global_pool="token", **EVA),
+    case("dinov3", 5, main=True, num_reg_tokens=4, rope_type="dinov3", attn_type="rope", global_pool="token", **EVA),
     case("eva-gqa", 1, attn_type="rope", qkv_fused=False, num_kv_heads=1, **EVA),
     case("eva-post", 1, use_post_norm=True, **EVA),
 ]  # fmt: skip

@@ -81,9 +81,10 @@ def trace(vit: Vit) -> Trace:
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
     """
-    if "tome" not in vit.runner.__dict__:
+    merging: Merging | None = vit.runner.__dict__.get("tome")
+    if merging is None:
         raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
-    return vit.runner.tome.trace()  # type: ignore[union-attr, operator]
+    return merging.trace()
 
 
 def _probe(vit: Vit) -> None:

@@ -183,10 +183,7 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
         packed = attn.qkv(x)
     else:  # Eva's: there is no bias for the keys
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        if attn.qkv_bias_separate:
-            packed = attn.qkv(x) + bias
-        else:
-            packed = F.linear(x, attn.qkv.weight, bias)
+        packed = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
     return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 

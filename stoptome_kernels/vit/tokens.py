@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ class Merging:
         return Trace(layers, tuple(tokens), (1,) * len(layers), self.protected)
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """A block's place in its tower.
 
     Attributes:
