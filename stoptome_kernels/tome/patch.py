@@ -104,13 +104,15 @@ def apply_tome_patch(
     config: ToMeConfig | None = None,
     frames: int | None = None,
     unmerge: bool = False,
+    protected: int | None = None,
 ) -> nn.Module:
     """Merge tokens in the visual tower of a model, from its next forward on.
 
     Args:
         model: a :class:`StopModel`; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
-            recognised by structure; a vision transformer of timm, or a model that holds one. Perhaps inside
-            DistributedDataParallel or torch.compile.
+            recognised by structure; a vision transformer of timm, open_clip or torchvision, or a model that holds one;
+            a ``nn.TransformerEncoder`` or ``nn.TransformerEncoderLayer`` itself. Perhaps inside DistributedDataParallel
+            or torch.compile.
         tome_r: tokens merged from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
             (tuple) ``(r, inflection)``.
         trace_source: keep the source map for :func:`tome_trace`.
@@ -122,6 +124,9 @@ def apply_tome_patch(
         frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone.
         unmerge: behind its last block a library's vision transformer gives every original token a row again, that of
             the token it is part of; always so where the model itself reads more than class tokens there.
+        protected: leading tokens that are never merged, where the model doesn't say how many there are:
+            ``nn.TransformerEncoder`` and its layer, by default 1, which keeps a class token apart and does no harm if
+            there is none. Of all others it can only be what they say.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
@@ -142,12 +147,17 @@ def apply_tome_patch(
     if found is not None:
         if frames is not None:
             raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
-        vit.apply(found, config, unmerge)
+        vit.apply(found, config, unmerge, protected)
         return model
     tower = find_tower(model)
     check_tower(tower)
     if unmerge:
         raise ValueError("unmerge is for the vision transformers of other libraries: STOP reads class tokens alone")
+    if protected is not None and protected != tower.protected:
+        raise ValueError(
+            f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "
+            "not be merged (class token, prompts): leave it out"
+        )
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames!r}")
     if frames is not None and tower.kind != "sequence" and frames != tower.frames:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,19 @@ from ..tome.schedule import parse_r
 from ..tome.swap import Patched, check_unswap, swap, unswap
 from ..tome.towers import check_free, check_unsharded
 from ..tome.trace import Trace
+from .block import Block
 from .tokens import Layer, Merging, Tokens
 from .towers import Vit
 
 
-def apply(vit: Vit, config: ToMeConfig, unmerge: bool) -> None:
+def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> None:
     """Patch the blocks.
 
     Args:
         vit: what to patch; patched already, it gets the new settings.
         config: the settings, without clip merging.
         unmerge: give all tokens back behind the last block, whoever reads them.
+        protected: leading tokens that are never merged, where the model doesn't say; None for its own or the guess.
 
     Raises:
         ValueError: settings that don't fit the model, or a block that computes something else than its class says.
@@ -35,6 +38,9 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool) -> None:
             "merge_layers joins the frames of a video, which images don't have: leave it out (it is for STOP, DGL, "
             "CLIP4Clip and TempMe)"
         )
+    vit = _protecting(vit, protected)
+    if len(set(map(id, vit.blocks))) < len(vit.blocks):
+        raise ValueError(f"{type(vit.runner).__name__} runs the same block several times, as one module: copy it")
     rates = parse_r(config.tome_r, len(vit.blocks))
     if vit.tokens is not None and any(rates) and vit.tokens - vit.protected < 2:
         raise ValueError(
@@ -60,6 +66,19 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool) -> None:
     _place(vit, merging)
 
 
+def _protecting(vit: Vit, protected: int | None) -> Vit:
+    if protected is None:
+        return vit
+    if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
+        raise ValueError(f"protected must be an int of 0 or more (leading tokens), got {protected!r}")
+    if not vit.guess and protected != vit.protected:
+        raise ValueError(
+            f"protected is {protected}, but {type(vit.runner).__name__} says itself that it has {vit.protected} "
+            "leading tokens (class token, registers) that must not be merged: leave it out"
+        )
+    return replace(vit, protected=protected)
+
+
 def _place(vit: Vit, merging: Merging) -> None:
     vit.runner.tome = merging  # type: ignore[assignment]
     for index, block in enumerate(vit.blocks):
@@ -81,10 +100,10 @@ def trace(vit: Vit) -> Trace:
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
     """
-    merging: Merging | None = vit.runner.__dict__.get("tome")
-    if merging is None:
+    layer: Layer | None = vit.blocks[0].__dict__.get("tome")
+    if layer is None:
         raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
-    return merging.trace()
+    return layer.merging.trace()
 
 
 def _probe(vit: Vit) -> None:
@@ -106,7 +125,7 @@ def _probe(vit: Vit) -> None:
         block.tome = Layer(merging, index)
         with torch.no_grad(), _evaluating(block):
             try:
-                want = block.tome_parts[1].forward(block, x, *args, **options)
+                want = super(Block, block).forward(x, *args, **options)
             except RuntimeError:
                 return  # float16 weights on a CPU outside of autocast: nothing to compare with
             want = want[0] if isinstance(want, tuple) else want

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from ..tome.swap import Patched
+
 
 @dataclass(frozen=True)
 class Vit:
@@ -26,6 +28,7 @@ class Vit:
         runner_mixin: what the runner is patched with; None for nothing.
         positions: attention asks where tokens come from (rotary embeddings).
         around: the modules from the model down to the runner.
+        guess: ``protected`` is a guess, since the model doesn't say; the user may.
     """
 
     runner: nn.Module
@@ -38,6 +41,7 @@ class Vit:
     runner_mixin: type | None = None
     positions: bool = False
     around: tuple[nn.Module, ...] = ()
+    guess: bool = False
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -47,9 +51,9 @@ def find(model: nn.Module) -> Vit | None:
         TypeError, ValueError: one that is known, with a part or setting with which its tokens can't be merged.
         ImportError: of a library too old.
     """
-    from . import timm
+    from . import open_clip, timm, torch_encoder, torchvision
 
-    for family in (timm,):
+    for family in (timm, open_clip, torchvision, torch_encoder):
         found = family.find(model)
         if found is not None:
             return found
@@ -60,6 +64,24 @@ def is_a(module: Any, home: str, *names: str) -> bool:
     """Whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is imported
     for it."""
     return any(kind.__module__ == home and kind.__name__ in names for kind in type(module).__mro__)
+
+
+def original(module: Any) -> type:
+    """A module's class before it was patched."""
+    return module.tome_parts[1] if isinstance(module, Patched) else type(module)
+
+
+def name_of(module: Any) -> tuple[str, str]:
+    """The home and the name of a module's class before it was patched."""
+    kind = original(module)
+    return kind.__module__, kind.__qualname__
+
+
+def overrides(module: Any, home: str, *methods: str) -> bool:
+    """Whether some of these methods are not those of the library's ``home``, but of a class derived from it, or put on
+    the module itself."""
+    kind = original(module)
+    return any(name in module.__dict__ or getattr(kind, name).__module__ != home for name in methods)
 
 
 def within(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""open_clip's VisionTransformer, alone or as the image side of CLIP, CustomTextCLIP and CoCa; towers that are models of
+timm are timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tome.swap import Patched
+from ..tome.towers import hooked
+from . import multihead
+from .block import Block, attend, no_mask, sizes
+from .tokens import Merging, Tokens
+from .towers import Vit, name_of, overrides, require, the_only, within
+
+_HOME = "open_clip.transformer"
+_LEAST = (3, 0)
+
+
+class _Residual(Block):
+    """``ResidualAttentionBlock``, around torch's attention."""
+
+    def tome_run(
+        self, tokens: Tokens, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tokens:
+        block: Any = self
+        no_mask(block, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        residual, keys = multihead.attention(block, block.attn, block.ln_1(tokens.x), tokens)
+        return _rest(block, tokens, block.ls_1(residual), keys)
+
+
+class _Custom(Block):
+    """``CustomResidualAttentionBlock``, around open_clip's own attention."""
+
+    def tome_run(self, tokens: Tokens, attn_mask: Tensor | None = None) -> Tokens:
+        block: Any = self
+        no_mask(block, attn_mask=attn_mask)
+        residual, keys = _attention(block, block.ln_1(tokens.x), tokens)
+        return _rest(block, tokens, block.ls_1(block.ln_attn(residual)), keys)
+
+
+def _rest(block: Any, tokens: Tokens, residual: Tensor, keys: Tensor) -> Tokens:
+    merged, normed = block.tome.merge(tokens, residual, keys, block.ln_2)
+    return merged._replace(x=merged.x + block.ls_2(block.mlp(normed)))
+
+
+def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    attn = block.attn
+    q, k, v = multihead.heads(attn, x)
+    q, k = attn.ln_q(q), attn.ln_k(k)
+    if attn.head_scale is not None:
+        v = v * attn.head_scale  # of what a head gives; attention is linear in v
+    out = attend(q, k, v, sizes(block, tokens), dropout=attn.attn_drop.p if attn.training else 0.0)
+    return attn.out_drop(attn.out_proj(attn.ln_inner(out))), k
+
+
+class _Tower(Patched):
+    """The tower: what reads its tokens has to know that there are fewer."""
+
+    tome: Merging
+
+    def forward(self, x: Tensor):
+        if not self.tome.dense and _hands_out(self):  # output_tokens, say, was set after the patch
+            self.tome.dense = True
+        return super().forward(x)  # type: ignore[misc]
+
+    def forward_intermediates(self, *args, **options):
+        """As before: every layer's tokens stand for themselves on the grid."""
+        if self.transformer.grad_checkpointing and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "forward_intermediates of merged tokens can't be computed a second time for their gradients: "
+                "set_grad_checkpointing(False), or call it under torch.no_grad()"
+            )
+        self.tome.every = True
+        try:
+            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
+        finally:
+            self.tome.every = False
+
+    def prune_intermediate_layers(self, *args, **options):
+        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+
+
+def find(model: nn.Module) -> Vit | None:
+    """open_clip's vision transformer in a model.
+
+    Raises:
+        TypeError, ValueError: one with a part with which its tokens can't be merged; another model of open_clip's.
+        ImportError: of an open_clip too old.
+    """
+    paths = list(within(model, _HOME, "VisionTransformer"))
+    if not paths:
+        _refuse_others(model)
+        return None
+    path = the_only(paths)
+    tower: Any = path[-1]
+    require("open_clip_torch", _LEAST, tower)
+    transformer = tower.transformer
+    if not transformer.batch_first:
+        raise ValueError(f"{type(transformer).__name__} has batch_first=False; merging is made for batch_first=True")
+    blocks = tuple(transformer.resblocks)
+    return Vit(
+        tower, blocks, tuple(_mixin(block) for block in blocks), 1, _reads_all(tower), transformer.width,
+        len(tower.positional_embedding), _Tower, around=(*path, transformer),
+    )  # fmt: skip
+
+
+def _refuse_others(model: Any) -> None:
+    """Name the models of open_clip that have no vision transformer."""
+    home, name = name_of(model)
+    if home.startswith("open_clip."):
+        visual = getattr(model, "visual", model)
+        visual = getattr(visual, "trunk", visual)
+        inside = "" if visual is model else f" with a {type(visual).__name__} for its image side"
+        raise TypeError(
+            f"don't know how to merge tokens in open_clip's {name}{inside}: known are its VisionTransformer, and "
+            "timm's VisionTransformer and Eva"
+        )
+
+
+def _reads_all(tower: Any) -> bool:
+    """Whether more than the class token is read of what the last block gives; a class derived from the tower's may."""
+    return _hands_out(tower) or overrides(tower, _HOME, "forward", "_pool", "_global_pool")
+
+
+def _hands_out(tower: Any) -> bool:
+    """Whether the tower gives all tokens to its pool or its caller."""
+    return tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens
+
+
+def _mixin(block: Any) -> type[Block]:
+    home, name = name_of(block)
+    what = f"open_clip's {name}"
+    if home == _HOME and name == "ResidualAttentionBlock":
+        if hasattr(block, "ln_1_kv"):
+            raise TypeError(f"don't know how to merge tokens in {what} with cross attention (ln_1_kv)")
+        multihead.check(block, block.attn)
+        return _Residual
+    if home != _HOME or name != "CustomResidualAttentionBlock" or name_of(block.attn) != (_HOME, "Attention"):
+        raise TypeError(
+            f"don't know how to merge tokens in {what} with the attention {type(block.attn).__name__}: known are "
+            "ResidualAttentionBlock with torch.nn.MultiheadAttention and CustomResidualAttentionBlock with Attention"
+        )
+    if block.attn.logit_scale is not None:
+        raise ValueError(
+            f"tokens can't be merged in {what} with scaled_cosine_attn, with which open_clip's own forward fails: "
+            "build it without, say with qk_norm"
+        )
+    if hooked(block.attn):
+        raise ValueError(f"the attention of {name} has hooks, which would not be called: remove them")
+    return _Custom

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn.TransformerEncoder, and a TransformerEncoderLayer alone: where one of them is the model, not a part of it.
+
+Both give every token back, since anybody may read any of them. A layer alone merges inside itself: MLP, and whatever
+follows it, see fewer tokens, its caller doesn't.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import multihead
+from .block import Block, no_mask
+from .tokens import Tokens
+from .towers import Vit, is_a, name_of, overrides
+
+_HOME = "torch.nn.modules.transformer"
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+}
+
+
+class _Layer(Block):
+    """``TransformerEncoderLayer``, pre-norm or post-norm."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):  # type: ignore[override]
+        """``src``: tokens, or ``(B, T, D)``."""
+        masks = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        if not self.tome.merging.idle:
+            _check(self, src, masks)
+        return super().forward(src, **masks)
+
+    def tome_run(self, tokens: Tokens, **masks) -> Tokens:
+        block: Any = self
+        first = block.norm_first
+        x = block.norm1(tokens.x) if first else tokens.x
+        residual, keys = multihead.attention(block, block.self_attn, x, tokens)
+        norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, behind the attention's sum
+        merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
+        changed = block._ff_block(normed)
+        return merged._replace(x=merged.x + changed if first else block.norm2(normed + changed))
+
+
+class _Turned:
+    """Torch's layer, which wants ``(T, B, D)``, given ``(B, T, D)``."""
+
+    def forward(self, src, **masks):
+        return super().forward(src.transpose(0, 1), **masks).transpose(0, 1)  # type: ignore[misc]
+
+
+class _SequenceFirst(_Layer, _Turned):
+    """``TransformerEncoderLayer`` with ``batch_first=False``; between layers tokens are batch first all the same."""
+
+    def forward(self, src, *args, **options):  # type: ignore[override]
+        """``src``: tokens, or ``(T, B, D)``."""
+        out = super().forward(src if isinstance(src, Tokens) else src.transpose(0, 1), *args, **options)
+        return out if isinstance(out, Tokens) else out.transpose(0, 1)
+
+
+def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
+    """Raise what merged tokens can't do.
+
+    Raises:
+        ValueError: a mask; tokens without a batch dimension, or nested ones.
+    """
+    no_mask(block, **masks)
+    if isinstance(src, Tensor) and src.is_nested:  # what a padding mask becomes in TransformerEncoder's fast path
+        raise ValueError(
+            f"{type(block).__name__} got a nested tensor (src_key_padding_mask makes one), whose tokens can't be "
+            "merged: call the model without it, or take the patch out (remove_tome_patch)"
+        )
+    if isinstance(src, Tensor) and src.dim() != 3:
+        raise ValueError(
+            f"{type(block).__name__} got tokens of shape {tuple(src.shape)}: merging needs a batch dimension "
+            f"(unsqueeze({0 if block.self_attn.batch_first else 1}))"
+        )
+
+
+def find(model: nn.Module) -> Vit | None:
+    """Torch's encoder or encoder layer, if the model is one.
+
+    Raises:
+        TypeError, ValueError: one with a part with which its tokens can't be merged.
+    """
+    path = [model]
+    while (name := next((inner for kind, inner in _WRAPPERS.items() if is_a(path[-1], *kind)), None)) is not None:
+        path.append(path[-1]._modules[name])  # type: ignore[arg-type]
+    tower: Any = path[-1]
+    if is_a(tower, _HOME, "TransformerEncoderLayer"):
+        blocks = (tower,)
+    elif is_a(tower, _HOME, "TransformerEncoder"):
+        if overrides(tower, _HOME, "forward"):
+            raise TypeError(
+                f"don't know how to merge tokens in {type(tower).__name__}, whose forward is not TransformerEncoder's"
+            )
+        blocks = tuple(tower.layers)
+    else:
+        return None
+    mixins = tuple(_mixin(block) for block in blocks)
+    # the first token is the class token where there is one; where there is none, keeping it does no harm
+    return Vit(tower, blocks, mixins, 1, True, blocks[0].self_attn.embed_dim, guess=True, around=tuple(path))
+
+
+def _mixin(block: Any) -> type[Block]:
+    if name_of(block) != (_HOME, "TransformerEncoderLayer"):
+        raise TypeError(
+            f"don't know how to merge tokens in {type(block).__name__}: known is torch.nn.TransformerEncoderLayer "
+            "itself, no class derived from it"
+        )
+    multihead.check(block, block.self_attn)
+    return _Layer if block.self_attn.batch_first else _SequenceFirst

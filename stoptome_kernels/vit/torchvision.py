@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's VisionTransformer (``vit_b_16`` and its like)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import multihead
+from .block import Block
+from .tokens import Tokens
+from .towers import Vit, name_of, overrides, the_only, within
+
+_HOME = "torchvision.models.vision_transformer"
+
+
+class _EncoderBlock(Block):
+    """``EncoderBlock``, pre-norm."""
+
+    def tome_run(self, tokens: Tokens) -> Tokens:
+        block: Any = self
+        residual, keys = multihead.attention(block, block.self_attention, block.ln_1(tokens.x), tokens)
+        merged, normed = block.tome.merge(tokens, block.dropout(residual), keys, block.ln_2)
+        return merged._replace(x=merged.x + block.mlp(normed))
+
+
+def find(model: nn.Module) -> Vit | None:
+    """torchvision's vision transformer in a model.
+
+    Raises:
+        TypeError, ValueError: one with a part with which its tokens can't be merged; another model of torchvision's.
+    """
+    paths = list(within(model, _HOME, "VisionTransformer"))
+    if not paths:
+        if type(model).__module__.startswith("torchvision.models."):
+            raise TypeError(
+                f"don't know how to merge tokens in torchvision's {type(model).__name__}: known is VisionTransformer "
+                "(vit_b_16 and its like)"
+            )
+        return None
+    path = the_only(paths)
+    tower: Any = path[-1]
+    blocks = tuple(tower.encoder.layers)
+    for block in blocks:
+        if name_of(block) != (_HOME, "EncoderBlock"):
+            raise TypeError(
+                f"don't know how to merge tokens in torchvision's VisionTransformer with {type(block).__name__} for a "
+                "block: known is EncoderBlock"
+            )
+        multihead.check(block, block.self_attention)
+    # a forward of somebody else's may read more than the class token
+    dense = overrides(tower, _HOME, "forward") or overrides(tower.encoder, _HOME, "forward")
+    return Vit(tower, blocks, (_EncoderBlock,) * len(blocks), 1, dense, tower.hidden_dim, tower.seq_length, around=path)
