@@ -39,6 +39,7 @@ SHAPES = {
     "vit-b16": (256, 197, 768, 12, 1, 16),
     "vit-l16-384": (64, 577, 1024, 16, 1, 23),
     "long": (8, 4097, 1024, 16, 1, 512),
+    "sd-64": (2, 4096, 320, 0, 0, 2048),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have (CUDA guide, table 27)
@@ -62,6 +63,10 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
     metric = packed[:, :, 1].transpose(1, 2) if heads else x[:, None]
 
     found = [("match", launch) for launch in match.launches(metric, r, protected, dest, members, offsets)]
+    # a quarter as destinations, the others as sources
+    order, before = meta(tokens, dtype=torch.int32), meta((tokens - protected) // 4, dtype=torch.int32)
+    steps = match.launches(metric, r, protected, dest, members, offsets, order, before)
+    found += [("match sets", launch) for launch in steps]
     plan = (members, offsets)
     found += [
         ("merge mean", merge.reduce_launch(x, *plan, size, y, size_out, "mean")),

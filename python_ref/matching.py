@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bipartite soft matching (ToMe, section 3, "Bipartite Soft Matching") as plain tensor operations."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# How many products the exactly tied float64 similarity may hold at once: 2**24 doubles are 128 MiB.
-_CHUNK_PRODUCTS = 1 << 24
+# How many float64 numbers of the similarity (or, to tie exactly, products) are held at once: 2**24 are 128 MiB.
+_CHUNK = 1 << 24
+
+Places = slice | Tensor  # of the tokens of a set: a slice or int64 indices, ascending
 
 
 def match_sets(tokens: int, protected: int) -> tuple[slice, slice]:
@@ -14,6 +20,48 @@ def match_sets(tokens: int, protected: int) -> tuple[slice, slice]:
     The split is by the global token index with the first ``protected`` tokens left out.
     """
     return slice(protected + protected % 2, tokens, 2), slice(protected + 1 - protected % 2, tokens, 2)
+
+
+def arrange(src: Tensor, dst: Tensor, tokens: int) -> Tensor:
+    """Tokens of neither set, then sources, then destinations, each ascending.
+
+    Args:
+        src, dst: 1-D int32 or int64, disjoint indices below ``tokens``, in any order.
+
+    Returns:
+        ``(tokens,)`` int32, a permutation whatever ``src`` and ``dst`` hold, so that nothing that follows it leaves its
+        range: an index outside is taken for the nearest inside, a token in both sets for a destination. Where the sets
+        have fewer tokens than indices, their first places go to the highest tokens of the set before.
+    """
+    role = torch.zeros(tokens, dtype=torch.uint8, device=src.device)
+    for value, index in ((1, src), (2, dst)):
+        role.index_fill_(0, index.long().clamp(0, tokens - 1), value)
+    return role.sort(stable=True).indices.int()
+
+
+def unit_tokens(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N, T, C)`` float64: the mean over heads of ``metric (N, H, T, C)``, scaled to norm 1 (a token of norm 0 stays
+    0); and ``(N, T)`` bool: tokens that hold a NaN or an infinity, which become 0."""
+    m = metric.double().mean(1)
+    bad = ~m.isfinite().all(-1)
+    m = m.masked_fill(bad[..., None], 0.0)
+    # cos(2^k u, v) = cos(u, v): dividing each token by a power of two costs no accuracy and keeps squares in range
+    _, exponent = torch.frexp(m.abs().amax(-1, keepdim=True))
+    m = m * torch.exp2(-exponent.clamp(-1022, 1022).double())
+    norm = m.square().sum(-1, keepdim=True).sqrt()
+    return m / norm.masked_fill(norm == 0, 1.0), bad
+
+
+def _similarities(metric: Tensor, a: Places, b: Places) -> Iterator[Tensor]:
+    """The similarity of A and B, ``(N, rows, |B|)`` for a few rows of A at a time, so that sets of any size fit."""
+    m, bad = unit_tokens(metric)
+    left, left_bad, right, right_bad = m[:, a], bad[:, a], m[:, b], bad[:, b]
+    exact = metric.dtype == torch.float64
+    each = right.numel() if exact else right.shape[0] * right.shape[1]
+    rows = max(1, _CHUNK // max(1, each))
+    for part, part_bad in zip(left.split(rows, 1), left_bad.split(rows, 1), strict=True):
+        s = (part[:, :, None] * right[:, None]).sum(-1) if exact else (part @ right.transpose(1, 2)).float()
+        yield s.masked_fill(part_bad[..., None] | right_bad[:, None], -torch.inf)
 
 
 def similarity(metric: Tensor, protected: int) -> Tensor:
@@ -31,31 +79,20 @@ def similarity(metric: Tensor, protected: int) -> Tensor:
     copies of each other tie exactly although BLAS sums their products in different orders. For a float64 metric there
     is no wider type to round from, so the products are summed along the last axis, in one order for every pair.
     """
-    a, b = match_sets(metric.shape[2], protected)
-    m = metric.double().mean(1)
-    bad = ~m.isfinite().all(-1)
-    m = m.masked_fill(bad[..., None], 0.0)
-    # cos(2^k u, v) = cos(u, v): dividing each token by a power of two costs no accuracy and keeps squares in range
-    _, exponent = torch.frexp(m.abs().amax(-1, keepdim=True))
-    m = m * torch.exp2(-exponent.clamp(-1022, 1022).double())
-    norm = m.square().sum(-1, keepdim=True).sqrt()
-    m = m / norm.masked_fill(norm == 0, 1.0)
-    if metric.dtype == torch.float64:
-        rows = max(1, _CHUNK_PRODUCTS // max(1, m.shape[0] * m[:, b].shape[1] * m.shape[2]))
-        parts = [(part[:, :, None] * m[:, None, b]).sum(-1) for part in m[:, a].split(rows, 1)]
-        s = torch.cat(parts, 1)
-    else:
-        s = (m[:, a] @ m[:, b].transpose(1, 2)).float()
-    return s.masked_fill(bad[:, a, None] | bad[:, None, b], -torch.inf)
+    return torch.cat(list(_similarities(metric, *match_sets(metric.shape[2], protected))), 1)
 
 
-def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 1 to 5 of the matching.
 
     Args:
         metric: ``(N, H, T, C)``, any floating dtype.
-        r: tokens to remove from each item, already capped at ``(T - protected) // 2``.
-        protected: leading tokens that are never merged.
+        r: tokens to remove from each item, already capped: at ``(T - protected) // 2``, or at ``sources``.
+        protected: tokens of neither set, which are never merged: the leading ones, or those that lead ``order``.
+        order: ``(T,)`` int32, the tokens as :func:`arrange` has them; None for even sources and odd destinations.
+        sources: with ``order``, how many of its tokens are sources.
 
     Returns:
         ``(dest, members, offsets)`` as :class:`stoptome_kernels.MergePlan` describes them.
@@ -63,8 +100,16 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     n, _, tokens, _ = metric.shape
     if r == 0 or n == 0:
         return identity(n, tokens, tokens - r, metric.device)
-    a, b = match_sets(tokens, protected)
-    best, partner = similarity(metric, protected).max(-1)  # each a proposes its nearest b; the first one on a tie
+    kept: Places = slice(0, protected)
+    a: Places
+    b: Places
+    if order is None:
+        a, b = match_sets(tokens, protected)
+    else:
+        kept, a, b = order.long().split([protected, sources, tokens - protected - sources])
+    # each a proposes its nearest b; the first one on a tie
+    nearest = [part.max(-1) for part in _similarities(metric, a, b)]
+    best, partner = (torch.cat(parts, 1) for parts in zip(*nearest, strict=True))
     sources = best.shape[1]
 
     # keep the r most similar edges; a stable sort puts the lowest a first on a tie
@@ -73,10 +118,10 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
 
     # output order: protected, unmerged A ascending, all of B ascending
     first_b = protected + sources - r
-    kept = protected + torch.cumsum(~merged, 1) - 1
+    stays = protected + torch.cumsum(~merged, 1) - 1
     dest = torch.empty(n, tokens, dtype=torch.int64, device=metric.device)
-    dest[:, :protected] = torch.arange(protected, device=metric.device)
-    dest[:, a] = torch.where(merged, first_b + partner, kept)
+    dest[:, kept] = torch.arange(protected, device=metric.device)
+    dest[:, a] = torch.where(merged, first_b + partner, stays)
     dest[:, b] = torch.arange(first_b, tokens - r, device=metric.device)
 
     # an edge of similarity −inf is carried out with weight 0, so that every item loses exactly r tokens

@@ -5,7 +5,8 @@ _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
 
 def match(
     metric: int, dtype: int, items: int, heads: int, tokens: int, channels: int, stride_item: int, stride_head: int,
-    stride_token: int, r: int, protected: int, dest: int, members: int, offsets: int, threads: int,
+    stride_token: int, r: int, protected: int, order: int, sources: int, dest: int, members: int, offsets: int,
+    threads: int,
 ) -> None: ...
 def reduce(
     x: _Strided, y: _Strided, dtype: int, mode: int, members: int, offsets: int, items: int, tokens_in: int,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,23 +15,34 @@ from .ops import merging
 from .plan import MergePlan
 
 
-def match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> MergePlan:
+def match(
+    metric: Tensor,
+    r: int,
+    protected: int | None = None,
+    backend: str = "auto",
+    *,
+    sets: tuple[Tensor | Iterable[int], Tensor | Iterable[int]] | None = None,
+) -> MergePlan:
     """Decide which ``r`` tokens of every item are merged into which others (bipartite soft matching).
 
     Tokens with an even index propose their most similar token with an odd index (cosine similarity of ``metric``, the
     lowest index on a tie); the r proposals of highest similarity are carried out (the lowest proposer on a tie). The
     output order is: protected tokens, the unmerged even ones, all odd ones, each ascending. With ``r = 0`` nothing
-    moves.
+    moves. With ``sets``, other tokens than the even and the odd ones are sources and destinations.
 
     Args:
         metric: ``(N, T, C)`` or ``(N, H, T, C)``, float32, float64, bfloat16 or float16, any strides; the mean over
             heads is taken inside. No gradient flows into it.
-        r: tokens to remove from each item; capped at ``(T - protected) // 2``.
-        protected: leading tokens that are neither sources nor destinations (class token, prompts).
+        r: tokens to remove from each item; capped at ``(T - protected) // 2``, or at the number of sources.
+        protected: leading tokens that are neither sources nor destinations (class token, prompts): 1 if not given.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
+        sets: ``(sources, destinations)`` in place of ``protected``: disjoint token indices, shared by all items, in any
+            order; 1-D int32 or int64 tensors on metric's device, or lists of ints. Tokens in neither set stay as they
+            are and come first in the output. A source merges into one destination, a destination takes any number of
+            sources; without destinations nothing is merged.
 
     Returns:
-        A :class:`MergePlan` on metric's device.
+        A :class:`MergePlan` on metric's device; its ``protected`` is 0 with ``sets``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or range; the message names it.
@@ -39,15 +52,36 @@ def match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> 
     of norm 0 has similarity 0 to all; one that holds a NaN or an infinity is never matched, and if too few others are
     left it is removed with weight 0.
 
+    Indices are checked where that needs no waiting for a GPU: those in lists and in CPU tensors. On a GPU the kernels
+    read no index that they have not put in range, and sets that are no sets still give a plan that leaves no range,
+    although of no use: an index outside counts as the nearest inside, a token in both sets as a destination, and
+    indices given twice count once, the rest of the set being made up of its neighbours in the order of the output.
+
     Source: Bolya et al., ICLR 2023, section 3; TempMe (Shen et al., ICLR 2025) for several protected tokens.
     """
     checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
     r = checks.count(r, "r", "tokens to remove from each item")
-    protected = checks.count(protected, "protected", "leading tokens that are never merged")
+    if sets is not None:
+        return _match_sets(metric, r, protected, backend, sets)
+    protected = checks.count(1 if protected is None else protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.plain(metric, "metric")
     dest, members, offsets = torch.ops.stoptome.match(metric.detach(), r, protected, backend)
     return MergePlan(dest, members, offsets, protected)
+
+
+def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, sets: object) -> MergePlan:
+    if protected is not None:
+        raise ValueError(
+            f"protected can't be given together with sets, got {protected!r}: tokens in neither set are protected"
+        )
+    if not isinstance(sets, (tuple, list)) or len(sets) != 2:
+        raise TypeError(f"sets must be a pair (sources, destinations), got {type(sets).__name__}")
+    checks.choice(backend, "backend", checks.BACKENDS)
+    checks.plain(metric, "metric")
+    src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
+    dest, members, offsets = torch.ops.stoptome.match_sets(metric.detach(), r, src, dst, backend)
+    return MergePlan(dest, members, offsets, 0)
 
 
 def merge(

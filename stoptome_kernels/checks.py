@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation of arguments, the same for every backend, eager or traced.
 
-Everything is decided from types, shapes, dtypes and devices: no check reads a tensor's values, so none waits for a GPU.
+Everything is decided from types, shapes, dtypes and devices: no check reads values on a GPU, so none waits for it. Only
+the indices of a matching over given sets are read, where they lie on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from numbers import Real
+from collections.abc import Iterable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def _floating(value: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
 
 
-def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
+def _metric(metric: Tensor) -> None:
     if metric.dim() not in (3, 4):
         raise ValueError(f"metric must have shape (N, T, C) or (N, H, T, C), got {tuple(metric.shape)}")
     _floating(metric, "metric")
@@ -73,6 +75,10 @@ def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
         raise ValueError(f"metric must have at least one head in its axis 1, got shape {tuple(metric.shape)}")
     if metric.shape[-2] >= 2**31:
         raise ValueError(f"metric has T = {metric.shape[-2]} tokens an item, but plans index them with int32")
+
+
+def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
+    _metric(metric)
     count(r, "r", "tokens to remove from each item")
     count(protected, "protected", "leading tokens that are never merged")
     if protected > metric.shape[-2]:
@@ -81,6 +87,58 @@ def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
             f"metric has shape {tuple(metric.shape)}"
         )
     choice(backend, "backend", BACKENDS)
+
+
+def index(value: object, name: str, metric: Tensor) -> Tensor:
+    """``value`` as a tensor of token indices; Python's ints are checked and become one on metric's device."""
+    if isinstance(value, Tensor):
+        tensor(value, name, "(count,)")
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        numbers = list(value)
+        if all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers):
+            tokens = metric.shape[-2] if metric.dim() > 1 else 0
+            for number in numbers:
+                _in_range(number, name, tokens)
+            return torch.tensor(numbers, dtype=torch.int64, device=metric.device)
+    raise TypeError(f"{name} must be a 1-D tensor or a list of ints (token indices), got {type(value).__name__}")
+
+
+def _in_range(number: int, name: str, tokens: int) -> None:
+    if not 0 <= number < tokens:
+        raise ValueError(f"{name} must hold token indices from 0 to T - 1 = {tokens - 1}, got {number}")
+
+
+def match_sets(metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str) -> None:
+    _metric(metric)
+    count(r, "r", "tokens to remove from each item")
+    tokens = metric.shape[-2]
+    for value, name in ((src, "sets[0]"), (dst, "sets[1]")):
+        if value.dim() != 1:
+            raise ValueError(f"{name} must be 1-D (token indices, shared by all items), got {tuple(value.shape)}")
+        if value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64 (token indices), got {value.dtype}")
+        if value.device != metric.device:
+            raise ValueError(f"{name} is on {value.device}, but metric is on {metric.device}; move one of them")
+    if src.shape[0] + dst.shape[0] > tokens:
+        raise ValueError(
+            f"sets must be disjoint, but {src.shape[0]} sources and {dst.shape[0]} destinations are more than the "
+            f"T = {tokens} tokens of metric, whose shape is {tuple(metric.shape)}"
+        )
+    choice(backend, "backend", BACKENDS)
+
+
+def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
+    """Values of ``sets``, on the CPU: in range, none twice, none in both."""
+    for value, name in ((src, "sets[0]"), (dst, "sets[1]")):
+        for wrong in value[(value < 0) | (value >= tokens)][:1].tolist():
+            _in_range(wrong, name, tokens)
+        seen, times = value.unique(return_counts=True)
+        if len(seen) < len(value):
+            raise ValueError(f"{name} must hold a token at most once, but has {seen[times > 1][0].item()} twice")
+    both = src[torch.isin(src, dst)]
+    if len(both):
+        raise ValueError(f"sets must be disjoint, but token {both[0].item()} is a source and a destination")
 
 
 def _plan(members: Tensor, offsets: Tensor) -> None:

@@ -24,7 +24,7 @@ class MergePlan:
         members: ``(N, tokens_in)`` int32, the input tokens sorted by output token, then by index. A token that was
             merged with weight 0 (its metric held a NaN or an infinity) stands as ``~i``.
         offsets: ``(N, tokens_out + 1)`` int32; output o gathers ``members[offsets[o]:offsets[o + 1]]``.
-        protected: leading tokens that no merge touches.
+        protected: leading tokens that no merge touches; 0 where sources and destinations were given by index.
     """
 
     dest: Tensor
@@ -44,7 +44,8 @@ class MergePlan:
 
     @property
     def r(self) -> int:
-        """Tokens removed from each item: what was asked for, capped at half of the unprotected tokens."""
+        """Tokens removed from each item: what was asked for, capped at half of the unprotected tokens, or
+        at the number of given sources."""
         return self.dest.shape[1] - self.offsets.shape[1] + 1
 
     def then(self, following: MergePlan) -> MergePlan:

@@ -38,10 +38,12 @@ def test_no_merge_spills(tmp_path):
 
 
 def test_no_matching_spills(tmp_path):
-    """One launch and two, keys and x as metric."""
-    shapes = ("stop-b32-train", "clip-b16", "tempme-168", "vit-l16-384")
+    """One launch and two, keys and x as metric, even and odd tokens and given sets."""
+    shapes = ("stop-b32-train", "clip-b16", "tempme-168", "vit-l16-384", "sd-64")
     rows = report(tmp_path, "--arch", "90", "--dtype", "bf16", "fp32", "--what", "match", "--shape", *shapes)
-    assert {row["kernel"] for row in rows} == {"match_item", "score_blocks", "plan_blocks"}
+    for what in ("match", "match sets"):
+        kernels = {row["kernel"] for row in rows if row["what"] == what}
+        assert kernels == {"match_item", "score_blocks", "plan_blocks"}
 
 
 def test_no_merge_norm_spills(tmp_path):

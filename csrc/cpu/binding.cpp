@@ -121,8 +121,8 @@ void propose_tiles(void *context, int64_t begin, int64_t end, int) {
 }
 
 void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t tokens, int64_t channels, int64_t stride_item,
-           int64_t stride_head, int64_t stride_token, int64_t r, int64_t protected_, uintptr_t dest, uintptr_t members,
-           uintptr_t offsets, int threads) {
+           int64_t stride_head, int64_t stride_token, int64_t r, int64_t protected_, uintptr_t order, int64_t sources,
+           uintptr_t dest, uintptr_t members, uintptr_t offsets, int threads) {
   py::gil_scoped_release released;
   MatchJob job;
   job.metric = {reinterpret_cast<const void *>(metric), Dtype(dtype), heads, channels, stride_head, stride_token};
@@ -131,10 +131,15 @@ void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t to
   job.protected_ = protected_;
   job.r = r;
   Sets &sets = job.sets;
-  sets.first_a = protected_ + protected_ % 2;
-  sets.first_b = protected_ + 1 - protected_ % 2;
-  sets.sources = tokens > sets.first_a ? (tokens - sets.first_a + 1) / 2 : 0;
-  sets.targets = tokens > sets.first_b ? (tokens - sets.first_b + 1) / 2 : 0;
+  if (order) {
+    sets = {protected_, sources, protected_ + sources, tokens - protected_ - sources,
+            reinterpret_cast<const int32_t *>(order)};
+  } else {
+    sets.first_a = protected_ + protected_ % 2;
+    sets.first_b = protected_ + 1 - protected_ % 2;
+    sets.sources = tokens > sets.first_a ? (tokens - sets.first_a + 1) / 2 : 0;
+    sets.targets = tokens > sets.first_b ? (tokens - sets.first_b + 1) / 2 : 0;
+  }
   if (r < 1 || r > sets.sources || sets.targets < 1) throw std::invalid_argument("r is out of range");
   job.dest = reinterpret_cast<int32_t *>(dest);
   job.members = reinterpret_cast<int32_t *>(members);

@@ -18,9 +18,15 @@ struct Metric {
   int64_t stride_head, stride_token;
 };
 
-// A is first_a, first_a + 2, ... (sources), B is first_b, first_b + 2, ... (targets).
+// Without an order A is the tokens first_a, first_a + 2, ... (sources), and B is first_b, first_b + 2, ... (targets).
+// With one, A and B are what it holds from its places first_a and first_b on, each ascending; what lies before is in
+// neither set.
 struct Sets {
   int64_t first_a, sources, first_b, targets;
+  const int32_t *order = nullptr;
+
+  int64_t source(int64_t i) const { return order ? order[first_a + i] : first_a + 2 * i; }
+  int64_t target(int64_t j) const { return order ? order[first_b + j] : first_b + 2 * j; }
 };
 
 // The proposals of one item: for each a in A the similarity to its most similar b, and that b's rank in B.
@@ -135,8 +141,8 @@ const Kernels &kernels();                      // the best set that this process
 const Kernels *kernels_named(const char *);    // null: not in this build or not on this processor
 void use_kernels(const Kernels *);             // for tests; null: the best again
 
-// Steps 5 and 6: choose the r best proposals of one item and write its dest, members and offsets.
-// `scratch` holds plan_scratch(sets) bytes.
+// Steps 5 and 6: choose the r best proposals of one item and write its dest, members and offsets. `protected_` counts the
+// tokens in neither set. `scratch` holds plan_scratch(sets) bytes.
 int64_t plan_scratch(const Sets &);
 template <class Real>
 void plan_item(Proposals<Real>, const Sets &, int64_t tokens, int64_t protected_, int64_t r, void *scratch, int32_t *dest,

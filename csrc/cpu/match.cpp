@@ -49,8 +49,8 @@ STK_INLINE void fetch(const T *p, int64_t ahead) {
     __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p + k) + uintptr_t(ahead)));
 }
 
-// A token's heads lie together or apart, and the next token of the same set is two strides on: too irregular for the
-// processor to foresee, so the lines of the token after next are asked for while this one is summed.
+// A token's heads lie together or apart, and the next token of the same set is two strides on, or anywhere: too irregular
+// for the processor to foresee, so its lines are asked for while this one is summed.
 template <class T, class Real>
 STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, int64_t channels, int64_t width, int64_t ahead,
                           Real *row) {
@@ -158,14 +158,14 @@ void prepare(const Metric &m, const Sets &sets, Real *scratch, Real *rows, Real 
   const Layout<Real> at(m.channels, sets.sources, sets.targets);
   constexpr int64_t lanes = Vec<Real>::lanes;
   const T *data = static_cast<const T *>(m.data);
-  const int64_t ahead = 2 * m.stride_token * int64_t(sizeof(T));
+  const int64_t bytes = m.stride_token * int64_t(sizeof(T));
   const Real never = -Real(__builtin_inff());
   for (int64_t block = begin; block < end && block < at.tiles; ++block) {
     for (int64_t i = block * kRows; i < (block + 1) * kRows; ++i) {
       Real *row = scratch + at.a + i * at.width;
       if (i < sets.sources) {
-        const T *token = data + (sets.first_a + 2 * i) * m.stride_token;
-        sum_heads(token, m.heads, m.stride_head, m.channels, at.width, ahead, row);
+        const int64_t t = sets.source(i), next = i + 1 < sets.sources ? sets.source(i + 1) : t;
+        sum_heads(data + t * m.stride_token, m.heads, m.stride_head, m.channels, at.width, (next - t) * bytes, row);
         best[i] = normalise(row, at.width) ? Real(0) : never;
       } else {
         for (int64_t c = 0; c < at.width; ++c) row[c] = 0;
@@ -179,8 +179,8 @@ void prepare(const Metric &m, const Sets &sets, Real *scratch, Real *rows, Real 
       Real *row = rows + l * at.width;
       bool good = false;
       if (j < sets.targets) {
-        const T *token = data + (sets.first_b + 2 * j) * m.stride_token;
-        sum_heads(token, m.heads, m.stride_head, m.channels, at.width, ahead, row);
+        const int64_t t = sets.target(j), next = j + 1 < sets.targets ? sets.target(j + 1) : t;
+        sum_heads(data + t * m.stride_token, m.heads, m.stride_head, m.channels, at.width, (next - t) * bytes, row);
         good = normalise(row, at.width);
       } else {
         for (int64_t c = 0; c < at.width; ++c) row[c] = 0;

@@ -38,27 +38,28 @@ void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int6
 
   // tokens in ascending order fill their groups in ascending order
   for (int64_t j = 0; j < targets; ++j) count[j] = offsets[base + j];
-  for (int64_t t = 0; t < protected_; ++t) {
-    dest[t] = int32_t(t);
-    members[t] = int32_t(t);
-  }
-  int64_t next = protected_;
-  for (int64_t t = protected_; t < tokens; ++t) {
-    if (t % 2 == 1) {  // in B
-      const int64_t j = (t - sets.first_b) / 2;
+  int64_t kept = 0, stays = protected_;
+  int64_t i = 0, source = sources ? sets.source(0) : tokens;
+  int64_t j = 0, target = targets ? sets.target(0) : tokens;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (t == target) {
       dest[t] = int32_t(base + j);
       members[count[j]++] = int32_t(t);
-      continue;
-    }
-    const int64_t i = (t - sets.first_a) / 2;
-    if (merged[i]) {
-      // a proposal of similarity −inf is carried out with weight 0
-      const bool weightless = best[i] < std::numeric_limits<Real>::lowest();
-      dest[t] = int32_t(base + partner[i]);
-      members[count[partner[i]]++] = weightless ? ~int32_t(t) : int32_t(t);
+      if (++j < targets) target = sets.target(j);
+    } else if (t == source) {
+      if (merged[i]) {
+        // a proposal of similarity −inf is carried out with weight 0
+        const bool weightless = best[i] < std::numeric_limits<Real>::lowest();
+        dest[t] = int32_t(base + partner[i]);
+        members[count[partner[i]]++] = weightless ? ~int32_t(t) : int32_t(t);
+      } else {
+        dest[t] = int32_t(stays);
+        members[stays++] = int32_t(t);
+      }
+      if (++i < sources) source = sets.source(i);
     } else {
-      dest[t] = int32_t(next);
-      members[next++] = int32_t(t);
+      dest[t] = int32_t(kept);
+      members[kept++] = int32_t(t);
     }
   }
 }

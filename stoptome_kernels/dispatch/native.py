@@ -39,7 +39,9 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`stoptome_kernels.reference.match`."""
     metric = unit(metric)
     n, heads, tokens, channels = metric.shape
@@ -48,7 +50,7 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
     _native.match(
         metric.data_ptr(), _DTYPES[metric.dtype], n, heads, tokens, channels,
-        metric.stride(0), metric.stride(1), metric.stride(2), r, protected,
+        metric.stride(0), metric.stride(1), metric.stride(2), r, protected, _address(order), sources,
         dest.data_ptr(), members.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dest, members, offsets

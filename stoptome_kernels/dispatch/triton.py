@@ -77,12 +77,14 @@ def _on(tensor: Tensor):
     return nullcontext()
 
 
-def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`stoptome_kernels.reference.match`."""
     from ..kernels import match as kernels
 
     with _on(metric):
-        return kernels.match(metric, r, protected)
+        return kernels.match(metric, r, protected, order, sources)
 
 
 def reduce(

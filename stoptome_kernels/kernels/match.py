@@ -2,11 +2,13 @@
 """Bipartite soft matching (ToMe, section 3) as Triton kernels.
 
 One launch of one program per item while all sources fit a tile. Beyond, one launch scores and one plans, both parallel
-over blocks of tokens, and one before them takes the mean over heads, which every block would otherwise repeat. Sorting
-is done by counting: the place of a token is the number of tokens that come before it, so there are no atomics and no
-order that could differ from run to run.
+over blocks of tokens. Sorting is done by counting: the place of a token is the number of tokens that come before it, so
+there are no atomics and no order that could differ from run to run.
 
-Sources are the set A, targets the set B of the reference; both are counted from 0 in ascending token order.
+Sources are the set A, targets the set B of the reference; both are counted from 0 in ascending token order. Without
+``order`` they are the even and the odd tokens; the kernels are then compiled without what follows. With it, it is what
+``reference.arrange`` gives, a permutation of the tokens: ``protected`` of neither set, then ``sources``, then the
+targets; and ``before`` holds how many sources come before each target in token order.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ..layout import unit
 from . import config
-from .similarity import nearest
+from .similarity import nearest, token_of
 
 # the choice of a source that is not merged: above every target, so that comparisons of choices need no mask
 _UNMERGED = tl.constexpr(1 << 30)
@@ -26,10 +28,27 @@ _LOWEST = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
-def _sets(tokens, protected):
-    """Whether the first source comes right before the first target (0 or 1), and the sizes of both sets."""
-    even = 1 - protected % 2
-    return even, (tokens - protected + even) // 2, (tokens - protected + 1 - even) // 2
+def _sets(order, tokens, protected, sources):
+    """Whether the first source comes right before the first target (0 or 1; without order), where each set begins (its
+    first token, or its first place in order), and the sizes of both."""
+    if order is None:
+        even = 1 - protected % 2
+        first_a = protected + 1 - even
+        first_b = protected + even
+        sources = (tokens - protected + even) // 2
+        targets = (tokens - protected + 1 - even) // 2
+    else:
+        even = 0
+        first_a = protected
+        first_b = protected + sources
+        targets = tokens - first_b
+    return even, first_a, first_b, sources, targets
+
+
+@triton.jit
+def _sources_before(before, b, even, inside):
+    """How many sources come before target b in token order."""
+    return b + even if before is None else tl.load(before + b, mask=inside, other=0)
 
 
 @triton.jit
@@ -47,55 +66,63 @@ def _count_sources(a, choice, other, other_choice):
 
 
 @triton.jit
-def _count_targets(b, even, other, other_choice):
+def _count_targets(b, before_b, other, other_choice):
     """How many sources merge into a target before b, and how many into b itself that come before it in token order."""
-    same = (other_choice[None, :] == b[:, None]) & (other[None, :] < (b + even)[:, None])
+    same = (other_choice[None, :] == b[:, None]) & (other[None, :] < before_b[:, None])
     return _count(other_choice[None, :] < b[:, None]), _count(same)
 
 
 @triton.jit
-def _write_sources(dest, members, offsets, a, choice, best, removed, ahead, sources, protected, base, even):
-    token = protected + 1 - even + 2 * a
+def _write_sources(
+    dest, members, offsets, order, before, a, choice, best, removed, ahead, first_a, sources, protected, base, even
+):  # fmt: skip
+    inside = a < sources
+    token = token_of(order, first_a, a, inside)
     merged = choice < _UNMERGED
     out = tl.where(merged, base + choice, protected + a - removed)
-    # a target comes before its source if its token does: even says that source a comes right before target a
-    place = tl.where(merged, out + ahead + (a >= choice + even).to(tl.int32), out)
+    # a target comes before its source if its token does
+    behind = (a >= _sources_before(before, choice, even, merged)).to(tl.int32)
+    place = tl.where(merged, out + ahead + behind, out)
     weightless = merged & (best == float("-inf"))
-    inside = a < sources
     tl.store(dest + token, out, mask=inside)
     tl.store(members + place, tl.where(weightless, ~token, token), mask=inside)
     tl.store(offsets + out, out, mask=inside & ~merged)
 
 
 @triton.jit
-def _write_targets(dest, members, offsets, b, below, same, targets, protected, base, even):
-    token = protected + even + 2 * b
-    out = base + b
+def _write_targets(dest, members, offsets, order, b, below, same, first_b, targets, base):
     inside = b < targets
+    token = token_of(order, first_b, b, inside)
+    out = base + b
     tl.store(dest + token, out, mask=inside)
     tl.store(offsets + out, out + below, mask=inside)
     tl.store(members + out + below + same, token, mask=inside)
 
 
 @triton.jit
-def _write_protected(dest, members, offsets, first, step, protected, BLOCK: tl.constexpr):
+def _write_protected(dest, members, offsets, order, first, step, protected, BLOCK: tl.constexpr):
     for start in range(first, protected, step):
         i = start + tl.arange(0, BLOCK)
-        tl.store(dest + i, i, mask=i < protected)
-        tl.store(members + i, i, mask=i < protected)
-        tl.store(offsets + i, i, mask=i < protected)
+        inside = i < protected
+        token = i
+        if order is not None:
+            token = tl.load(order + i, mask=inside, other=0)
+        tl.store(dest + token, i, mask=inside)
+        tl.store(members + i, token, mask=inside)
+        tl.store(offsets + i, i, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "r", "protected"])
+@triton.jit(do_not_specialize=["tokens", "r", "protected", "sources"])
 def match_item(
-    metric, dest, members, offsets, tokens, r, protected, item_stride, head_stride, token_stride,
+    metric, dest, members, offsets, order, before, tokens, r, protected, sources,
+    item_stride, head_stride, token_stride,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The whole matching of an item whose sources and targets fit one tile; grid (N,)."""
     item = tl.program_id(0).to(tl.int64)
-    even, sources, targets = _sets(tokens, protected)
+    even, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
     base = protected + sources - r
     metric += item * item_stride
     dest += item * tokens
@@ -104,7 +131,7 @@ def match_item(
 
     a = tl.arange(0, BLOCK_A)
     best, partner = nearest(
-        metric, a, protected + 1 - even, protected + even, sources, targets, head_stride, token_stride,
+        metric, order, a, first_a, first_b, sources, targets, head_stride, token_stride,
         C, H, SHRINK, SHIFT, PRODUCT, TYPE, BLOCK_B, BLOCK_C,
     )  # fmt: skip
     # Counting goes over the others in chunks, or it would take more registers than there are. The lists travel between
@@ -126,35 +153,38 @@ def match_item(
     ahead = tl.zeros((BLOCK_A,), tl.int32)
     below = tl.zeros((BLOCK_A,), tl.int32)
     same = tl.zeros((BLOCK_A,), tl.int32)
+    before_a = _sources_before(before, a, even, a < targets)  # a counts targets too
     for start in range(0, sources, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_choice = tl.load(dest + other, mask=other < sources, other=_UNMERGED)
         more_removed, more_ahead = _count_sources(a, choice, other, other_choice)
-        more_below, more_same = _count_targets(a, even, other, other_choice)
+        more_below, more_same = _count_targets(a, before_a, other, other_choice)
         removed += more_removed
         ahead += more_ahead
         below += more_below
         same += more_same
     tl.debug_barrier()
-    _write_sources(dest, members, offsets, a, choice, best, removed, ahead, sources, protected, base, even)
-    _write_targets(dest, members, offsets, a, below, same, targets, protected, base, even)
-    _write_protected(dest, members, offsets, 0, BLOCK_A, protected, BLOCK_A)
+    _write_sources(
+        dest, members, offsets, order, before, a, choice, best, removed, ahead, first_a, sources, protected, base, even
+    )  # fmt: skip
+    _write_targets(dest, members, offsets, order, a, below, same, first_b, targets, base)
+    _write_protected(dest, members, offsets, order, 0, BLOCK_A, protected, BLOCK_A)
     tl.store(offsets + tokens - r, tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "protected", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "protected", "sources", "blocks"])
 def score_blocks(
-    metric, best, partner, tokens, protected, blocks, item_stride, head_stride, token_stride,
+    metric, best, partner, order, tokens, protected, sources, blocks, item_stride, head_stride, token_stride,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The proposals of a block of sources: best (N, |A|) float32, partner (N, |A|) int32; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    even, sources, targets = _sets(tokens, protected)
+    _, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
     a = block * BLOCK_A + tl.arange(0, BLOCK_A)
     value, target = nearest(
-        metric + item * item_stride, a, protected + 1 - even, protected + even, sources, targets,
+        metric + item * item_stride, order, a, first_a, first_b, sources, targets,
         head_stride, token_stride, C, H, SHRINK, SHIFT, PRODUCT, TYPE, BLOCK_B, BLOCK_C,
     )  # fmt: skip
     tl.store(best + item * sources + a, value, mask=a < sources)
@@ -209,15 +239,15 @@ def _choices(best, partner, a, sources, limit, cut):
     return tl.where(merged, tl.load(partner + a, mask=a < sources, other=0), _UNMERGED)
 
 
-@triton.jit(do_not_specialize=["tokens", "r", "protected", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "r", "protected", "sources", "blocks"])
 def plan_blocks(
-    best, partner, dest, members, offsets, tokens, r, protected, blocks,
+    best, partner, dest, members, offsets, order, before, tokens, r, protected, sources, blocks,
     ONE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
-    even, sources, targets = _sets(tokens, protected)
+    even, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
     base = protected + sources - r
     best += item * sources
     partner += item * sources
@@ -232,19 +262,23 @@ def plan_blocks(
     ahead = tl.zeros((BLOCK,), tl.int32)
     below = tl.zeros((BLOCK,), tl.int32)
     same = tl.zeros((BLOCK,), tl.int32)
+    before_own = _sources_before(before, own, even, own < targets)
     for start in range(0, sources, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_choice = _choices(best, partner, other, sources, limit, cut)
         more_removed, more_ahead = _count_sources(own, choice, other, other_choice)
-        more_below, more_same = _count_targets(own, even, other, other_choice)
+        more_below, more_same = _count_targets(own, before_own, other, other_choice)
         removed += more_removed
         ahead += more_ahead
         below += more_below
         same += more_same
     score = tl.load(best + own, mask=own < sources, other=0.0)
-    _write_sources(dest, members, offsets, own, choice, score, removed, ahead, sources, protected, base, even)
-    _write_targets(dest, members, offsets, own, below, same, targets, protected, base, even)
-    _write_protected(dest, members, offsets, block * BLOCK, blocks * BLOCK, protected, BLOCK)
+    _write_sources(
+        dest, members, offsets, order, before, own, choice, score, removed, ahead, first_a, sources, protected, base,
+        even,
+    )  # fmt: skip
+    _write_targets(dest, members, offsets, order, own, below, same, first_b, targets, base)
+    _write_protected(dest, members, offsets, order, block * BLOCK, blocks * BLOCK, protected, BLOCK)
     if block == 0:
         tl.store(offsets + tokens - r, tokens)
 
@@ -252,41 +286,59 @@ def plan_blocks(
 _COMPILED = isinstance(match_item, triton.runtime.JITFunction)  # and not interpreted (TRITON_INTERPRET=1)
 
 
-def launches(metric: Tensor, r: int, protected: int, dest: Tensor, members: Tensor, offsets: Tensor) -> list[tuple]:
+def launches(
+    metric: Tensor,
+    r: int,
+    protected: int,
+    dest: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    order: Tensor | None = None,
+    before: Tensor | None = None,
+) -> list[tuple]:
     """What one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order.
 
     bench/aot_report.py calls this with tensors on the meta device and compiles what it returns.
     """
     n, heads, tokens, channels = metric.shape
-    sources = (tokens - protected + 1 - protected % 2) // 2
-    larger = (tokens - protected + 1) // 2  # of the two sets
+    given = None  # how many sources, where the kernels can't count them
+    if order is None or before is None:
+        sources = (tokens - protected + 1 - protected % 2) // 2
+        larger = (tokens - protected + 1) // 2  # of the two sets
+    else:
+        targets = before.shape[0]
+        sources = given = tokens - protected - targets
+        larger = max(sources, targets)
     meta = config.match(heads, channels, larger, metric.dtype, _COMPILED)
     strides = metric.stride()[:3]
-    steps = []
     if meta["item"]:
-        arguments = (metric, dest, members, offsets, tokens, r, protected, *strides)
-        steps.append((match_item, (n,), arguments, meta["item"]))
-        return steps
+        arguments = (metric, dest, members, offsets, order, before, tokens, r, protected, given, *strides)
+        return [(match_item, (n,), arguments, meta["item"])]
 
     best = metric.new_empty(n, sources, dtype=torch.float32)
     partner = metric.new_empty(n, sources, dtype=torch.int32)
     blocks = triton.cdiv(sources, meta["score"]["BLOCK_A"])
-    steps.append(
-        (score_blocks, (n * blocks,), (metric, best, partner, tokens, protected, blocks, *strides), meta["score"])
-    )
+    arguments = (metric, best, partner, order, tokens, protected, given, blocks, *strides)
+    steps = [(score_blocks, (n * blocks,), arguments, meta["score"])]
     blocks = triton.cdiv(larger, meta["plan"]["BLOCK"])
-    arguments = (best, partner, dest, members, offsets, tokens, r, protected, blocks)
+    arguments = (best, partner, dest, members, offsets, order, before, tokens, r, protected, given, blocks)
     steps.append((plan_blocks, (n * blocks,), arguments, meta["plan"]))
     return steps
 
 
-def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(dest, members, offsets)`` of metric (N, H, T, C); see :func:`stoptome_kernels.reference.match`."""
     metric = unit(metric)
     n, _, tokens, _ = metric.shape
+    before = None
+    if order is not None:
+        first_b = protected + sources
+        before = torch.searchsorted(order[protected:first_b], order[first_b:], out_int32=True)
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
     members = metric.new_empty((n, tokens), dtype=torch.int32)
     offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
-    for kernel, grid, arguments, meta in launches(metric, r, protected, dest, members, offsets):
+    for kernel, grid, arguments, meta in launches(metric, r, protected, dest, members, offsets, order, before):
         kernel[grid](*arguments, **meta)
     return dest, members, offsets

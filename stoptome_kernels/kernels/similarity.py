@@ -150,15 +150,21 @@ def _row_peak(
 
 
 @triton.jit
+def token_of(order, first, place, inside):
+    """The tokens at these places of a set: every other one from ``first`` on, or what ``order`` holds from there on."""
+    return first + 2 * place if order is None else tl.load(order + first + place, mask=inside, other=0)
+
+
+@triton.jit
 def nearest(
-    metric, a, first_a, first_b, sources, targets, head_stride, token_stride,
+    metric, order, a, first_a, first_b, sources, targets, head_stride, token_stride,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What sources a propose: best similarity (BLOCK_A,) float32 and its target (BLOCK_A,) int32, lowest on a tie."""
     WHOLE: tl.constexpr = BLOCK_C >= C
     inside_a = a < sources
-    token_a = first_a + 2 * a
+    token_a = token_of(order, first_a, a, inside_a)
     if WHOLE:
         u = head_mean(metric, token_a, inside_a, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
         peak_a = _peak(u)
@@ -172,7 +178,7 @@ def nearest(
     for start in range(0, targets, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         inside_b = b < targets
-        token_b = first_b + 2 * b
+        token_b = token_of(order, first_b, b, inside_b)
         if WHOLE:
             v = head_mean(metric, token_b, inside_b, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
             peak_b = _peak(v)

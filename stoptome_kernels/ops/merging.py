@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators match, merge and unmerge, and the backward of the last two."""
+"""The operators match, match_sets, merge and unmerge, and the backward of the last two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..reference import identity, winners
+from ..reference import arrange, identity, winners
 from .library import define, gradient
 
 # -- match ------------------------------------------------------------------------------------------------------------
@@ -29,15 +29,49 @@ def _match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") ->
 
 def _match_fake(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     checks.match(metric, r, protected, backend)
+    return _plan_of(metric, _capped(metric, r, protected))
+
+
+def _plan_of(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     n, tokens = metric.shape[0], metric.shape[-2]
-    out = tokens - _capped(metric, r, protected) + 1
-    return tuple(metric.new_empty(n, k, dtype=torch.int32) for k in (tokens, tokens, out))  # type: ignore[return-value]
+    return tuple(metric.new_empty(n, k, dtype=torch.int32) for k in (tokens, tokens, tokens - r + 1))  # type: ignore[return-value]
+
+
+def _capped_by_sets(r: int, src: Tensor, dst: Tensor) -> int:
+    return min(r, src.shape[0]) if dst.shape[0] else 0
+
+
+def _match_sets(
+    metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.match_sets(metric, r, src, dst, backend)
+    metric = metric if metric.dim() == 4 else metric.unsqueeze(1)
+    tokens, sources = metric.shape[2], src.shape[0]
+    if src.device.type == "cpu":
+        checks.indices(src, dst, tokens)
+    r = _capped_by_sets(r, src, dst)
+    run = dispatch.choose(backend, metric)
+    if r == 0 or metric.shape[0] == 0:
+        return identity(metric.shape[0], tokens, tokens - r, metric.device)
+    return run.match(metric, r, tokens - sources - dst.shape[0], arrange(src, dst, tokens), sources)
+
+
+def _match_sets_fake(
+    metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.match_sets(metric, r, src, dst, backend)
+    return _plan_of(metric, _capped_by_sets(r, src, dst))
 
 
 define(
     "match(Tensor metric, SymInt r, SymInt protected=1, str backend='auto') -> (Tensor, Tensor, Tensor)",
     _match,
     _match_fake,
+)
+define(
+    "match_sets(Tensor metric, SymInt r, Tensor src, Tensor dst, str backend='auto') -> (Tensor, Tensor, Tensor)",
+    _match_sets,
+    _match_sets_fake,
 )
 
 # -- merge ------------------------------------------------------------------------------------------------------------
