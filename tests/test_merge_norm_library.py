@@ -25,6 +25,23 @@ def test_opcheck(backend, device, affine):
         torch.library.opcheck(OPS.merge_norm_backward.default, arguments)
 
 
+@pytest.mark.parametrize("affine", [(), ("weight",), ("bias",)])
+def test_gradients_where_arguments_have_their_defaults(affine):
+    """PyTorch leaves such arguments out of what it tells an operator's gradient."""
+    plan, (x, residual, size, weight, bias) = make(SHAPE, "cpu")
+    given = {name: value for name, value in (("weight", weight), ("bias", bias)) if name in affine}
+    results = []
+    for backend in ("auto", "reference"):
+        inputs = leaves([x, residual, *given.values()])
+        y, normed, _ = stk.merge_norm(
+            *inputs[:2], plan, size, **dict(zip(given, inputs[2:], strict=True)), backend=backend
+        )
+        (y.sin() + normed.cos()).sum().backward()
+        results.append(grads(inputs))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def block(x, residual, keys, size, weight, bias, r, backend):
     plan = stk.match(keys, r, 1, backend)
     y, normed, size = stk.merge_norm(x.sin(), residual, plan, size, weight, bias, backend=backend)

@@ -165,7 +165,8 @@ def _grad(ctx, grad_y, grad_normed, *_):
     if grad_normed is None:  # the merge alone
         grad = torch.ops.stoptome.merge_backward(grad_y, members, offsets, size, None, None, "mean", ctx.backend)
     else:
-        wanted = ctx.needs_input_grad[5:7]
+        # PyTorch leaves out trailing arguments that have their defaults, a bias of None among them
+        wanted = (*ctx.needs_input_grad[5:7], False, False)[:2]
         grad, affine = torch.ops.stoptome.merge_norm_backward(
             grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, any(wanted), ctx.backend
         )
