@@ -7,6 +7,7 @@ from conftest import GPU
 from helpers import ROUNDOFF, assert_as_exact_as_eager, assert_valid, eager_merge, similarity_gap
 
 import stoptome_kernels as stk
+from stoptome_kernels.compat import bipartite_soft_matching_random2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 
@@ -187,6 +188,49 @@ def test_cuda_graph(name):
             target.copy_(source)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(outputs, step(*fresh), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [16, 64, 128])
+def test_image(side, dtype):
+    """One destination a cell of 2 x 2: as the reference, without waiting, in a CUDA graph."""
+    x = torch.randn(2, side * side, 320, device="cuda", dtype=dtype)
+    r = side * side // 2
+
+    def step(x, no_rand=True):
+        merge, unmerge = bipartite_soft_matching_random2d(x, side, side, 2, 2, r, no_rand)
+        y = merge(x)
+        return unmerge(y), y, merge.plan.dest
+
+    step(x)  # compiles
+    reference = bipartite_soft_matching_random2d(x, side, side, 2, 2, r, True, backend="reference")[0].plan
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, y, dest = step(x)
+        step(x, no_rand=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (dest != reference.dest).float().mean() <= 0.01
+    assert y.isfinite().all()
+
+    static, graph = x.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(static)
+    static.copy_(torch.randn_like(static))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, step(static), strict=True))
+
+
+def test_sets_that_are_none_leave_no_range():
+    """Nobody reads the indices before the kernels do."""
+    metric = torch.randn(2, 3000, 64, device="cuda")
+    for low, high in ((-(2**40), 2**40), (0, 10), (2990, 4000)):
+        src, dst = (torch.randint(low, high, (count,), device="cuda") for count in (2000, 500))
+        plan = stk.match(metric, 900, sets=(src, dst))
+        tokens = torch.where(plan.members < 0, ~plan.members, plan.members)
+        assert torch.equal(tokens.sort(1).values, torch.arange(3000, device="cuda").expand(2, -1).int())
+        assert (plan.offsets.diff(dim=1) >= 1).all()
+        assert stk.merge(metric, plan)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
