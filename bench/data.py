@@ -7,12 +7,15 @@ neighbouring frames look alike, as in a video: random tokens would give a matchi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stoptome_kernels import reference
 
 PATCH = 16  # pixels a side: 3 · 16 · 16 = 768 numbers a patch, as wide as ViT-B
 HEAD_DIM = 64
@@ -32,11 +35,18 @@ class Shape:
     r: int
     metric: str = "keys"  # or "x": the tokens themselves, as clip merging compares them
     frames: int = 1  # frames joined into one item
+    cell: int = 0  # of an image of T tokens: one destination in every cell × cell, sizes are not tracked
+    default: bool = True  # measured if no shapes are named
     compile_on: tuple[str, ...] = ()  # torch.compile takes about ten seconds a shape: on few
     quick: bool = False
 
     def n(self, device: str) -> int:
         return self.n_gpu if device == "cuda" else self.n_cpu
+
+    @property
+    def side(self) -> int:
+        """Width and height of an image in tokens."""
+        return math.isqrt(self.tokens)
 
     @property
     def tokens_out(self) -> int:
@@ -58,6 +68,10 @@ SHAPES = {
         Shape("vit-b16-r13", 256, 32, 197, 768, 12, 1, 13),
         Shape("vit-l16-384", 64, 16, 577, 1024, 16, 1, 23),
         Shape("long", 8, 1, 4097, 1024, 16, 1, 512),
+        # the first layers of Stable Diffusion's U-Net at 512 and 1024 pixels a side, guided: two items; on a CPU they
+        # take one minute and several
+        Shape("sd-512", 2, 2, 4096, 320, 0, 0, 2048, "x", cell=2, default=False),
+        Shape("sd-1024", 2, 2, 16384, 320, 0, 0, 8192, "x", cell=2, default=False),
     )
 }
 
@@ -76,6 +90,18 @@ class Inputs:
     @property
     def args(self) -> tuple[int, int]:
         return self.shape.r, self.shape.protected
+
+
+def sets(shape: Shape, device: str) -> tuple[slice | Tensor, slice | Tensor]:
+    """Sources and destinations: even and odd tokens; in an image, the first of every cell is a destination."""
+    if not shape.cell:
+        return reference.match_sets(shape.tokens, shape.protected)
+    grid = torch.arange(shape.tokens, device=device).view(shape.side, shape.side)
+    whole = shape.side // shape.cell * shape.cell  # cells that the border cuts off have no destination
+    dst = grid[: whole : shape.cell, : whole : shape.cell].flatten()
+    others = torch.ones(shape.tokens, dtype=torch.bool, device=device)
+    others[dst] = False
+    return others.nonzero()[:, 0], dst
 
 
 @cache
@@ -143,10 +169,10 @@ def make(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs
         packed[:, :, 1] = keys.view(n, shape.tokens, shape.heads, HEAD_DIM)
         metric = packed[:, :, 1].transpose(1, 2)
 
-    # behind the first layer of a model some tokens stand for two or three
     size = torch.ones(n, shape.tokens)
-    size[:, shape.protected :] += (torch.rand(n, patches, generator=rng) < 0.15).float()
-    size[:, shape.protected :] += (torch.rand(n, patches, generator=rng) < 0.05).float()
+    if not shape.cell:  # behind the first layer of a model some tokens stand for two or three
+        size[:, shape.protected :] += (torch.rand(n, patches, generator=rng) < 0.15).float()
+        size[:, shape.protected :] += (torch.rand(n, patches, generator=rng) < 0.05).float()
     size = size.to(device)
     grad = torch.randn(n, shape.tokens_out, d, generator=rng).to(device, dtype)
     return Inputs(shape, metric, x, size, size.to(dtype)[..., None], grad)

@@ -100,7 +100,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def chosen_shapes(args: argparse.Namespace) -> list[data.Shape]:
     if args.shapes != ["all"]:
         return [data.SHAPES[name] for name in args.shapes if name in data.SHAPES]
-    return [shape for shape in data.SHAPES.values() if shape.quick or not args.quick]
+    return [shape for shape in data.SHAPES.values() if (shape.quick if args.quick else shape.default)]
 
 
 def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
@@ -147,7 +147,8 @@ def measure_shape(
     competing_compiler = device in shape.compile_on and not (args.no_compile or args.quick)
     # the reference is there to be read, not to be fast: on most shapes one number of it is enough
     brief = {"reference"} if args.backend is None and not shape.compile_on else set()
-    competitors = [peers.eager(), *(peers.package(name, name in brief) for name in args.backends)]
+    image = shape.cell > 0
+    competitors = [peers.eager(image), *(peers.package(name, name in brief, image) for name in args.backends)]
     if (theirs := peers.tome(sets[0])) is not None:
         competitors.append(theirs)
     if competing_compiler:

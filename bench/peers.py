@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is measured: this package's backends, and token merging as PyTorch users write it today.
 
-The eager peer is written from the description in section 3 of the ToMe paper (arXiv 2210.09461) with the operations
-that users reach for: argsort, gather, scatter. Its output is in the order of this package, which costs it nothing.
+The eager peers are written from the descriptions in section 3 of the ToMe paper (arXiv 2210.09461) and, for images, in
+section 4 of "Token Merging for Fast Stable Diffusion" (CVPRW 2023) with the operations that users reach for: argsort,
+gather, scatter. Their output is in the order of this package, which costs them nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from data import Inputs
+from data import Inputs, Shape
 from torch import Tensor
 
 import stoptome_kernels as stk
+from stoptome_kernels import compat
 
 
 class EagerPlan(NamedTuple):
@@ -70,6 +72,42 @@ def eager_both(metric: Tensor, x: Tensor, column: Tensor, r: int, protected: int
     return eager_merge(x, eager_match(metric, r, protected), column, protected)
 
 
+class ImagePlan(NamedTuple):
+    src: Tensor  # (S,): tokens that may be merged, the same in every image
+    dst: Tensor  # (D,)
+    edges: EagerPlan  # places in src, and for the merged ones in dst
+
+
+def image_match(metric: Tensor, shape: Shape) -> ImagePlan:
+    """The first token of every cell is a destination."""
+    inside = torch.ones(shape.side, shape.side, dtype=torch.int8, device=metric.device)
+    cells = (shape.side // shape.cell) ** 2
+    whole = shape.side // shape.cell * shape.cell
+    inside[: whole : shape.cell, : whole : shape.cell] = 0
+    order = inside.flatten().argsort(stable=True)
+    dst, src = order[:cells], order[cells:]
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    best, nearest = (unit[:, src] @ unit[:, dst].transpose(1, 2)).max(-1)
+    ranking = best.argsort(-1, descending=True)
+    gone, kept = ranking[:, : shape.r], ranking[:, shape.r :].sort(-1).values
+    return ImagePlan(src, dst, EagerPlan(kept[..., None], gone[..., None], nearest.gather(1, gone)[..., None]))
+
+
+def image_merge(x: Tensor, plan: ImagePlan) -> tuple[Tensor, None]:
+    src, dst = x[:, plan.src], x[:, plan.dst]
+    kept, gone, into = (index.expand(-1, -1, x.shape[2]) for index in plan.edges)
+    dst = dst.scatter_reduce(1, into, src.gather(1, gone), "mean")
+    return torch.cat([src.gather(1, kept), dst], 1), None
+
+
+def image_unmerge(y: Tensor, plan: ImagePlan) -> Tensor:
+    kept, gone, into = (index.expand(-1, -1, y.shape[2]) for index in plan.edges)
+    stayed, dst = y.split([kept.shape[1], len(plan.dst)], 1)
+    out = y.new_empty(y.shape[0], len(plan.src) + len(plan.dst), y.shape[2])
+    out[:, plan.dst] = dst
+    return out.scatter_(1, plan.src[kept], stayed).scatter_(1, plan.src[gone], dst.gather(1, into))
+
+
 @dataclass(frozen=True)
 class Peer:
     """One implementation. Its functions take :class:`Inputs`; a plan is whatever its own ``match`` returns."""
@@ -77,9 +115,9 @@ class Peer:
     name: str
     backend: str | None
     match: Callable[[Inputs], Any]
-    merge: Callable[[Inputs, Tensor, Any], tuple[Tensor, Tensor]]  # (inputs, x, plan) -> y, size
+    merge: Callable[[Inputs, Tensor, Any], tuple[Tensor, Tensor | None]]  # (inputs, x, plan) -> y, size if tracked
     unmerge: Callable[[Inputs, Tensor, Any], Tensor]
-    both: Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
+    both: Callable[[Inputs, Tensor], tuple[Tensor, Tensor | None]]
     into: Callable[[Inputs, Any], Callable[[], object]] | None = None  # (inputs, plan) -> a merge into existing memory
     only_both: bool = False  # measure match + merge alone
     fused: bool = False  # held to this package's contract: float32 inside, one rounding at the end
@@ -96,7 +134,16 @@ class Peer:
         return self.unmerge(inputs, numbers[..., None].contiguous(), plan)[..., 0].long()
 
 
-def eager() -> Peer:
+def eager(image: bool = False) -> Peer:
+    if image:
+        return Peer(
+            "eager",
+            None,
+            lambda i: image_match(i.metric, i.shape),
+            lambda i, x, plan: image_merge(x, plan),
+            lambda i, y, plan: image_unmerge(y, plan),
+            lambda i, x: image_merge(x, image_match(i.metric, i.shape)),
+        )
     return Peer(
         "eager",
         None,
@@ -123,8 +170,10 @@ def compiled() -> Peer:
     )
 
 
-def package(backend: str, only_both: bool = False) -> Peer:
+def package(backend: str, only_both: bool = False, image: bool = False) -> Peer:
     """A backend of stoptome_kernels."""
+    if image:
+        return package_image(backend, only_both)
 
     def both(i: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
         return stk.merge(x, stk.match(i.metric, *i.args, backend=backend), i.size, backend=backend)
@@ -147,9 +196,40 @@ def package(backend: str, only_both: bool = False) -> Peer:
     )
 
 
+def package_image(backend: str, only_both: bool) -> Peer:
+    """A backend through the function that code for image generation calls."""
+
+    def match(i: Inputs) -> stk.MergePlan:
+        side, cell = i.shape.side, i.shape.cell
+        matched = compat.bipartite_soft_matching_random2d(
+            i.metric, side, side, cell, cell, i.shape.r, no_rand=True, backend=backend
+        )
+        return matched[0].plan
+
+    def merge(i: Inputs, x: Tensor, plan: stk.MergePlan) -> tuple[Tensor, None]:
+        return compat.Merge(plan, backend)(x), None
+
+    def into(i: Inputs, plan: stk.MergePlan) -> Callable[[], object]:
+        out = stk.merge(i.x, plan, backend=backend)
+        return lambda: stk.merge(i.x, plan, backend=backend, out=out)
+
+    return Peer(
+        backend,
+        backend,
+        match,
+        merge,
+        lambda i, y, plan: compat.Unmerge(plan, backend)(y),
+        lambda i, x: merge(i, x, match(i)),
+        into,
+        only_both=only_both,
+        fused=True,
+        graphs=backend != "reference",
+    )
+
+
 def tome(inputs: Inputs) -> Peer | None:
     """ToMe itself, if the user has it: called through its public functions, where its one class token allows."""
-    if inputs.shape.protected > 1:
+    if inputs.shape.protected > 1 or inputs.shape.cell:
         return None
     try:
         from tome.merge import bipartite_soft_matching, merge_wavg

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from data import Inputs
+from data import Inputs, sets
 from peers import Peer
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class WrongResult(Exception):
 class Check:
     """What goes into the rows of one implementation."""
 
-    plan_decisions: int = 0  # unprotected even tokens: each stays or is merged somewhere
+    plan_decisions: int = 0  # sources: each stays or is merged somewhere
     plan_differences: int | None = None  # decided otherwise than by exact arithmetic; None: not comparable
     merge_max_error: float = 0.0  # against float64, given the implementation's own plan
     merge_of_bound: float = 0.0  # the largest error as a share of what rounding may cause
@@ -47,7 +47,7 @@ class Truth:
         heads, channels = (metric.shape[1] if metric.dim() == 4 else 1), metric.shape[-1]
         metric = metric.mean(1) if metric.dim() == 4 else metric
         metric = metric / metric.norm(dim=-1, keepdim=True)
-        self.a, self.b = reference.match_sets(shape.tokens, shape.protected)
+        self.a, self.b = sets(shape, metric.device)
         self.scores = metric[:, self.a] @ metric[:, self.b].transpose(1, 2)
         self.best, self.nearest = self.scores.max(-1)
         self.r = shape.tokens - shape.tokens_out
@@ -133,7 +133,9 @@ def check(peer: Peer, truth: Truth) -> Check:
     found.merge_max_error, found.merge_of_bound = _compare(y, exact, bound, f"{peer.name}: merge")
     found.grad_max_error, found.grad_of_bound = _compare(g, spread, grad_bound, f"{peer.name}: gradient of merge")
     loose = SINGLE if peer.fused else unit
-    _compare(total.reshape(exact_total.shape), exact_total, width[..., 0] * loose * exact_total, f"{peer.name}: size")
+    if total is not None:
+        size = total.reshape(exact_total.shape)
+        _compare(size, exact_total, width[..., 0] * loose * exact_total, f"{peer.name}: size")
 
     slot = dest[..., None].expand(-1, -1, inputs.x.shape[2])
     if not torch.equal(peer.unmerge(inputs, y.detach(), plan), y.detach().gather(1, slot)):

@@ -136,6 +136,30 @@ def test_peers_pass_the_check(bench, dtype, metric, protected):
         assert verify.check(peer, truth).merge_of_bound <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("side", "cell"), [(8, 2), (7, 3)])
+def test_peers_of_an_image_pass_the_check(bench, dtype, side, cell):
+    from dataclasses import replace
+
+    data, peers, verify = bench("data"), bench("peers"), bench("verify")
+    shape = data.Shape("image", 2, 2, side * side, 24, 0, 0, side * side // 2, "x", cell=cell)
+    truth = verify.Truth(data.make(shape, "cpu", dtype))
+    for peer in (peers.eager(True), peers.package("reference", image=True), peers.package("auto", image=True)):
+        assert verify.check(peer, truth).merge_of_bound <= 1
+    good = peers.package("reference", image=True)
+    assert peers.tome(truth.inputs) is None
+    with pytest.raises(verify.WrongResult):  # even and odd tokens
+        verify.check(replace(good, match=peers.package("reference").match), truth)
+    with pytest.raises(verify.WrongResult):
+        verify.check(replace(good, merge=lambda i, x, plan: (good.merge(i, x, plan)[0] * (1 + 1e-2), None)), truth)
+
+
+def test_large_images_are_measured_when_named(bench):
+    merge = bench("merge")
+    assert "sd-512" not in {shape.name for shape in merge.chosen_shapes(merge.arguments([]))}
+    assert [shape.name for shape in merge.chosen_shapes(merge.arguments(["--shapes", "sd-512"]))] == ["sd-512"]
+
+
 def test_wrong_results_are_refused(bench):
     from dataclasses import replace
 
