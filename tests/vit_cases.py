@@ -99,6 +99,10 @@ def recorded(module: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, Ten
 
 def cases() -> Iterator[Case]:
     """All cases."""
+    import vit_open_clip
     import vit_timm
+    import vit_torch_encoder
+    import vit_torchvision
 
-    yield from vit_timm.CASES
+    for family in (vit_timm, vit_open_clip, vit_torchvision, vit_torch_encoder):
+        yield from family.CASES

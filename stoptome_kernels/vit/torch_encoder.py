@@ -75,8 +75,8 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
         )
     if isinstance(src, Tensor) and src.dim() != 3:
         raise ValueError(
-            f"{type(block).__name__} got tokens of shape {tuple(src.shape)}: merging needs a batch dimension "
-            f"(unsqueeze({0 if block.self_attn.batch_first else 1}))"
+            f"{type(block).__name__} got tokens without a batch dimension, which merging needs: "
+            f"unsqueeze({0 if block.self_attn.batch_first else 1}) them"
         )
 
 

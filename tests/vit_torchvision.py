@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's vision transformer as cases; see vit_cases."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import libraries  # noqa: F401
+import torch
+import torch.nn.functional as F
+import vit_timm
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import ConvStemConfig
+from vit_cases import Case, Slow
+
+SIZE = {"image_size": 32, "patch_size": 4, "num_layers": 4, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
+
+
+def masked(attn: nn.MultiheadAttention, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
+    """What ``nn.MultiheadAttention`` gives of ``(N, T, D)``, with the sizes as its padding mask, and the keys."""
+    width = attn.embed_dim
+    bias = None if attn.in_proj_bias is None else attn.in_proj_bias[width : 2 * width]
+    keys = F.linear(x, attn.in_proj_weight[width : 2 * width], bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+    given = x if attn.batch_first else x.transpose(0, 1)
+    out, _ = attn(given, given, given, need_weights=False, key_padding_mask=state.size.log())
+    # contiguous, since dropout draws its numbers in the order of the memory
+    return (out if attn.batch_first else out.transpose(0, 1)).contiguous(), keys
+
+
+def slow(model: Any, inputs: tuple, rates: tuple[int, ...]) -> Tensor:
+    x = model._process_input(*inputs)
+    x = torch.cat([model.class_token.expand(len(x), -1, -1), x], 1)
+    x = model.encoder.dropout(x + model.encoder.pos_embedding)
+    state = Slow(x, 1)
+    for block, r in zip(model.encoder.layers, rates, strict=True):
+        out, keys = masked(block.self_attention, block.ln_1(x), state)
+        x = state.merge(x + block.dropout(out), keys, r)
+        x = x + block.mlp(block.ln_2(x))
+    return model.heads(model.encoder.ln(x)[:, 0])
+
+
+def case(name: str, main: bool = False, **options) -> Case:
+    make = partial(VisionTransformer, **SIZE | options)
+    return Case(
+        f"torchvision-{name}", make, vit_timm.images, lambda model: list(model.encoder.layers), 1, slow, main=main
+    )
+
+
+CASES = [
+    case("vit", main=True, num_classes=10, dropout=0.1, attention_dropout=0.1),
+    case("odd-heads", num_heads=3, representation_size=20, conv_stem_configs=[ConvStemConfig(8, 3, 4)]),
+]
