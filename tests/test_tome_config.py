@@ -67,7 +67,7 @@ def test_ideal_speedup_by_hand():
 @hypothesis.given(
     rates=st.lists(st.integers(0, 60), max_size=6),
     tokens=st.integers(8, 60),
-    protected=st.integers(1, 6),
+    protected=st.integers(0, 6),
     groups=st.sampled_from([((), ()), ((0,), (2,)), ((1, 3), (2, 3)), ((2,), (12,)), ((5,), (1,))]),
     shares=st.tuples(st.integers(1, 100), st.integers(0, 100)),
 )

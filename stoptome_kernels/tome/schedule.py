@@ -180,8 +180,8 @@ def plan_layers(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
     rates = parse_r(tome_r, layers)
-    if not 0 < protected <= tokens:
-        raise ValueError(f"protected must be from 1 to the {tokens} tokens of a frame, got {protected}")
+    if not 0 <= protected <= tokens:
+        raise ValueError(f"protected must be from 0 to the {tokens} tokens of a frame, got {protected}")
     groups, (inter_share, intra_share) = _groups(merge_layers, merge_frame_nums, merge_token_proportions, layers)
     if (any(rates) or groups) and tokens - protected < 2:
         raise ValueError(
