@@ -101,6 +101,7 @@ def test_checkpointing_is_exact(case):
         assert plain is None or torch.equal(ours, plain)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, before us
 def test_reentrant_checkpointing_is_refused(case):
     """It would silently give no gradients to what stands inside a tuple."""
     model = checkpointed(case, stk.apply_tome_patch(build(case), 5), True)

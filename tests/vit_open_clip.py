@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -80,20 +81,12 @@ def tower(name: str, answer: Callable[[Any], Tensor] | None = None, main: bool =
     return Case(f"open_clip-{name}", make, vit_timm.images, resblocks, 1, reference, answer, main=main)
 
 
-def clip(
-    name: str,
-    kind: Any = open_clip.CLIP,
-    blocks: Callable[[Any], list] | None = None,
-    reference: Callable[..., Tensor] = slow_image,
-    tokens: int = 65,
-    main: bool = False,
-    **vision,
-) -> Case:
+def clip(name: str, kind: Any = open_clip.CLIP, reference=slow_image, main: bool = False, **vision) -> Case:
     make = partial(kind, 24, SIZE | {"head_width": 12} | vision, TEXT)
-    blocks = blocks or (lambda model: resblocks(model.visual))
     return Case(
-        f"open_clip-{name}", make, vit_timm.images, blocks, 1, reference, lambda result: result[0], tokens, main
-    )
+        f"open_clip-{name}", make, vit_timm.images, lambda model: resblocks(model.visual), 1, reference,
+        lambda result: result[0], main=main,
+    )  # fmt: skip
 
 
 def coca() -> Any:
@@ -108,9 +101,9 @@ def resblocks(model: Any) -> list:
 CASES = [
     clip("clip", main=True),
     clip("custom-text", open_clip.CustomTextCLIP, ls_init_value=0.5, qk_norm=True),
-    clip(
-        "timm", blocks=lambda model: list(model.visual.trunk.blocks), reference=slow_trunk, tokens=101,
-        timm_model_name="test_vit", timm_pool="token", image_size=160,
+    replace(
+        clip("timm", reference=slow_trunk, timm_model_name="test_vit", timm_pool="token"), tokens=101,
+        inputs=lambda batch: (torch.randn(batch, 3, 160, 160),), blocks=lambda model: list(model.visual.trunk.blocks),
     ),
     Case("open_clip-coca", coca, vit_timm.images, lambda model: resblocks(model.visual), 1, slow_caption, both),
     tower("vit", ls_init_value=0.5, final_ln_after_pool=True, no_ln_pre=True),

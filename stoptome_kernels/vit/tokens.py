@@ -22,6 +22,11 @@ _LAYER_NORMS = {
     ("open_clip.transformer", "LayerNorm"),
 }
 
+_REENTRANT = (
+    "a block was checkpointed with use_reentrant=True, which gives no gradients to tensors inside a tuple, as merged "
+    "tokens are: checkpoint with use_reentrant=False; for inference run the whole model under torch.no_grad()"
+)
+
 
 class Tokens(NamedTuple):
     """What one block gives the next: a tuple, so that checkpointing and several forwards before a backward are exact.
@@ -118,15 +123,14 @@ class Layer:
 
     def start(self, x: Any) -> Tokens:
         """What a block was given, as tokens."""
+        carried = isinstance(x, Tokens) or self.merging.every
         if not isinstance(x, Tokens):
+            if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
+                raise RuntimeError(_REENTRANT)
             # while intermediate layers are read, blocks give plain tensors that carry the merged ones along
             x = getattr(x, "tome_tokens", None) or Tokens(x)
-        if x.x.requires_grad and not torch.is_grad_enabled():
-            # the first pass of a reentrant checkpoint; tensors inside a tuple would silently get no gradient
-            raise RuntimeError(
-                "a block got tokens that need a gradient while gradients are off: checkpoint with use_reentrant=False; "
-                "for inference run the whole model under torch.no_grad()"
-            )
+        if carried and x.x.requires_grad and not torch.is_grad_enabled():  # a reentrant checkpoint's first pass
+            raise RuntimeError(_REENTRANT)
         return x
 
     def merge(

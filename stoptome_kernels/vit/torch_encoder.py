@@ -57,8 +57,8 @@ class _SequenceFirst(_Layer, _Turned):
 
     def forward(self, src, *args, **options):  # type: ignore[override]
         """``src``: tokens, or ``(T, B, D)``."""
-        out = super().forward(src if isinstance(src, Tokens) else src.transpose(0, 1), *args, **options)
-        return out if isinstance(out, Tokens) else out.transpose(0, 1)
+        out = super().forward(src.transpose(0, 1) if isinstance(src, Tensor) else src, *args, **options)
+        return out.transpose(0, 1) if isinstance(out, Tensor) else out
 
 
 def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
