@@ -184,7 +184,10 @@ def test_merge_source(backend, device):
     one_hot = torch.nn.functional.one_hot(merge.plan.dest.long(), 9).transpose(1, 2).to(x)
     assert torch.equal(first, one_hot)
     y = merge(x)
-    second, _ = bipartite_soft_matching(y, 3, True, backend=backend)
+    bad = y.clone()
+    bad[1, [2, 4, 6]] = torch.inf
+    second, _ = bipartite_soft_matching(bad, 3, True, backend=backend)
+    assert (second.plan.members < 0).any()
     both = merge_source(second, y, first)
     trace = merge.plan.then(second.plan).dest.long()
     assert torch.equal(both, torch.nn.functional.one_hot(trace, 6).transpose(1, 2).to(x))
