@@ -178,7 +178,7 @@ def bipartite_soft_matching_random2d(
         r: tokens to remove; capped at the number of sources. At 0 or less the callables return their argument.
         no_rand: take the first token of each cell as destination instead of a random one.
         generator: where the random choice comes from, one for all items; None for the default one of metric's device.
-            Numbers drawn on another device are copied.
+            Numbers drawn on another device are copied. torch.compile takes no generator into a graph.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
