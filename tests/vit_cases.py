@@ -103,6 +103,7 @@ def cases() -> Iterator[Case]:
     import vit_timm
     import vit_torch_encoder
     import vit_torchvision
+    import vit_transformers
 
-    for family in (vit_timm, vit_open_clip, vit_torchvision, vit_torch_encoder):
+    for family in (vit_timm, vit_open_clip, vit_torchvision, vit_torch_encoder, vit_transformers):
         yield from family.CASES

@@ -51,9 +51,9 @@ def find(model: nn.Module) -> Vit | None:
         TypeError, ValueError: one that is known, with a part or setting with which its tokens can't be merged.
         ImportError: of a library too old.
     """
-    from . import open_clip, timm, torch_encoder, torchvision
+    from . import open_clip, timm, torch_encoder, torchvision, transformers
 
-    for family in (timm, open_clip, torchvision, torch_encoder):
+    for family in (timm, open_clip, torchvision, transformers, torch_encoder):
         found = family.find(model)
         if found is not None:
             return found

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers: the vision towers of CLIP, SigLIP and SigLIP2, ViT, DINOv2 (with registers too) and
+VideoMAE, alone or inside whole models.
+
+Every original token has a row again behind the last layer, and behind every layer while hidden states are recorded:
+heads, poolers, backbones and multimodal models read grids, and their number of tokens is a promise to the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..tome.swap import Patched
+from .block import Block, attend, no_mask, sizes
+from .tokens import Tokens, spread
+from .towers import Vit, name_of, require, the_only, within
+
+_LEAST = (5, 6)  # layers' outputs are recorded by forward hooks
+_RECORDERS = "transformers.utils.output_capturing"
+
+
+class Recorded(NamedTuple):
+    """What a layer gives while hidden states are recorded: the recorder takes the first of a tuple.
+
+    Attributes:
+        dense: ``(N, T, D)``, a row for each original token.
+        tokens: what the next layer works on.
+    """
+
+    dense: Tensor
+    tokens: Tokens
+
+
+class _Layer(Block):
+    """A pre-norm layer.
+
+    Attributes:
+        tome_names: the names of its attention and its two norms.
+    """
+
+    tome_names: tuple[str, str, str]
+
+    def forward(self, hidden_states: Any, *args, **options):
+        if isinstance(hidden_states, Recorded):
+            hidden_states = hidden_states.tokens
+        given = super().forward(hidden_states, *args, **options)
+        if isinstance(given, Tokens) and _recorded(self, "hidden_states", options):
+            return Recorded(spread(given), given)
+        return given
+
+    def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
+        attn, norm1, norm2 = (getattr(self, name) for name in self.tome_names)
+        _check_call(self, attention_mask, options)
+        residual, keys = _attention(self, attn, norm1(tokens.x), tokens)
+        merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
+        return merged._replace(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
+
+    def tome_branch(self, index: int, x: Tensor) -> Tensor:
+        """What is done to the first (attention) or second branch (MLP) before it is added."""
+        return x
+
+    def tome_mlp(self, x: Tensor, normed: Tensor) -> Tensor:
+        """``x`` with the second branch added."""
+        block: Any = self
+        return x + self.tome_branch(2, block.mlp(normed))
+
+
+class _Clip(_Layer):
+    """``CLIPEncoderLayer``, ``SiglipEncoderLayer``, ``Siglip2EncoderLayer``."""
+
+    tome_names = ("self_attn", "layer_norm1", "layer_norm2")
+
+    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+        return (None,), {}  # the mask has no default
+
+
+class _ViT(_Layer):
+    """``ViTLayer``."""
+
+    tome_names = ("attention", "layernorm_before", "layernorm_after")
+
+    def tome_branch(self, index: int, x: Tensor) -> Tensor:
+        return self.dropout(x)  # type: ignore[operator]
+
+
+class _VideoMAE(_Layer):
+    """``VideoMAELayer``, and ``ViTLayer`` as it was: modules whose names end in Output have the dropout inside."""
+
+    tome_names = ("attention", "layernorm_before", "layernorm_after")
+
+    def tome_mlp(self, x: Tensor, normed: Tensor) -> Tensor:
+        block: Any = self
+        return block.output(block.intermediate(normed), x)
+
+
+class _Dinov2(_Layer):
+    """``Dinov2Layer``, ``Dinov2WithRegistersLayer``."""
+
+    tome_names = ("attention", "norm1", "norm2")
+
+    def tome_branch(self, index: int, x: Tensor) -> Tensor:
+        block: Any = self
+        return block.drop_path(getattr(block, f"layer_scale{index}")(x))
+
+
+class _Family(NamedTuple):
+    """Classes of one of the library's modules.
+
+    Attributes:
+        towers: that run the layers, or hold the encoder that does.
+        layer: the only kind of layer that is known.
+        mixin: for the layer.
+        classes: leading class tokens, before registers.
+    """
+
+    towers: tuple[str, ...]
+    layer: str
+    mixin: type[_Layer]
+    classes: int
+
+
+_FAMILIES = {
+    "clip": _Family(("CLIPVisionModel",), "CLIPEncoderLayer", _Clip, 1),
+    "siglip": _Family(("SiglipVisionModel",), "SiglipEncoderLayer", _Clip, 0),
+    "siglip2": _Family(("Siglip2VisionModel",), "Siglip2EncoderLayer", _Clip, 0),
+    "vit": _Family(("ViTModel",), "ViTLayer", _ViT, 1),
+    "dinov2": _Family(("Dinov2Model", "Dinov2Backbone"), "Dinov2Layer", _Dinov2, 1),
+    "dinov2_with_registers": _Family(
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), "Dinov2WithRegistersLayer", _Dinov2, 1
+    ),
+    "videomae": _Family(("VideoMAEModel",), "VideoMAELayer", _VideoMAE, 0),
+}
+
+
+def find(model: nn.Module) -> Vit | None:
+    """transformers' vision tower in a model."""
+    found = {name: list(within(model, _home(name), *family.towers)) for name, family in _FAMILIES.items()}
+    paths = [path for some in found.values() for path in some]
+    if not paths:
+        _refuse_others(model)
+        return None
+    path = the_only(paths)
+    tower: Any = path[-1]
+    require("transformers", _LEAST, tower)
+    name = next(name for name, some in found.items() if some)
+    runner = getattr(tower, "encoder", tower)
+    blocks = tuple(_first(runner, "layers", "layer"))
+    embeddings = tower.embeddings
+    patches = getattr(embeddings, "patch_embeddings", embeddings).num_patches
+    protected = _FAMILIES[name].classes + getattr(tower.config, "num_register_tokens", 0)
+    mixins = tuple(_mixin(block, name) for block in blocks)
+    around = path if runner is tower else (*path, runner)
+    return Vit(runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, around=around)
+
+
+def _home(name: str) -> str:
+    return f"transformers.models.{name}.modeling_{name}"
+
+
+def _refuse_others(model: nn.Module) -> None:
+    """Name the models of transformers in which there is none of these towers."""
+    kind = type(model)
+    if kind.__module__.startswith("transformers.models."):
+        towers = ", ".join(tower for family in _FAMILIES.values() for tower in family.towers)
+        raise TypeError(
+            f"don't know how to merge tokens in transformers' {kind.__name__}: known are {towers}, and models that "
+            "hold one"
+        )
+
+
+def _mixin(block: Any, name: str) -> type[Block]:
+    family = _FAMILIES[name]
+    if name_of(block) != (_home(name), family.layer):
+        raise TypeError(
+            f"don't know how to merge tokens in {type(block).__name__} of {type(block).__module__}: known is "
+            f"transformers' {family.layer}"
+        )
+    mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
+    if not isinstance(block, Patched):
+        attn = getattr(block, mixin.tome_names[0])
+        for module in (attn, getattr(attn, "attention", attn)):
+            _check_called(module)
+    return mixin
+
+
+def _check_called(attn: Any) -> None:
+    """Raise if somebody relies on the attention module's forward, which isn't called where tokens are merged.
+
+    Raises:
+        ValueError: it has hooks, other than the library's own recorders of attention weights, or another forward.
+    """
+    hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
+    if "forward" in attn.__dict__ or any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
+        raise ValueError(
+            f"{type(attn).__name__} has hooks or a forward of its own, which would not be called: remove them before "
+            "patching"
+        )
+
+
+def _recorded(block: Any, what: str, options: dict) -> bool:
+    """Whether the caller wants this from all layers: hidden_states or attentions.
+
+    Raises:
+        RuntimeError: it can't be told in the backward, when a checkpointed layer is run again.
+    """
+    if options.get(f"output_{what}"):
+        return True
+    if not block._forward_hooks:
+        return False  # recorders are hooks
+    from transformers.utils.output_capturing import _active_collector
+
+    if what not in (_active_collector.get() or ()):
+        return False
+    if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{type(block).__name__} is checkpointed while {what} are recorded: give output_{what}=True as an argument "
+            "and not by the config; where the model doesn't hand that on (VideoMAE), turn checkpointing off"
+        )
+    return True
+
+
+def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
+    """Raise if a layer is asked for something that merged tokens don't have.
+
+    Raises:
+        ValueError: a mask, or attention weights.
+    """
+    if isinstance(attention_mask, Tensor) and torch.compiler.is_compiling():
+        # while a graph is made, the library can't look whether anything is masked, and makes a mask even of None
+        full = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        torch._assert_async(full.all(), "tokens that are merged can't be masked: call the model without a mask")
+    elif attention_mask is None or isinstance(attention_mask, Tensor):
+        no_mask(block, attention_mask=attention_mask, head_mask=options.get("head_mask"))
+    else:
+        raise ValueError(
+            f"{type(block).__name__} got a {type(attention_mask).__name__} from its attention implementation, which "
+            "counts tokens that are merged: model.set_attn_implementation('sdpa')"
+        )
+    no_mask(block, is_causal=options.get("is_causal"))
+    if _recorded(block, "attentions", options):
+        raise ValueError(
+            f"{type(block).__name__} is asked for attention weights, which are not made where tokens are merged: call "
+            "the model without output_attentions, or take the patch out (remove_tome_patch)"
+        )
+
+
+def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """What the attention module makes of ``x``, and the keys. Projections are called, for they may be adapters."""
+    inner = getattr(attn, "attention", attn)  # some have the projection of the output outside of the rest
+    heads = _first(inner, "num_heads", "num_attention_heads")
+    projections = _first(inner, "q_proj", "query"), _first(inner, "k_proj", "key"), _first(inner, "v_proj", "value")
+    q, k, v = (projection(x).unflatten(2, (heads, -1)).transpose(1, 2) for projection in projections)
+    dropout = _first(inner, "dropout", "attention_dropout", "dropout_prob") if inner.training else 0.0
+    out = attend(q, k, v, sizes(block, tokens), _first(inner, "scale", "scaling"), dropout)
+    return attn.output(out, x) if inner is not attn else _first(attn, "out_proj", "o_proj")(out), k
+
+
+def _first(module: Any, *names: str) -> Any:
+    """The first of these attributes that there is: the library has several names for the same."""
+    return getattr(module, next(name for name in names if hasattr(module, name)))
