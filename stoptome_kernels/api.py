@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, reference
+from .grouping import exporting
 from .ops import attention as attending
 from .ops import merge_norm as fused
-from .ops import merging
+from .ops import merging, portable
 from .plan import MergePlan
 
 
@@ -66,6 +67,9 @@ def match(
     protected = checks.count(1 if protected is None else protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.plain(metric, "metric")
+    if exporting():
+        checks.match(metric, r, protected, backend)
+        return portable.match(metric, r, protected)
     dest, members, offsets = torch.ops.stoptome.match(metric.detach(), r, protected, backend)
     return MergePlan(dest, members, offsets, protected)
 
@@ -80,6 +84,8 @@ def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, set
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.plain(metric, "metric")
     src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
+    if exporting():
+        raise NotImplementedError("matching over sets has no ONNX form: leave that layer out of the export")
     dest, members, offsets = torch.ops.stoptome.match_sets(metric.detach(), r, src, dst, backend)
     return MergePlan(dest, members, offsets, 0)
 
@@ -132,6 +138,9 @@ def merge(
         _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     size = None if size is None else size.detach()
+    if exporting():
+        merging.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        return portable.merge(x, plan, size, mode)
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
 
 
@@ -175,6 +184,9 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
         merging.check_unmerge(y, plan.members, plan.offsets, backend)
         _check_backend(backend, y)
         return y
+    if exporting():
+        merging.check_unmerge(y, plan.members, plan.offsets, backend)
+        return portable.unmerge(y, plan)
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
 
 
@@ -243,6 +255,9 @@ def merge_norm(
         return y, fused.layer_norm(y, weight, bias, eps), size
     size = None if size is None else size.detach()
     index = (plan.members, plan.offsets)
+    if exporting():
+        fused.check_merge_norm(x, residual, *index, size, weight, bias, eps, backend)
+        return portable.merge_norm(x, residual, plan, size, weight, bias, eps)
     return torch.ops.stoptome.merge_norm(x, residual, *index, size, weight, bias, eps, backend)[:3]
 
 
@@ -309,7 +324,7 @@ def attention(
     how = dispatch.attends(
         backend, q.device.type, q.dtype, attending.limit(q, k, prefix_k) is None, size is None and prefix_k is None
     )
-    if how == "sdpa":
+    if how == "sdpa" or exporting():
         return attending.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
     if how == "reference":  # not as an operator: so it can be differentiated twice
         scale = attending.default_scale(q) if scale is None else scale

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import build_groups
+from .grouping import group
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class MergePlan:
         step = self.dest.long()
         dest = following.dest.gather(1, step)
         weightless = self._weightless() | following._weightless().gather(1, step)
-        members, offsets = build_groups(dest, weightless, following.tokens_out)
+        members, offsets = group(dest, weightless, following.tokens_out)
         return MergePlan(dest, members, offsets, min(self.protected, following.protected))
 
     def to(self, device: torch.device | str) -> MergePlan:

@@ -4,6 +4,7 @@
 import copy
 import pickle
 
+import onnxruntime
 import pytest
 import torch
 import torch._dynamo.testing
@@ -128,6 +129,22 @@ def test_exported(case):
     program = torch.export.export(model, inputs)
     inputs = case.inputs(2)
     torch.testing.assert_close(run(case, program.module(), inputs), run(case, model, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.main], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own exporter
+def test_onnx(case, tmp_path):
+    """Without an operator of this package in it, and the same result from another runtime."""
+    model, inputs = stk.apply_tome_patch(build(case), 5), case.inputs(2)
+    program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+    assert not any("stoptome" in node.domain for node in program.model.graph)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = case.inputs(2)
+    feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
+    want = run(case, model, inputs)
+    got = [torch.from_numpy(out) for out in session.run(None, feed)]
+    assert min((out - want).abs().max().item() for out in got if out.shape == want.shape) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

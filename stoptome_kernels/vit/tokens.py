@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..api import match, merge, merge_norm, unmerge
+from ..grouping import group
 from ..plan import MergePlan
-from ..reference import build_groups
 from ..tome.config import ToMeConfig
 from ..tome.trace import Trace
 
@@ -195,7 +195,7 @@ def spread(tokens: Tokens) -> Tensor:
     if tokens.source is None:
         return tokens.x
     nowhere = torch.zeros_like(tokens.source, dtype=torch.bool)
-    members, offsets = build_groups(tokens.source, nowhere, tokens.x.shape[1])
+    members, offsets = group(tokens.source, nowhere, tokens.x.shape[1])
     return unmerge(tokens.x, MergePlan(tokens.source.int(), members, offsets, 0))
 
 

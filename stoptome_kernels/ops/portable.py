@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of this package out of operations that ONNX has, for ``torch.onnx.export``.
+
+The same meaning as python_ref's, which is written with ones that ONNX lacks (segment_reduce, frexp); sums are in
+float32 (float64 for float64) in whatever order the runtime adds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..grouping import group
+from ..plan import MergePlan
+from ..reference import match_sets
+
+
+def match(metric: Tensor, r: int, protected: int) -> MergePlan:
+    """See :func:`stoptome_kernels.match`."""
+    m = metric.detach().to(_wide(metric.dtype))
+    m = m.mean(1) if m.dim() == 4 else m
+    n, tokens, _ = m.shape
+    r = min(r, (tokens - protected) // 2)
+    bad = (m.isnan() | m.isinf()).any(-1, keepdim=True)
+    m = m.masked_fill(bad, 0.0)
+    largest = m.abs().amax(-1, keepdim=True)
+    m = m / torch.where(largest == 0, 1.0, largest)  # squares stay in range
+    norm = m.square().sum(-1, keepdim=True).sqrt()
+    m = m / torch.where(norm == 0, 1.0, norm)
+    a, b = match_sets(tokens, protected)
+    scores = m[:, a] @ m[:, b].mT
+    scores = scores.masked_fill(bad[:, a] | bad[:, b].mT, -torch.inf)
+    best, partner = scores.max(-1)
+    sources = best.shape[1]
+    chosen = best.topk(r, dim=-1).indices  # in ONNX the lowest first on a tie
+    merged = torch.zeros_like(best, dtype=torch.int64).scatter(1, chosen, torch.ones_like(chosen)) > 0
+    first_b = protected + sources - r
+    stays = protected + torch.cumsum((~merged).long(), 1) - 1
+    places = torch.arange(tokens, device=m.device)
+    lead, tail = places[:protected].expand(n, -1), places[first_b : tokens - r].expand(n, -1)
+    # by sets, then by index: what stands where is known before any token is
+    by_sets = torch.cat([lead, torch.where(merged, first_b + partner, stays), tail], 1)
+    back = torch.cat([places[:protected], places[a], places[b]]).argsort()
+    dest = by_sets[:, back]
+    nothing = torch.zeros(n, 1, dtype=torch.bool, device=m.device)
+    lost = torch.cat(
+        [nothing.expand(-1, protected), merged & (best == -torch.inf), nothing.expand(-1, tail.shape[1])], 1
+    )
+    return MergePlan(dest.int(), *group(dest, lost[:, back], tokens - r), protected)
+
+
+def merge(x: Tensor, plan: MergePlan, size: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+    """See :func:`stoptome_kernels.merge`."""
+    counts = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
+    counts = counts.masked_fill(plan._weightless(), 0.0)
+    into = plan.dest.long()
+    total = counts.new_zeros(x.shape[0], plan.tokens_out).scatter_add(1, into, counts)
+    rows, weight = x.to(_wide(x.dtype)), counts[..., None].to(_wide(x.dtype))
+    into = into[..., None].expand(-1, -1, x.shape[2])
+    empty = rows.new_zeros(x.shape[0], plan.tokens_out, x.shape[2])
+    if mode == "mean":
+        y = empty.scatter_add(1, into, rows * weight) / total[..., None]
+    elif mode == "sum":
+        y = empty.scatter_add(1, into, rows.masked_fill(weight == 0, 0.0))
+    else:
+        y = (empty - torch.inf).scatter_reduce(1, into, rows.masked_fill(weight == 0, -torch.inf), "amax")
+    return y.to(x.dtype), total
+
+
+def unmerge(y: Tensor, plan: MergePlan) -> Tensor:
+    """See :func:`stoptome_kernels.unmerge`."""
+    return y.gather(1, plan.dest.long()[..., None].expand(-1, -1, y.shape[2]))
+
+
+def merge_norm(
+    x: Tensor,
+    residual: Tensor,
+    plan: MergePlan,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`stoptome_kernels.merge_norm`."""
+    y, total = merge(x + residual, plan, size, "mean")
+    affine = (None if p is None else p.to(y.dtype) for p in (weight, bias))
+    return y, F.layer_norm(y, y.shape[-1:], *affine, eps), total
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
