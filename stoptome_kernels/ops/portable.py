@@ -84,8 +84,8 @@ def merge_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`stoptome_kernels.merge_norm`."""
     y, total = merge(x + residual, plan, size, "mean")
-    affine = (None if p is None else p.to(y.dtype) for p in (weight, bias))
-    return y, F.layer_norm(y, y.shape[-1:], *affine, eps), total
+    weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps), total
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

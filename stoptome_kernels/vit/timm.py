@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..tome.swap import Patched
 from .block import Block, attend, no_mask, sizes
 from .tokens import Merging, Tokens
-from .towers import Vit, is_a, require, the_only, within
+from .towers import Vit, is_a, original, require, the_only, within
 
 _VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
 _LEAST = (1, 0)
@@ -125,7 +125,7 @@ def _reads_all(tower: Any) -> bool:
 
 
 def _mixin(block: Any) -> type[Block]:
-    kind = block.tome_parts[1] if isinstance(block, Patched) else type(block)
+    kind = original(block)
     mixin = _BLOCKS.get((kind.__module__, kind.__qualname__))
     if mixin is None:
         raise TypeError(

@@ -68,7 +68,12 @@ def is_a(module: Any, home: str, *names: str) -> bool:
 
 def original(module: Any) -> type:
     """A module's class before it was patched."""
-    return module.tome_parts[1] if isinstance(module, Patched) else type(module)
+    if isinstance(module, Patched):
+        return module.tome_parts[1]
+    # fully_shard, too, gives a module a subclass of its own class; that it came too early is said later, by its name
+    return next(
+        kind for kind in type(module).__mro__ if not any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+    )
 
 
 def name_of(module: Any) -> tuple[str, str]:
