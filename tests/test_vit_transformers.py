@@ -37,7 +37,7 @@ def test_like_the_slow_way(case):
     model, inputs = build(case), case.inputs(2)
     plain, want = case.answer(model(*inputs)), case.slow(model, inputs, RATES)
     close(case.answer(patched(model)(*inputs)), want)
-    assert not torch.allclose(want, plain, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(want, plain, rtol=1e-3, atol=1e-3)
     assert torch.equal(case.answer(patched(model, [0])(*inputs)), plain)
 
 
@@ -361,24 +361,26 @@ def test_training_learns(family):
 # adapters, files, other libraries
 
 
-def lora(case, model, seed=0):
+def lora(model):
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "query", "key", "value", "fc1", "gate_proj"]
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=0.1)).eval()
-    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=targets, exclude_modules=r".*head\..*", lora_dropout=0.1)
+    wrapped = get_peft_model(model, config).eval()
+    torch.manual_seed(0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     return wrapped
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft asks for
 @pytest.mark.parametrize("first", ["patch", "adapters"])
 def test_adapters(family, first):
     inputs = family.inputs(2)
-    reference = lora(family, build(family))
+    reference = lora(build(family))
     want = cases.slow(family, reference.base_model.model, inputs, RATES)
     without = cases.slow(family, build(family), inputs, RATES)
     assert not torch.allclose(want, without, rtol=1e-2, atol=1e-2)
-    model = lora(family, patched(build(family))) if first == "patch" else patched(lora(family, build(family)))
+    model = lora(patched(build(family))) if first == "patch" else patched(lora(build(family)))
     close(family.answer(model(*inputs)), want)
 
     model.train()
@@ -387,11 +389,7 @@ def test_adapters(family, first):
     family.answer(model(*inputs)).sin().sum().backward()
     optimizer.step()
     for name, p in model.named_parameters():
-        layer, last = name.split("layer")[-1], ".3."
-        if "lora_" in name and not (last in layer and ("q_proj" in layer or "query" in layer)):
-            assert not torch.equal(p, before[name]), name
-        elif "lora_" not in name:
-            assert torch.equal(p, before[name]), name
+        assert torch.equal(p, before[name]) == ("lora_" not in name), name
 
     model.eval()
     want = family.answer(model(*inputs))
@@ -403,13 +401,15 @@ def test_adapters(family, first):
 
 
 def test_files(family, tmp_path):
+    """As if the model were not patched."""
     model, inputs = build(family), family.inputs(2)
-    plain, keys, config = family.answer(model(*inputs)), list(model.state_dict()), model.config.to_dict()
-    patched(model).save_pretrained(tmp_path)
-    assert model.config.to_dict() | {"architectures": None} == config | {"architectures": None}
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert again.config.architectures == [type(model).__name__]
-    assert list(again.state_dict()) == keys
+    plain = family.answer(model(*inputs))
+    model.save_pretrained(tmp_path / "plain")
+    patched(model).save_pretrained(tmp_path / "patched")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "patched" / file).read_bytes()
+    attention = model.config._attn_implementation  # which the library doesn't write
+    again = type(model).from_pretrained(tmp_path / "patched", attn_implementation=attention).eval()
     assert torch.equal(family.answer(again(*inputs)), plain)
     assert torch.equal(family.answer(patched(again)(*inputs)), family.answer(model(*inputs)))
 

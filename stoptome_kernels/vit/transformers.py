@@ -43,10 +43,8 @@ class _Layer(Block):
 
     tome_names: tuple[str, str, str]
 
-    def forward(self, hidden_states: Any, *args, **options):
-        if isinstance(hidden_states, Recorded):
-            hidden_states = hidden_states.tokens
-        given = super().forward(hidden_states, *args, **options)
+    def forward(self, x: Any, *args, **options):
+        given = super().forward(x.tokens if isinstance(x, Recorded) else x, *args, **options)
         if isinstance(given, Tokens) and _recorded(self, "hidden_states", options):
             return Recorded(spread(given), given)
         return given
@@ -83,7 +81,8 @@ class _ViT(_Layer):
     tome_names = ("attention", "layernorm_before", "layernorm_after")
 
     def tome_branch(self, index: int, x: Tensor) -> Tensor:
-        return self.dropout(x)  # type: ignore[operator]
+        block: Any = self
+        return block.dropout(x)
 
 
 class _VideoMAE(_Layer):
