@@ -50,10 +50,10 @@ class Flexible(nn.Module):
         whole = hf.Siglip2Config(vision_config=vision.to_dict(), num_labels=5)
         self.model = kind(whole if kind is hf.Siglip2ForImageClassification else vision)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Any:
+    def forward(self, images: Tensor, mask: Tensor | None = None, **options) -> Any:
         patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
         grid = torch.full((len(images), 2), 8, device=images.device)
-        return self.model(patches, mask, grid)
+        return self.model(patches, mask, grid, **options)
 
 
 def clip(kind: Any, **options) -> Any:
