@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# On a fresh machine with Python and a C++ compiler: `make bench`, `make bench-stop` or `make test`. All set up .venv first.
+# On a fresh machine with Python and a C++ compiler: `make test`, `make bench`, `make bench-stop`, `make bench-models`;
+# all set up .venv first.
 # In an environment that has its own torch: `make test VENV= PYTHON=python` uses that and installs nothing but this package.
 
 PYTHON ?= python3
@@ -16,13 +17,16 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench bench-stop accuracy test lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy test lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
 
 bench-stop: $(STAMP)
 	$(RUN) bench/stop.py $(ARGS)
+
+bench-models: $(STAMP)
+	$(RUN) bench/models.py $(ARGS)
 
 accuracy: $(STAMP)
 	$(RUN) examples/stop_retrieval/accuracy.py $(ARGS)

@@ -5,6 +5,7 @@
 #   bench/gpu_suite.sh OUTDIR              all of it; the tests are stopped after two minutes
 #   bench/gpu_suite.sh OUTDIR tests        the tests alone, seven minutes at most: on a new machine every kernel compiles
 #   bench/gpu_suite.sh OUTDIR bench        the benchmarks and charts alone
+#   bench/gpu_suite.sh OUTDIR models       whole vision transformers, six minutes; needs timm, open_clip_torch, transformers
 #
 # Needs a python3 with its own torch, Triton, pytest, hypothesis, matplotlib, numpy, tqdm, setuptools, pybind11, ninja.
 # No network, and the environment's torch is left alone. Leaves in OUTDIR:
@@ -12,13 +13,14 @@
 #   versions.txt  driver, torch, Triton         rows.json  benchmark rows; chart.png and table.md made of them
 #   stop.json     rows of STOP's tower; stop.png and stop.md made of them
 #   fused.json    rows of merge_norm and attention
+#   models.json   with `models`: rows of whole vision transformers; models.png and models.md made of them
 # A stage that fails does not stop the next ones; the exit status is 1 if any failed. BENCH_COMMIT=<hash> names the
 # commit in the rows where the checkout has no .git.
 set -uo pipefail
 
 what=${2:-all}
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! $what =~ ^(all|tests|bench)$ ]]; then
-    echo "usage: $0 OUTDIR [tests|bench]" >&2
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! $what =~ ^(all|tests|bench|models)$ ]]; then
+    echo "usage: $0 OUTDIR [tests|bench|models]" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -86,10 +88,10 @@ export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 
 # warnings of another torch's or Triton's are no failures; kernels of many shapes compile on as many cores as there are
 pytest=(python3 -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default
-    --ignore-glob "*/test_retrieval_*") # the example needs packages that such a machine may lack, and no kernel of its own
+    --ignore-glob "*/test_retrieval_*" --ignore-glob "*/test_vit*") # they need packages that such a machine may lack
 python3 -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
 [ "$what" = all ] && for_tests=120 || for_tests=420
-[ "$what" = bench ] || stage tests "$for_tests" "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
+[[ $what =~ ^(bench|models)$ ]] || stage tests "$for_tests" "${pytest[@]}" -m "not slow" -k "triton or test_gpu" --junitxml "$out/junit.xml" "$root/tests"
 benchmarks() {
     commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
     bench=(python3 "$root/bench/merge.py" --json "$out/rows.json" --seconds 25 "${commit[@]}")
@@ -102,7 +104,14 @@ benchmarks() {
     stage charts 20 python3 "$root/bench/plot.py" "$out/rows.json" --png "$out/chart.png" --table "$out/table.md"
     stage stop-charts 20 python3 "$root/bench/plot_stop.py" "$out/stop.json" --png "$out/stop.png" --table "$out/stop.md"
 }
-[ "$what" = tests ] || benchmarks
+models() {
+    commit=(${BENCH_COMMIT:+--commit "$BENCH_COMMIT"})
+    stage models 330 python3 "$root/bench/models.py" --json "$out/models.json" --seconds 6 "${commit[@]}" \
+        --direction inference training
+    stage models-charts 20 python3 "$root/bench/plot_models.py" "$out/models.json" --png "$out/models.png" --table "$out/models.md"
+}
+[[ $what =~ ^(tests|models)$ ]] || benchmarks
+[ "$what" != models ] || models
 
 {
     printf '\n===== summary\n'

@@ -17,6 +17,8 @@ def _import_torchvision() -> None:
     for _ in range(20):
         try:
             import torchvision  # noqa: F401
+        except ModuleNotFoundError:
+            return  # transformers does without
         except RuntimeError as error:
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if missing is None:
