@@ -44,6 +44,9 @@ def test_no_matching_spills(tmp_path):
     for what in ("match", "match sets"):
         kernels = {row["kernel"] for row in rows if row["what"] == what}
         assert kernels == {"match_item", "score_blocks", "plan_blocks"}
+    # where indices and rows together are the most for a program's registers
+    shapes = ("stop-b32-train", "sd-64")
+    report(tmp_path, "--arch", "80", "100", "--dtype", "fp16", "fp32", "--what", "match sets", "--shape", *shapes)
 
 
 def test_no_merge_norm_spills(tmp_path):

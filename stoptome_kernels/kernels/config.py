@@ -23,14 +23,20 @@ def _pow2(n: int) -> int:
 
 
 @cache
-def match(heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: bool = True) -> dict:
-    """Of matching, with the size of the larger of the two sets: the constants of each kernel, None for one not run."""
+def match(
+    heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: bool = True, given: bool = False
+) -> dict:
+    """Of matching, with the size of the larger of the two sets, and whether they were given by index: the constants of
+    each kernel, None for one not run."""
     whole = larger <= ONE_LAUNCH
     common = {"num_stages": 1, "enable_fp_fusion": False}
     # beyond one tile the heads of all targets are read again (from the L2) for every block of sources: large blocks
     tile = max(16, _pow2(larger)) if whole else 128 if heads > 1 else 64
     narrow = heads == 1 and dtype != torch.float32
     small = tile <= 32 and dtype == torch.float32  # its loads take twice the registers: half as many in flight
+    # tokens by index take registers: beside them these tiles, and so long pieces of rows, would spill
+    tight = given and whole and tile == 64 and heads > 1 and dtype == torch.float32
+    piece = 32 if not narrow or (given and dtype == torch.float16) else 64
     product = "narrow" if narrow else "thirds" if tile > 32 else "float32"
     if (
         not compiled
@@ -43,9 +49,9 @@ def match(heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: 
         "SHIFT": 15 if dtype == torch.float16 and narrow else 0,  # all 40 binades of float16 stay in its range
         "BLOCK_A": tile,
         # the heads of 32 targets in flight at once are enough; long rows are read again for every block of targets
-        "BLOCK_B": min(tile, 16 if small else 32 if heads > 1 else 128 if narrow and channels > 64 else 64),
+        "BLOCK_B": min(tile, 16 if small or tight else 32 if heads > 1 else 128 if narrow and channels > 64 else 64),
         # long rows come in pieces; operands in three parts take three times the registers
-        "BLOCK_C": max(16, _block(channels, 64) if channels <= 64 or narrow else 32),
+        "BLOCK_C": max(16, _block(channels, 64) if channels <= 64 else piece),
         "num_warps": 4 if tile < 32 or small else 8,
         **common,
     }
