@@ -112,5 +112,6 @@ CASES = [
     tower("avg-ln", pool_type="avg", final_ln_after_pool=True),
     tower("tokens", both, output_tokens=True),
     tower("none", pool_type="none"),
+    tower("attentional", attentional_pool=True, attn_pooler_queries=6, attn_pooler_heads=2),
     tower("cascade", output_dim=48, attentional_pool="cascade", attn_pooler_queries=6, attn_pooler_heads=2),
 ]  # fmt: skip
