@@ -264,6 +264,8 @@ def _second(tower: nn.Module) -> nn.Module:
         (broken(lambda t: _second(t).ln_1.register_forward_hook(print)), {}, ValueError, "ln_1 has hooks"),
         (stop_tower(), {"config": stk.ToMeConfig(1), "tome_r": 3}, ValueError, "either config or tome_r"),
         (stop_tower(), {"frames": 7}, ValueError, "frames is 7, but the model is made for videos of 4"),
+        (stop_tower(), {"protected": 1}, ValueError, "has 5 tokens that must not be merged"),
+        (stop_tower(), {"unmerge": True}, ValueError, "STOP reads class tokens alone"),
         (clip4clip_tower(), {"frames": -4}, ValueError, "frames must be an int of 1 or more"),
         (clip4clip_tower(), {"frames": "4"}, ValueError, "frames must be an int of 1 or more"),
         (stop_tower(), {"merge_layers": 1}, TypeError, "merge_layers must be a sequence"),
