@@ -284,6 +284,28 @@ def test_a_block_that_computes_something_else(case):
     assert not any(hasattr(module, "tome") for module in model.modules())
 
 
+def test_a_block_made_of_other_parts(case):
+    """As another version of its library may have it: no AttributeError from inside a forward; nothing is patched."""
+    model = build(case)
+    block = case.blocks(model)[0]
+    kind = type(block)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    block.__class__ = type(kind.__name__, (_Elsewhere, kind), names)
+    with pytest.raises(TypeError, match=r"block 0, a .* is not made of"):
+        stk.apply_tome_patch(model, 2)
+    assert not any(hasattr(module, "tome") for module in model.modules())
+
+
+class _Elsewhere:
+    def forward(self, x, *args, **options):
+        return x
+
+    def __getattr__(self, name):
+        if name in ("norm1", "ln_1", "layer_norm1", "layernorm_before"):
+            raise AttributeError(f"no {name}")
+        return super().__getattr__(name)
+
+
 class _Doubled:
     def forward(self, *args, **options):
         return 2 * super().forward(*args, **options)

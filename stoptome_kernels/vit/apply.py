@@ -129,13 +129,19 @@ def _probe(vit: Vit) -> None:
             except RuntimeError:
                 return  # float16 weights on a CPU outside of autocast: nothing to compare with
             want = want[0] if isinstance(want, tuple) else want
-            got = block.tome_run(Tokens(x, x.new_ones(x.shape[:2], dtype=torch.float32)), *args, **options).x
+            try:
+                got = block.tome_run(Tokens(x, x.new_ones(x.shape[:2], dtype=torch.float32)), *args, **options).x
+            except AttributeError as error:
+                raise TypeError(
+                    f"block {index}, a {type(block).__name__}, is not made of what its class is made of in the "
+                    f"versions that are known ({error}): another version of its library may do"
+                ) from error
         tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
-        error = (got.float() - want.float()).abs().max().item()
-        if not error <= tolerance * want.float().abs().max().item():
+        gap = (got.float() - want.float()).abs().max().item()
+        if not gap <= tolerance * want.float().abs().max().item():
             raise ValueError(
                 f"block {index}, a {type(block).__name__}, computes something else than its class does in the versions "
-                f"that are known (off by {error:.2g} on random tokens): tokens can't be merged in it"
+                f"that are known (off by {gap:.2g} on random tokens): tokens can't be merged in it"
             )
 
 

@@ -149,7 +149,8 @@ def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tu
     attn = block.attn
     gate = getattr(attn, "gate", None)
     q, k, v = _heads(attn, x)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
+        q, k = attn.q_norm(q), attn.k_norm(k)
     keys = k
     if rope is not None:
         from timm.layers import apply_rot_embed_cat
@@ -183,7 +184,7 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
         packed = attn.qkv(x)
     else:  # Eva's: there is no bias for the keys
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        packed = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+        packed = attn.qkv(x) + bias if getattr(attn, "qkv_bias_separate", False) else F.linear(x, attn.qkv.weight, bias)
     return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -211,7 +212,7 @@ def _scaled(block: Any, branch: int, x: Tensor) -> Tensor:
 def _sample(block: Any, tokens: int) -> tuple[tuple, dict]:
     if not hasattr(block.attn, "num_prefix_tokens"):
         return (), {}
-    weight = block.norm1.weight
+    weight = next(block.parameters())
     angle = torch.arange(tokens - block.attn.num_prefix_tokens, device=weight.device)[:, None].to(weight)
     d = (block.attn.qkv.out_features // 3 if block.attn.qkv is not None else block.attn.q_proj.out_features) // (
         block.attn.num_heads
