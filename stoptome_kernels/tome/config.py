@@ -22,6 +22,11 @@ _PRESETS: dict[str, dict] = {
         "tome_r": 4, "merge_layers": (3, 6, 9), "merge_frame_nums": (2, 2, 3), "merge_token_proportions": (15, 15),
     },
 }  # fmt: skip
+# TempMe's names of the same flags
+_TEMPME = {
+    "trace_source": "tome_tracesource", "prop_attn": "tome_propattn", "merge_layers": "merge_layer",
+    "merge_frame_nums": "merge_frame_num", "merge_token_proportions": "merge_token_proportion",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ class ToMeConfig:
 
     @classmethod
     def from_args(cls, args: object) -> ToMeConfig:
-        """From a namespace with STOP's flags (see :func:`add_tome_args`), any object with some of these attributes, or
-        a mapping with some of these keys.
+        """From a namespace with STOP's flags (see :func:`add_tome_args`) or TempMe's, any object with some of these
+        attributes, or a mapping with some of these keys.
 
         Missing ones have their defaults; ``merge_layers="3-6-9"`` is read as on the command line.
         """
         found = {}
         for field in fields(cls):
-            for name in (f"tome_{field.name}", field.name):
+            for name in (_TEMPME.get(field.name, ""), f"tome_{field.name}", field.name):
                 value = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
                 if value is not None:
                     found[field.name] = value

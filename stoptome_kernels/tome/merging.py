@@ -26,7 +26,7 @@ class Merging:
 
     def __init__(self, config: ToMeConfig, schedule: Schedule, video: Schedule | None = None):
         self.config, self.schedule, self.video = config, schedule, video or schedule
-        self._last: tuple[tuple[Plans, ...], int, int] | None = None
+        self._last: tuple[tuple[Plans, ...], Schedule, int, int] | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
@@ -61,8 +61,15 @@ class Merging:
         self._keep((Plans(),) * len(self.schedule.steps), batch, prompts)
 
     def _keep(self, plans: tuple[Plans, ...], batch: int, prompts: int) -> None:
+        schedule, together = self.schedule, self.video.frames // self.schedule.frames
+        if batch % together == 0:
+            schedule, batch = self.video, batch // together
+        self.remember(plans, schedule, batch, prompts)
+
+    def remember(self, plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int = 0) -> None:
+        """Keep what a forward of ``batch`` videos merged by this schedule, if a trace is wanted."""
         if self.config.trace_source and not _exporting():
-            self._last = plans, batch, prompts
+            self._last = plans, schedule, batch, prompts
 
     def trace(self) -> Trace:
         """The source map of the last forward.
@@ -74,10 +81,7 @@ class Merging:
             raise RuntimeError("no trace is kept: patch with trace_source=True (--tome_trace_source)")
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
-        plans, batch, prompts = self._last
-        schedule, together = self.schedule, self.video.frames // self.schedule.frames
-        if batch % together == 0:
-            schedule, batch = self.video, batch // together
+        plans, schedule, batch, prompts = self._last
         return compose(plans, schedule, batch, prompts, inside=prompts % 2 == 1)
 
 

@@ -10,11 +10,13 @@ exact.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .. import vit
+from . import tempme
 from .config import ToMeConfig
 from .merging import Merging
 from .schedule import Rate, Schedule, Step, plan_layers
@@ -80,22 +82,43 @@ class _Transformer(Patched):
         return out.transpose(0, 1)
 
 
-def _as_upstream(block: nn.Module, x: Tensor, shared: int) -> Tensor:
-    """What a block of one frame makes of upstream's ``(G + L, 1, D)``, computed our way."""
-    step = plan_layers(0, 1, x.shape[0] - shared, 1, 1 + shared).steps[0]
-    rows = x.transpose(0, 1)
-    stream, _ = run_block(block, Stream(rows[:, shared:], rows[:, :shared] if shared else None), step, inside=shared)
-    return torch.cat([stream.prompts, stream.x] if shared else [stream.x], 1).transpose(0, 1)  # type: ignore[list-item]
+def _probe(tower: Tower) -> None:
+    """Try out each block on upstream's ``(G + L, 1, D)``, called as upstream calls it and computed our way."""
+    shared = tower.prompts  # upstream has as many global prompts as frame prompts
+
+    def theirs(block: nn.Module, x: Tensor) -> Tensor | None:
+        try:
+            return block.forward((x, 1, True) if tower.kind == "prompted" else (x, 1))[0]  # its hooks are not for this
+        except RuntimeError:
+            return None  # float16 weights on upstream's own code outside of autocast: nothing to compare with
+
+    def ours(block: nn.Module, x: Tensor) -> Tensor:
+        step = plan_layers(0, 1, x.shape[0] - shared, 1, 1 + shared).steps[0]
+        rows = x.transpose(0, 1)
+        stream = Stream(rows[:, shared:], rows[:, :shared] if shared else None)
+        stream, _ = run_block(block, stream, step, inside=shared)
+        parts = [stream.x] if stream.prompts is None else [stream.prompts, stream.x]
+        return torch.cat(parts, 1).transpose(0, 1)
+
+    if tower.kind == "tempme":
+        probe(tower, tempme.upstream_alone(tower), tempme.ours_alone)
+    else:
+        probe(tower, theirs, ours)
 
 
-_MIXINS: dict[str, type] = {"prompted": _PromptedTower, "sequence": _Transformer}
+# what becomes of the module that calls the blocks, and of a block
+_MIXINS: dict[str, tuple[type, type]] = {
+    "prompted": (_PromptedTower, _Block),
+    "sequence": (_Transformer, _Block),
+    "tempme": (tempme.TempMeTransformer, tempme.TempMeBlock),
+}
 
 
 def apply_tome_patch(
     model: nn.Module,
-    tome_r: Rate = 0,
+    tome_r: Rate | None = None,
     trace_source: bool = False,
-    prop_attn: bool = True,
+    prop_attn: bool | None = None,
     merge_layers: Iterable[int] = (),
     merge_frame_nums: Iterable[int] = (),
     merge_token_proportions: Iterable[float] = (),
@@ -110,18 +133,19 @@ def apply_tome_patch(
 
     Args:
         model: a :class:`StopModel`; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
-            recognised by structure; a vision transformer of timm, open_clip or torchvision, or a model that holds one;
-            a ``nn.TransformerEncoder`` or ``nn.TransformerEncoderLayer`` itself. Perhaps inside DistributedDataParallel
-            or torch.compile.
-        tome_r: tokens merged from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
-            (tuple) ``(r, inflection)``.
+            or TempMe's (``VTRModel`` or its ``clip``), recognised by structure; a vision transformer of timm, open_clip
+            or torchvision, or a model that holds one; a ``nn.TransformerEncoder`` or ``nn.TransformerEncoderLayer``
+            itself. Perhaps inside DistributedDataParallel or torch.compile.
+        tome_r: tokens merged from every frame in every layer: an int (0, the default: off), a list with one int a
+            layer, or a pair (tuple) ``(r, inflection)``.
         trace_source: keep the source map for :func:`tome_trace`.
-        prop_attn: attention counts a merged key as often as the tokens it stands for.
+        prop_attn: attention counts a merged key as often as the tokens it stands for (the default, but for a TempMe
+            that was made with ``tome_propattn`` off).
         merge_layers, merge_frame_nums, merge_token_proportions: clip merging, see :class:`ToMeConfig`.
-        frame_pos: 1 adds a learnt embedding to each merge layer (new parameters ``tome_frame_embedding``, zero at the
-            start: make the optimizer afterwards).
+        frame_pos: 1 adds a learnt embedding to each merge layer: TempMe's own, elsewhere new parameters
+            ``tome_frame_embedding``, zero at the start: make the optimizer afterwards.
         config: all of these as one value, in place of them.
-        frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone.
+        frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone, TempMe's ``clip``.
         unmerge: behind its last block a library's vision transformer gives every original token a row again, that of
             the token it is part of; always so where the model itself reads more than class tokens there.
         protected: leading tokens that are never merged, where the model doesn't say how many there are:
@@ -138,16 +162,27 @@ def apply_tome_patch(
     A block of upstream's is tried on random tokens first, and refused if it computes something else than CLIP's does.
     With ``tome_r=0`` the model computes what it computed before, bit for bit. Class tokens, prompts and the text tower
     are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see :class:`.stream.Stream`.
+
+    TempMe's model merges by its own schedule, as it was published, unless one of ``tome_r``, ``merge_layers``,
+    ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given: then by these alone. It may
+    have TempMe's own patch or none: ``tome_patch(self.clip, ...)`` in its constructor may be this very function.
     """
-    config = _settings(
-        config, tome_r=tome_r, trace_source=trace_source, prop_attn=prop_attn, merge_layers=merge_layers,
+    scheduled = (
+        config is not None
+        or tome_r is not None
+        or any((merge_layers, merge_frame_nums, merge_token_proportions, frame_pos))
+    )
+    own_prop_attn = config is None and prop_attn is None
+    settings = _settings(
+        config, tome_r=0 if tome_r is None else tome_r, trace_source=trace_source,
+        prop_attn=True if prop_attn is None else prop_attn, merge_layers=merge_layers,
         merge_frame_nums=merge_frame_nums, merge_token_proportions=merge_token_proportions, frame_pos=frame_pos,
     )  # fmt: skip
     found = vit.find(_module(model))
     if found is not None:
         if frames is not None:
             raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
-        vit.apply(found, config, unmerge, protected)
+        vit.apply(found, settings, unmerge, protected)
         return model
     tower = find_tower(model)
     check_tower(tower)
@@ -160,27 +195,36 @@ def apply_tome_patch(
         )
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
         raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames!r}")
-    if frames is not None and tower.kind != "sequence" and frames != tower.frames:
+    if frames not in (None, tower.frames) and tower.kind != "sequence" and tower.frames is not None:
         raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames}; leave it out")
-    clips, video = bool(config.merge_layers), frames or tower.frames or 1
+    clips, video = bool(settings.merge_layers), frames or tower.frames or 1
     if clips and not (frames or tower.frames):
         raise ValueError("merge_layers joins frames, but this model doesn't say how many a video has: give frames=…")
 
     def schedule(count: int) -> Schedule:
-        return config.schedule(len(tower.blocks), tower.tokens, count, tower.protected, tower.width)
+        return settings.schedule(len(tower.blocks), tower.tokens, count, tower.protected, tower.width)
 
     # the frames of a plain sequence of images have nothing to do with each other until they are joined
     chosen = schedule(video if clips or tower.kind != "sequence" else 1)
     joined = [step.items * step.join if step.join > 1 else 0 for step in chosen.steps]
-    _check_embeddings(tower, joined, config.frame_pos)
+    if tower.kind == "tempme":
+        tempme.clip_of(tower)
+        if own_prop_attn:
+            settings = replace(settings, prop_attn=tempme.own_prop_attn(tower))
+        joined = tempme.missing_embeddings(tower, joined) if settings.frame_pos else joined
+    _check_embeddings(tower, joined, settings.frame_pos)
     if tower.kind in _MIXINS:
         if not isinstance(tower.runner, Patched):
-            probe(tower, _as_upstream)
-        swap(tower.runner, _MIXINS[tower.kind])
+            _probe(tower)
+        for_runner, for_block = _MIXINS[tower.kind]
+        swap(tower.runner, for_runner)
         for block in tower.blocks:
-            swap(block, _Block)
-    _set_embeddings(tower, joined, config.frame_pos)
-    tower.runner.tome = Merging(config, chosen, schedule(video))
+            swap(block, for_block)
+    _set_embeddings(tower, joined, settings.frame_pos)
+    if tower.kind == "tempme":
+        tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames)
+    else:
+        tower.runner.tome = Merging(settings, chosen, schedule(video))
     return model
 
 
@@ -215,6 +259,8 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
     modules = (tower.runner, *tower.blocks) if tower.kind in _MIXINS else ()
     for module in modules:
         check_unswap(module)
+    if tower.kind == "tempme":
+        tempme.take(tower)
     _set_embeddings(tower, [0] * len(tower.blocks), 0)
     if tower.kind == "own":
         tower.runner.reset_merging()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of a batch of videos on their way through a visual tower, and one transformer block's work on them.
 
-Everything STOP, DGL and CLIP4Clip have in common: pre-norm blocks with ``ln_1, attn (nn.MultiheadAttention), ln_2,
-mlp.c_fc, mlp.c_proj``, perhaps ``LoRA``. Frames are items, ``(B·I, L, D)``: attention inside a frame is then a plain
-batched one, and merging sees each frame's tokens side by side.
+Everything STOP, DGL, CLIP4Clip and TempMe have in common: pre-norm blocks with ``ln_1, attn (nn.MultiheadAttention, or
+TempMe's with the same names), ln_2, mlp.c_fc, mlp.c_proj``, perhaps ``LoRA``. Frames are items, ``(B·I, L, D)``:
+attention inside a frame is then a plain batched one, and merging sees each frame's tokens side by side.
 
 Three facts save work without changing a number (all sums are over the same terms):
 
@@ -70,36 +70,45 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def heads(attn: nn.MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+def heads(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Of q, k, v (0, 1, 2) those from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one projection."""
-    weight: Tensor = attn.in_proj_weight
-    bias: Tensor | None = attn.in_proj_bias
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    up = getattr(attn, "TVPt_LoRA_b", None)  # TempMe adds the product of two narrow matrices to the weight
     if last - first < 3:  # a slice of everything would cost a copy of the weight's gradient
-        rows = slice(first * attn.embed_dim, last * attn.embed_dim)
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    packed = F.linear(x, weight, bias)
+        rows = slice(first * weight.shape[1], last * weight.shape[1])
+        weight, bias, up = weight[rows], None if bias is None else bias[rows], None if up is None else up[rows]
+    if up is None:
+        packed = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled() and not weight.requires_grad:
+        # the gradient of a summed weight would be a product as large as the projection, of which little is wanted
+        packed = F.linear(x, weight, bias) + F.linear(F.linear(x, attn.TVPt_LoRA_a), up)
+    else:
+        packed = F.linear(x, weight + (up @ attn.TVPt_LoRA_a).to(weight.dtype), bias)
     packed = packed.unflatten(2, (last - first, attn.num_heads, attn.head_dim))
     return tuple(part.transpose(1, 2) for part in packed.unbind(2))
 
 
-def heads_and_metric(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def heads_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the mean over heads of the keys ``(N, L, d)``, from one projection.
 
     The mean is linear in x: it is the keys' projection with the mean over heads of its rows, d more columns of the
     product (2.8 % at width 768) in place of a pass over all keys.
     """
-    width, d = attn.embed_dim, attn.head_dim
+    weight, d = attn.in_proj_weight, attn.head_dim
+    width = weight.shape[1]
+    if hasattr(attn, "TVPt_LoRA_b"):
+        weight = weight + (attn.TVPt_LoRA_b @ attn.TVPt_LoRA_a).to(weight.dtype)
 
     def extended(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows[width : 2 * width].unflatten(0, (attn.num_heads, d)).mean(0)])
 
     bias = None if attn.in_proj_bias is None else extended(attn.in_proj_bias)
-    packed = F.linear(x, extended(attn.in_proj_weight), bias)
+    packed = F.linear(x, extended(weight), bias)
     q, k, v = packed[..., : 3 * width].unflatten(2, (3, attn.num_heads, d)).unbind(2)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), packed[..., 3 * width :]
 
 
-def _columns_pay(attn: nn.MultiheadAttention, x: Tensor) -> bool:
+def _columns_pay(attn: Any, x: Tensor) -> bool:
     """Whether reading the keys for the matching costs more than making d more columns.
 
     On a GPU, where the product is not what bounds a block, once the keys are several times the weights that have to be
@@ -108,7 +117,7 @@ def _columns_pay(attn: nn.MultiheadAttention, x: Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled() and x.numel() > 8 * attn.in_proj_weight.numel()
 
 
-def _project(attn: nn.MultiheadAttention, heads: Tensor) -> Tensor:
+def _project(attn: Any, heads: Tensor) -> Tensor:
     """``(N, H, L, d) → (N, L, D)``."""
     return attn.out_proj(heads.transpose(1, 2).flatten(2))
 
@@ -119,7 +128,10 @@ def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
     For ``mlp = c_proj(QuickGELU(c_fc))`` the activation is one SiLU, scaled inside the sums that are there anyway: two
     passes less over the widest tensor. Anything else in it (adapters, dropout, hooks) is called as it is.
     """
-    out = _quick(block.mlp, x, normed) if _is_quick(block.mlp) else x + block.mlp(normed)
+    # a compiler fuses such passes by itself; torch 2.13's leaves out the alpha of an addition to a product (its issues
+    # 167313, 196577)
+    quick = _is_quick(block.mlp) and not torch.compiler.is_compiling()
+    out = _quick(block.mlp, x, normed) if quick else x + block.mlp(normed)
     if not hasattr(block, "LoRA"):
         return out
     return out + 0.1 * (block.LoRA(x) if hooked(block.LoRA, *block.LoRA) else _low_rank(block.LoRA, x))

@@ -16,7 +16,8 @@ class Tower(NamedTuple):
     """A visual tower whose tokens can be merged.
 
     Attributes:
-        kind: ``own`` (:class:`StopModel`), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP).
+        kind: ``own`` (:class:`StopModel`), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP),
+            ``tempme``.
         runner: the module that calls the blocks.
         blocks: from first to last.
         around: all modules from the model down to the runner.
@@ -67,8 +68,9 @@ def find_tower(model: nn.Module) -> Tower:
     position: Any = getattr(tower, "positional_embedding", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks) or getattr(position, "ndim", 0) != 2:
         raise TypeError(
-            f"don't know how to merge tokens in {type(model).__name__}: no visual tower with transformer.resblocks and "
-            "positional_embedding was found in it; known are StopModel, and STOP's, DGL's and CLIP4Clip's CLIP"
+            f"don't know how to merge tokens in {type(model).__name__}: no visual tower with transformer.resblocks "
+            "and positional_embedding was found in it; known are StopModel, and the CLIP of STOP, DGL, CLIP4Clip and "
+            "TempMe"
         )
     patches, width = position.shape[0] - 1, position.shape[1]
     around.append(transformer)
@@ -82,16 +84,25 @@ def find_tower(model: nn.Module) -> Tower:
                     "its prompts can't be told from its patches"
                 )
         kind, prompts, frames = "prompted", tower.num_tokens, tower.video_frames
+    elif hasattr(getattr(blocks[0], "attn", None), "TVPt_LoRA_a"):
+        kind, prompts = "tempme", 0
+        # all frames come to the first layer that joins any
+        frames = frames or next((e.shape[1] for e in map(own_embedding, blocks) if e is not None), None)
     else:
         kind, prompts = "sequence", 0
-    runner = transformer if kind == "sequence" else tower
+    runner = transformer if kind in ("sequence", "tempme") else tower
     tokens = 1 + prompts + patches
     return Tower(kind, runner, tuple(blocks), tuple(around), tokens, 1 + prompts, frames, width)
 
 
+def own_embedding(block: Any) -> Any:
+    """TempMe's learnt embedding of the items that a block joins, ``(1, items, 1, D)``; None if it has none."""
+    return getattr(block, "TVPt_Video_Positional_embedding", None)
+
+
 def _frames(model: Any) -> int | None:
-    config = getattr(model, "task_config", None)
-    for owner, name in ((model, "video_frames"), (config, "max_frames")):
+    configs = (getattr(model, name, None) for name in ("task_config", "config"))
+    for owner, name in ((model, "video_frames"), *((config, "max_frames") for config in configs)):
         value = getattr(owner, name, None)
         if isinstance(value, int) and value > 0:
             return value
@@ -106,11 +117,11 @@ def check_tower(tower: Tower) -> None:
         RuntimeError: sharded already, or a module's forward was replaced.
     """
     check_unsharded(*tower.around, *tower.blocks)
-    names = {"own": (), "prompted": ("forward_deep_prompt",), "sequence": ("forward",)}[tower.kind]
+    names = {"own": (), "prompted": ("forward_deep_prompt",)}.get(tower.kind, ("forward",))
     for module, own in ((tower.runner, names), *((block, ("forward",)) for block in tower.blocks)):
         check_free(module, *own)
     for block in tower.blocks:
-        _check_block(block)
+        _check_block(block, tower.kind)
 
 
 def check_unsharded(*modules: Any) -> None:
@@ -138,7 +149,7 @@ def check_free(module: Any, *names: str) -> None:
             )
 
 
-def _check_block(block: Any) -> None:
+def _check_block(block: Any, kind: str) -> None:
     what = type(block).__name__
     parts = set(block._modules)
     if not {"attn", "ln_1", "ln_2", "mlp"} <= parts or parts - _KNOWN:
@@ -146,12 +157,10 @@ def _check_block(block: Any) -> None:
             f"don't know how to merge tokens in {what}: its parts are {', '.join(sorted(parts))}; a block of CLIP's "
             "has attn, ln_1, ln_2, mlp and perhaps LoRA"
         )
-    attn = block.attn
-    if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
-        raise TypeError(f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {attn}")
-    for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
-        if getattr(attn, setting) != right:
-            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {right}")
+    if kind == "tempme":
+        _check_low_rank(block.attn, what)
+    else:
+        _check_attention(block.attn, what)
     for name in ("ln_1", "ln_2"):
         if not isinstance(getattr(block, name), nn.LayerNorm):
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
@@ -165,38 +174,62 @@ def _check_block(block: Any) -> None:
         raise ValueError(f"{what} has an attention mask; merging is for the visual tower's blocks, which have none")
 
 
+def _check_attention(attn: Any, what: str) -> None:
+    if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
+        raise TypeError(f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {attn}")
+    for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
+        if getattr(attn, setting) != right:
+            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {right}")
+
+
+def _check_low_rank(attn: Any, what: str) -> None:
+    """TempMe's attention: CLIP's projection, and two narrow matrices whose product is added to its weight."""
+    shapes = {name: tuple(weight.shape) for name, weight in attn.named_parameters()}
+    width, rank = shapes.get("out_proj.weight", (0,))[0], shapes.get("TVPt_LoRA_a", (0,))[0]
+    right = {
+        "in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,), "out_proj.weight": (width, width),
+        "out_proj.bias": (width,), "TVPt_LoRA_a": (rank, width), "TVPt_LoRA_b": (3 * width, rank),
+    }  # fmt: skip
+    if shapes != right or set(attn._modules) != {"out_proj"}:
+        raise TypeError(
+            f"{what}.attn must be TempMe's attention, which has the parameters {', '.join(right)} and no other part, "
+            f"got {attn} with {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+        )
+    heads, d = getattr(attn, "num_heads", 0), getattr(attn, "head_dim", 0)
+    if heads * d != width:
+        raise TypeError(f"{what}.attn has num_heads={heads} and head_dim={d}, which do not make its width {width}")
+    for setting, usual in (("scaling", d**-0.5), ("dropout", 0.0)):
+        if getattr(attn, setting, usual) != usual:
+            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {usual:.4g}")
+
+
 def hooked(*modules: Any) -> bool:
     """Somebody wants to see, or changes, what goes into or comes out of one of these modules."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def probe(tower: Tower, run) -> None:
-    """Send the same random tokens through each block of upstream's and through ``run(block, x, prompts)``, and refuse a
-    block that computes something else: another activation, another order, another scale of its branches.
+def probe(tower: Tower, theirs, ours) -> None:
+    """Send the same random tokens ``(L, 1, D)`` through ``theirs(block, x)`` and ``ours(block, x)``, and refuse a block
+    that computes something else: another activation, another order, another scale of its branches.
 
     Raises:
         ValueError: the results differ by more than rounding.
     """
-    if tower.kind == "own":
-        return
-    shared = tower.prompts  # upstream has as many global prompts as frame prompts
     for index, block in enumerate(tower.blocks):
         weight = block.attn.in_proj_weight
         if weight.device.type == "meta":
             return
         rng = torch.Generator().manual_seed(index)  # the program's own random numbers stay as they are
-        x = torch.randn(shared + 6, 1, tower.width, generator=rng).to(weight)
+        x = torch.randn(tower.prompts + 6, 1, tower.width, generator=rng).to(weight)
         with torch.no_grad():
-            try:
-                given = (x, 1, True) if tower.kind == "prompted" else (x, 1)
-                want = block.forward(given)[0].float()  # its hooks are not for this
-            except RuntimeError:
-                return  # float16 weights on upstream's own code outside of autocast: nothing to compare with
-            got = run(block, x, shared).float()
+            want = theirs(block, x)
+            if want is None:
+                return
+            want, got = want.float(), ours(block, x).float()
         tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
         error = (got - want).abs().max().item()
         if not error <= tolerance * want.abs().max().item():
             raise ValueError(
-                f"block {index}, a {type(block).__name__}, computes something else than CLIP's and STOP's blocks do "
-                f"(off by {error:.2g} on random tokens): tokens can't be merged in it"
+                f"block {index}, a {type(block).__name__}, computes something else than CLIP's, STOP's and TempMe's "
+                f"blocks do (off by {error:.2g} on random tokens): tokens can't be merged in it"
             )

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TempMe's published model (arXiv 2409.01156): its blocks, on our operators.
+
+The model's ``get_video_feat`` calls the blocks one by one, and tells each what to do: ``block(x, M_frame_num=F,
+M_token_num=[between frames, within frames], frame_pos=1)``. It works these numbers out from what the blocks before have
+left in ``clip._tome_info``: ``frame_num`` items of a video, ``token_num`` tokens of an item, the first ``cls_num`` of
+them class tokens. The patched blocks do as they are told and count in the same place, so that the model runs as it was
+published, by its own schedule; or they follow a schedule of the user's. Tokens travel from block to block as a tuple,
+and the last block gives a tensor again.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import ToMeConfig
+from .merging import Merging
+from .schedule import Schedule, Step
+from .stream import Plans, Stream, run_block
+from .swap import Patched
+from .towers import Tower, own_embedding
+
+_CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing
+
+
+class Course(NamedTuple):
+    """What one block gives the next.
+
+    Attributes:
+        stream: the tokens, sizes with them.
+        tokens: of a frame before the first block.
+        items: of a video there: its frames.
+        steps: what each block has done so far.
+        plans: what each has merged.
+    """
+
+    stream: Stream
+    tokens: int
+    items: int
+    steps: tuple[Step, ...] = ()
+    plans: tuple[Plans, ...] = ()
+
+    def step(self, join: int, inter: int, r: int) -> Step:
+        """The step of the next block, asked to join so many items and to merge so many tokens."""
+        items, frames = (self.steps[-1].items, self.steps[-1].frames) if self.steps else (self.items, 1)
+        if items % join:
+            raise ValueError(
+                f"layer {len(self.steps)} joins {join} items, but a video of {self.items} frames has {items} there: "
+                f"choose a number that divides {items}"
+            )
+        items, frames, length = items // join, frames * join, self.stream.x.shape[1] * join
+        inter = min(inter, (length - frames) // 2)
+        attended = length - inter
+        r = min(r, (attended - frames) // 2)
+        return Step(join, inter, r, items, frames, attended, attended - r)
+
+
+class TempMeMerging(Merging):
+    """What TempMe's tower is to merge.
+
+    Attributes:
+        config: the settings; of those for the schedule only if there is one.
+        schedule: of the user's; None: blocks do what the model tells them.
+        counts: the model's ``_tome_info``.
+        frames: of a video; None: as ``counts`` says when a forward begins.
+        layers: blocks of the tower.
+        made_counts: ``counts`` came with the patch, and go with it.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig,
+        schedule: Schedule | None,
+        counts: dict,
+        frames: int | None,
+        layers: int,
+        made_counts: bool,
+    ):
+        super().__init__(config, schedule)  # type: ignore[arg-type]
+        self.counts, self.frames, self.layers, self.made_counts = counts, frames, layers, made_counts
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block's place in its tower: its number, and whether its own forward can be called as the model calls it."""
+
+    merging: TempMeMerging
+    index: int
+    merges: bool
+
+
+class TempMeBlock(Patched):
+    """A block that the model calls with ``M_frame_num`` and ``M_token_num``; called otherwise it does as before."""
+
+    tome: Place
+
+    def forward(self, x, *args, **call):
+        if args or "M_frame_num" not in call:
+            return super().forward(x, *args, **call)  # type: ignore[misc]
+        place, merging = self.tome, self.tome.merging
+        course = _start(x, place)
+        if merging.schedule is None:
+            join, inter, r, embedding = _told(self, **call)
+        else:
+            call, planned = _CALL, merging.schedule.steps[place.index]
+            join, inter, r = planned.join, planned.inter, planned.r
+            embedding = embedding_of(self) if join > 1 and merging.config.frame_pos else None
+        step = course.step(join, inter, r)
+        if place.merges and step.frames == 1 and not inter and not r and course.stream.size is None:
+            out = super().forward(course.stream.x, **call)  # type: ignore[misc]
+            return _finish(course, Stream(out), step, Plans(), place)
+        if join == 1 and len(call["M_token_num"]) > 1:
+            raise ValueError(
+                f"layer {place.index} is to join 1 frame (merge_frame_num), which is no joining: leave that layer out "
+                "of merge_layer, or give the schedule to apply_tome_patch"
+            )
+        if embedding is not None and embedding.shape[1] != step.items * join:
+            raise ValueError(
+                f"layer {place.index} joins items of which a video has {step.items * join}, but its frame embedding "
+                f"is for {embedding.shape[1]}: make the model for videos of {course.items} frames (max_frames)"
+            )
+        stream, plans = run_block(
+            self, course.stream, step, prop_attn=merging.config.prop_attn, frame_embedding=embedding,
+            trace=merging.config.trace_source,
+        )  # fmt: skip
+        return _finish(course, stream, step, plans, place)
+
+
+class TempMeTransformer(Patched):
+    """The stack as ``encode_image`` of the published CLIP calls it, which the model never does."""
+
+    tome: TempMeMerging
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tome.schedule is None or not self.tome.schedule.idle:
+            raise RuntimeError(
+                "TempMe's encode_image merges nothing, attends over the batch and leaves the low-rank updates out: "
+                "videos go through the model's get_video_feat; for encode_image take the patch out (remove_tome_patch)"
+            )
+        return super().forward(x)  # type: ignore[misc]
+
+
+def _start(x: Any, place: Place) -> Course:
+    merging = place.merging
+    if isinstance(x, Course):
+        return x
+    if place.index:
+        raise TypeError(
+            f"block {place.index} got {type(x).__name__} in place of what the block before it gave: patched blocks are "
+            "called one after the other, and nothing changes the tokens in between"
+        )
+    items = merging.frames or merging.counts["frame_num"]
+    if x.shape[0] % items:
+        raise ValueError(f"the model was set up for videos of {items} frames, but got {x.shape[0]} frames")
+    planned = merging.schedule
+    if planned is not None and not planned.idle and x.shape[1] != planned.tokens_in:
+        raise ValueError(f"the schedule is for frames of {planned.tokens_in} tokens, but got {x.shape[1]}")
+    return Course(Stream(x), x.shape[1], items)
+
+
+def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int = 0):
+    """What the model tells a block: items to join, tokens to merge between and within them, embedding to add."""
+    embedding = own_embedding(block) if frame_pos else None
+    if frame_pos and embedding is None:
+        raise ValueError(
+            f"{type(block).__name__} was told to add its frame embedding (TVPt_Video_Positional_embedding), but has "
+            "none: make the model with frame_pos=1"
+        )
+    return M_frame_num, M_token_num[0] if len(M_token_num) > 1 else 0, M_token_num[-1], embedding
+
+
+def _finish(course: Course, stream: Stream, step: Step, plans: Plans, place: Place) -> Course | Tensor:
+    merging = place.merging
+    merging.counts.update(frame_num=step.items, token_num=step.tokens, cls_num=step.frames)
+    course = course._replace(stream=stream, steps=(*course.steps, step), plans=(*course.plans, plans))
+    if place.index < merging.layers - 1:
+        return course
+    schedule = Schedule(course.steps, course.tokens, stream.x.shape[2])
+    merging.remember(course.plans, schedule, stream.x.shape[0] // step.items)
+    return stream.x
+
+
+def embedding_of(block: Any) -> nn.Parameter | None:
+    """The embedding that a block adds by a schedule of the user's: the model's own, else the patch's."""
+    own = own_embedding(block)
+    return getattr(block, "tome_frame_embedding", None) if own is None else own
+
+
+def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
+    """Of the items that each block joins, those that it has no embedding of the model's own for.
+
+    Raises:
+        ValueError: it has one for another number of items.
+    """
+    missing = []
+    for layer, (block, count) in enumerate(zip(tower.blocks, joined, strict=True)):
+        own = own_embedding(block)
+        if count and own is not None and own.shape[1] != count:
+            raise ValueError(
+                f"layer {layer} would join items of which a video has {count}, but its frame embedding is for "
+                f"{own.shape[1]}: choose merge_layers and merge_frame_nums as the model was made with, or frame_pos=0"
+            )
+        missing.append(count if own is None else 0)
+    return missing
+
+
+def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None) -> None:
+    """Give a tower whose classes are patched its settings; without a schedule it follows the model's own."""
+    clip = clip_of(tower)
+    counts = clip.__dict__.get("_tome_info")
+    before = tower.runner.__dict__.get("tome")
+    made = counts is None if before is None else before.made_counts
+    if counts is None:  # as the model sets them before each forward
+        counts = {"size": None, "source": None, "cls_num": 1, "frame_num": frames or 1, "token_num": tower.tokens}
+        clip._tome_info = counts
+    merging = TempMeMerging(config, schedule, counts, frames, len(tower.blocks), made)
+    tower.runner.tome = merging
+    for index, block in enumerate(tower.blocks):
+        block.tome = Place(merging, index, _merges(block))
+
+
+def take(tower: Tower) -> None:
+    """Take away what :func:`put` gave to other modules than the patched ones."""
+    merging = tower.runner.__dict__.get("tome")
+    if merging is not None and merging.made_counts:
+        del clip_of(tower)._tome_info
+
+
+def clip_of(tower: Tower) -> Any:
+    """TempMe's CLIP, which keeps the counts of a forward.
+
+    Raises:
+        ValueError: the tower was given alone.
+    """
+    clip = next((module for module in reversed(tower.around) if "visual" in module._modules), None)
+    if clip is None:
+        raise ValueError(
+            "TempMe counts items and tokens in the _tome_info of its CLIP, which its visual tower can't reach: give "
+            "the whole model, or its clip"
+        )
+    return clip
+
+
+def own_prop_attn(tower: Tower) -> bool:
+    """Whether the model itself wants proportional attention; a CLIP alone does not say."""
+    return all(module.__dict__.get("tome_propattn", True) for module in tower.around)
+
+
+def _merges(block: nn.Module) -> bool:
+    """Whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
+    kind: Any = block.tome_parts[1] if isinstance(block, Patched) else type(block)
+    taken = inspect.signature(kind.forward).parameters
+    return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+
+def upstream_alone(tower: Tower):
+    """How a block of upstream's is called on ``(L, 1, D)``, for the trial: without merging."""
+    counts = clip_of(tower).__dict__.get("_tome_info")
+
+    def call(block: Any, x: Tensor) -> Tensor | None:
+        x = x.transpose(0, 1)
+        if not _merges(block):
+            return block.forward(x).transpose(0, 1)
+        before = dict(counts or {})
+        if counts is not None:
+            counts.update(size=None, source=None, cls_num=1, frame_num=1, token_num=x.shape[1])
+        try:
+            return block.forward(x, **_CALL).transpose(0, 1)
+        except Exception:
+            return None  # it can't do without what the model around it prepares: nothing to compare with
+        finally:
+            if counts is not None:
+                counts.clear()
+                counts.update(before)
+
+    return call
+
+
+def ours_alone(block: Any, x: Tensor) -> Tensor:
+    """The same computed our way. A block without TempMe's patch leaves its low-rank update out: so does the trial."""
+    if not _merges(block):
+        block, attn = copy.copy(block), copy.copy(block.attn)
+        attn._parameters = attn._parameters | {"TVPt_LoRA_b": torch.zeros_like(attn.TVPt_LoRA_b)}
+        block._modules = block._modules | {"attn": attn}
+    stream = Stream(x.transpose(0, 1))
+    return run_block(block, stream, Course(stream, len(x), 1).step(1, 0, 0))[0].x.transpose(0, 1)
