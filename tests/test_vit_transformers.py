@@ -282,6 +282,7 @@ def test_recording_that_checkpoints_could_not_repeat():
         model(*inputs, output_hidden_states=True)
     with torch.no_grad():
         assert len(model(*inputs, output_hidden_states=True).hidden_states) == 5
+    assert len(model.eval()(*inputs, output_hidden_states=True).hidden_states) == 5
 
 
 DROPOUTS = [
@@ -453,6 +454,11 @@ def test_attention_that_would_not_be_called(family):
         with pytest.raises(ValueError, match=r"Attention has hooks or a forward of its own.*before patching"):
             patched(model)
         assert not any(hasattr(module, "tome") for module in model.modules())
+    model = patched(build(family))
+    for module in family.blocks(model)[1].modules():
+        module.register_forward_hook(lambda *_: None)
+    stk.remove_tome_patch(model)  # what comes later is no reason to keep a patch
+    assert not any(hasattr(module, "tome") for module in model.modules())
 
 
 def test_another_attention_is_found_out(family):
