@@ -144,8 +144,9 @@ def test_dropout(case, p, attention):
 
 
 def test_inference_without_gradients(case):
-    """Where torch runs a whole layer as one operator, if it can."""
+    """Where torch runs a whole layer as one operator, if it can; of tokens from an embedding that is trained, too."""
     model, inputs = build(case), case.inputs(2)
+    inputs[0].requires_grad_()
     for inference in (torch.no_grad(), torch.inference_mode()):
         with inference:
             before, want = model(*inputs), case.slow(model, inputs, RATES)

@@ -45,8 +45,8 @@ def slow(model: Any, inputs: tuple, rates: tuple[int, ...], protected: int = 1) 
 
 
 def tokens(batch: int, batch_first: bool = True) -> tuple:
-    """As from an embedding that is trained."""
-    return (torch.randn((batch, 65, 48) if batch_first else (65, batch, 48), requires_grad=True),)
+    x = torch.randn(batch, 65, 48)
+    return (x if batch_first else x.transpose(0, 1),)
 
 
 def case(name: str, main: bool = False, **options) -> Case:
