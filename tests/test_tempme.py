@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stoptome_kernels as stk
-from stoptome_kernels.tome.stream import feed_forward
+from stoptome_kernels.tome.stream import feed_forward, heads, heads_and_metric
 
 FRAMES, BATCH, LAYERS = 4, 2, 5
 OFF = {"tome_r": 0, "merge_frame_num": "1", "merge_layer": "4", "merge_token_proportion": "0-0", "frame_pos": 0}
@@ -107,6 +107,31 @@ def test_features_and_gradients(way, frozen):
     for theirs, ours in zip(*found, strict=True):
         assert theirs.abs().max() > 0
         assert close(ours, theirs)
+
+
+def test_more_than_there_is():
+    """Both merge at most half of the tokens that may be merged."""
+    whole, many = model(tome_r=6), model(tome_r=6)
+    assert close(stk.apply_tome_patch(many).get_video_feat(*video()), whole.get_video_feat(*video()))
+    assert many.clip._tome_info == whole.clip._tome_info | {"size": None}
+    share = model(merge_token_proportion="90-90")
+    want = share.get_video_feat(*video())
+    assert close(stk.apply_tome_patch(share).get_video_feat(*video()), want)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_parts_of_a_projection(frozen):
+    """q, k, v by themselves, two of them, and with their mean over heads."""
+    attn = blocks_of(model())[0].attn
+    attn.in_proj_weight.requires_grad_(not frozen)
+    x = torch.randn(2, 7, 32)
+    want = nn.functional.linear(x, attn.in_proj_weight + attn.TVPt_LoRA_b @ attn.TVPt_LoRA_a, attn.in_proj_bias)
+    want = want.unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    for first, last in ((0, 1), (1, 3), (0, 3)):
+        for got, part in zip(heads(attn, x, first, last), want[first:last], strict=True):
+            assert close(got, part)
+    for got, part in zip(heads_and_metric(attn, x), (*want, want[1].mean(1)), strict=True):
+        assert close(got, part)
 
 
 def test_blocks_see_what_training_needs():

@@ -161,7 +161,8 @@ def apply_tome_patch(
 
     A block of upstream's is tried on random tokens first, and refused if it computes something else than CLIP's does.
     With ``tome_r=0`` the model computes what it computed before, bit for bit. Class tokens, prompts and the text tower
-    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see :class:`.stream.Stream`.
+    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see :class:`.stream.Stream`
+    (TempMe's: :class:`.tempme.Course`).
 
     TempMe's model merges by its own schedule, as it was published, unless one of ``tome_r``, ``merge_layers``,
     ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given: then by these alone. It may

@@ -37,7 +37,7 @@ class Course(NamedTuple):
         tokens: of a frame before the first block.
         items: of a video there: its frames.
         steps: what each block has done so far.
-        plans: what each has merged.
+        plans: what each has merged, if a trace is wanted.
     """
 
     stream: Stream
@@ -178,7 +178,9 @@ def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int =
 def _finish(course: Course, stream: Stream, step: Step, plans: Plans, place: Place) -> Course | Tensor:
     merging = place.merging
     merging.counts.update(frame_num=step.items, token_num=step.tokens, cls_num=step.frames)
-    course = course._replace(stream=stream, steps=(*course.steps, step), plans=(*course.plans, plans))
+    course = course._replace(stream=stream, steps=(*course.steps, step))
+    if merging.config.trace_source:
+        course = course._replace(plans=(*course.plans, plans))
     if place.index < merging.layers - 1:
         return course
     schedule = Schedule(course.steps, course.tokens, stream.x.shape[2])
