@@ -162,6 +162,22 @@ def test_patch_dropout_with_rotary_positions():
         torch.testing.assert_close(model.norm(out).flip(0), got, rtol=1e-4, atol=1e-4)
 
 
+class Reads(VisionTransformer):
+    """Somebody's own model, whose head takes a mean of timm's tokens."""
+
+    def forward_head(self, x, pre_logits: bool = False):
+        return self.head(x.mean(1))
+
+
+def test_a_head_of_somebody_elses():
+    """May read any token: each has a row there."""
+    torch.manual_seed(0)
+    model, inputs = Reads(**SIZE).eval(), images(2)
+    stk.apply_tome_patch(model, 6, trace_source=True)
+    assert features(model, *inputs).shape[1] == 65
+    torch.testing.assert_close(model(*inputs), model.head(features(model, *inputs).mean(1)))
+
+
 class Mine(Block):
     """A block of somebody's own."""
 

@@ -69,8 +69,9 @@ def find_tower(model: nn.Module) -> Tower:
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks) or getattr(position, "ndim", 0) != 2:
         raise TypeError(
             f"don't know how to merge tokens in {type(model).__name__}: no visual tower with transformer.resblocks "
-            "and positional_embedding was found in it; known are StopModel, and the CLIP of STOP, DGL, CLIP4Clip and "
-            "TempMe"
+            "and positional_embedding was found in it; known are StopModel, the CLIP of STOP, DGL, CLIP4Clip and "
+            "TempMe, and vision transformers of timm, open_clip, transformers and torchvision; of a model around "
+            "torch.nn.TransformerEncoder give the encoder itself"
         )
     patches, width = position.shape[0] - 1, position.shape[1]
     around.append(transformer)

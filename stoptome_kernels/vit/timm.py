@@ -120,8 +120,11 @@ def _refuse_others(model: nn.Module) -> None:
 
 
 def _reads_all(tower: Any) -> bool:
-    """Whether more than the class token of the tower's output is read: by the pool, or by the caller."""
-    return tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
+    """Whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by a
+    method of somebody else's."""
+    methods = (getattr(original(tower), name) for name in ("forward", "forward_features", "pool", "forward_head"))
+    foreign = any(not method.__module__.startswith("timm.") for method in methods)
+    return foreign or tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
 
 
 def _mixin(block: Any) -> type[Block]:
