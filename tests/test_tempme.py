@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import stoptome_kernels as stk
-from stoptome_kernels.tome.stream import feed_forward, heads, heads_and_metric
+from stoptome_kernels.tome import Step
+from stoptome_kernels.tome.stream import Stream, feed_forward, heads, heads_and_metric
+from stoptome_kernels.tome.tempme import Course
 
 FRAMES, BATCH, LAYERS = 4, 2, 5
 OFF = {"tome_r": 0, "merge_frame_num": "1", "merge_layer": "4", "merge_token_proportion": "0-0", "frame_pos": 0}
@@ -114,6 +116,7 @@ def test_more_than_there_is():
     whole, many = model(tome_r=6), model(tome_r=6)
     assert close(stk.apply_tome_patch(many).get_video_feat(*video()), whole.get_video_feat(*video()))
     assert many.clip._tome_info == whole.clip._tome_info | {"size": None}
+    assert Course(Stream(torch.randn(8, 17, 32)), 17, 4).step(2, 99, 99) == Step(2, 16, 8, 2, 2, 18, 10)
     share = model(merge_token_proportion="90-90")
     want = share.get_video_feat(*video())
     assert close(stk.apply_tome_patch(share).get_video_feat(*video()), want)
@@ -256,8 +259,9 @@ def test_embeddings_where_the_model_has_none():
 def test_removal_leaves_nothing(apply):
     whole = model(apply)
     own = {name: (type(m), set(m.__dict__)) for name, m in whole.named_modules()}
-    state = dict(whole.state_dict())
+    state, counts = dict(whole.state_dict()), dict(whole.clip.__dict__.get("_tome_info", {}))
     stk.apply_tome_patch(whole, trace_source=True)
+    assert apply is None or whole.clip._tome_info == counts
     whole.get_video_feat(*video())
     assert list(whole.state_dict()) == list(state)
     assert isinstance(blocks_of(whole)[0], slow.Block)
