@@ -122,12 +122,13 @@ def test_more_than_there_is():
     assert close(stk.apply_tome_patch(share).get_video_feat(*video()), want)
 
 
+@pytest.mark.parametrize("tokens", [7, 40])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_parts_of_a_projection(frozen):
+def test_parts_of_a_projection(frozen, tokens):
     """q, k, v by themselves, two of them, and with their mean over heads."""
     attn = blocks_of(model())[0].attn
     attn.in_proj_weight.requires_grad_(not frozen)
-    x = torch.randn(2, 7, 32)
+    x = torch.randn(2, tokens, 32)
     want = nn.functional.linear(x, attn.in_proj_weight + attn.TVPt_LoRA_b @ attn.TVPt_LoRA_a, attn.in_proj_bias)
     want = want.unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     for first, last in ((0, 1), (1, 3), (0, 3)):

@@ -79,13 +79,18 @@ def heads(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         weight, bias, up = weight[rows], None if bias is None else bias[rows], None if up is None else up[rows]
     if up is None:
         packed = F.linear(x, weight, bias)
-    elif torch.is_grad_enabled() and not weight.requires_grad:
-        # the gradient of a summed weight would be a product as large as the projection, of which little is wanted
+    elif (torch.is_grad_enabled() and not weight.requires_grad) or x.shape[0] * x.shape[1] < weight.shape[1]:
+        # the gradient of a summed weight would be a product as large as the projection, of which little is wanted; and
+        # few tokens are fewer rows than the weight has
         packed = F.linear(x, weight, bias) + F.linear(F.linear(x, attn.TVPt_LoRA_a), up)
     else:
-        packed = F.linear(x, weight + (up @ attn.TVPt_LoRA_a).to(weight.dtype), bias)
+        packed = F.linear(x, _summed(weight, up, attn.TVPt_LoRA_a), bias)
     packed = packed.unflatten(2, (last - first, attn.num_heads, attn.head_dim))
     return tuple(part.transpose(1, 2) for part in packed.unbind(2))
+
+
+def _summed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype))
 
 
 def heads_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +102,7 @@ def heads_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     weight, d = attn.in_proj_weight, attn.head_dim
     width = weight.shape[1]
     if hasattr(attn, "TVPt_LoRA_b"):
-        weight = weight + (attn.TVPt_LoRA_b @ attn.TVPt_LoRA_a).to(weight.dtype)
+        weight = _summed(weight, attn.TVPt_LoRA_b, attn.TVPt_LoRA_a)
 
     def extended(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows[width : 2 * width].unflatten(0, (attn.num_heads, d)).mean(0)])
