@@ -61,6 +61,20 @@ def test_intermediate_layers(case):
     torch.testing.assert_close(short[1], grids[2].flatten(2).mT)
 
 
+def test_intermediate_layers_are_not_computed_again():
+    """What a checkpointed block would give in the backward is not what it gave."""
+    case = BY_NAME["vit"]
+    model, inputs = build(case), case.inputs(2)
+    model.set_grad_checkpointing()
+    stk.apply_tome_patch(model, 0)
+    model.forward_intermediates(*inputs)[0].sum().backward()
+    stk.apply_tome_patch(model, 6)
+    with pytest.raises(RuntimeError, match=r"set_grad_checkpointing\(False\), or call it under torch.no_grad"):
+        model.forward_intermediates(*inputs)
+    with torch.no_grad():
+        assert len(model.forward_intermediates(*inputs)[1]) == len(model.blocks)
+
+
 def test_features_only():
     backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, features_only=True).eval()
     x = torch.randn(2, 3, 32, 32)

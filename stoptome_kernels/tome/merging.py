@@ -68,7 +68,7 @@ class Merging:
 
     def remember(self, plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int = 0) -> None:
         """Keep what a forward of ``batch`` videos merged by this schedule, if a trace is wanted."""
-        if self.config.trace_source and not _exporting():
+        if self.config.trace_source and not exporting():
             self._last = plans, schedule, batch, prompts
 
     def trace(self) -> Trace:
@@ -85,6 +85,6 @@ class Merging:
         return compose(plans, schedule, batch, prompts, inside=prompts % 2 == 1)
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """An exported graph has no values that could be kept."""
     return getattr(torch.compiler, "is_exporting", lambda: False)()

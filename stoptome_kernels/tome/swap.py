@@ -34,6 +34,16 @@ def _subclass(mixin: type, original: type) -> type:
     return type(original.__name__, (mixin, original), {**names, "tome_parts": (mixin, original)})
 
 
+def original(module: Any) -> type:
+    """A module's class before it was patched."""
+    if isinstance(module, Patched):
+        return module.tome_parts[1]
+    # fully_shard, too, gives a module a subclass of its own class; that it came too early is said later, by its name
+    return next(
+        kind for kind in type(module).__mro__ if not any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+    )
+
+
 def swap(module: nn.Module, mixin: type) -> None:
     """Give a module the mixin's methods; one that is patched already stays as it is."""
     if not isinstance(module, Patched):

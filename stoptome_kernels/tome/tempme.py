@@ -23,7 +23,7 @@ from .config import ToMeConfig
 from .merging import Merging
 from .schedule import Schedule, Step
 from .stream import Plans, Stream, run_block
-from .swap import Patched
+from .swap import Patched, original
 from .towers import Tower, own_embedding
 
 _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing
@@ -256,8 +256,7 @@ def own_prop_attn(tower: Tower) -> bool:
 
 def _merges(block: nn.Module) -> bool:
     """Whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
-    kind: Any = block.tome_parts[1] if isinstance(block, Patched) else type(block)
-    taken = inspect.signature(kind.forward).parameters
+    taken = inspect.signature(original(block).forward).parameters  # type: ignore[attr-defined]
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -209,6 +209,14 @@ def hooked(*modules: Any) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
+def off_by(got: Tensor, want: Tensor, dtype: torch.dtype) -> float | None:
+    """How far two results of weights of this dtype are apart, if by more than rounding; else None."""
+    got, want = got.float(), want.float()
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+    error = (got - want).abs().max().item()
+    return None if error <= tolerance * want.abs().max().item() else error
+
+
 def probe(tower: Tower, theirs, ours) -> None:
     """Send the same random tokens ``(L, 1, D)`` through ``theirs(block, x)`` and ``ours(block, x)``, and refuse a block
     that computes something else: another activation, another order, another scale of its branches.
@@ -226,10 +234,8 @@ def probe(tower: Tower, theirs, ours) -> None:
             want = theirs(block, x)
             if want is None:
                 return
-            want, got = want.float(), ours(block, x).float()
-        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
-        error = (got - want).abs().max().item()
-        if not error <= tolerance * want.abs().max().item():
+            error = off_by(ours(block, x), want, weight.dtype)
+        if error is not None:
             raise ValueError(
                 f"block {index}, a {type(block).__name__}, computes something else than CLIP's, STOP's and TempMe's "
                 f"blocks do (off by {error:.2g} on random tokens): tokens can't be merged in it"

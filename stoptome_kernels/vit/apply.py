@@ -13,7 +13,7 @@ import torch
 from ..tome.config import ToMeConfig
 from ..tome.schedule import parse_r
 from ..tome.swap import Patched, check_unswap, swap, unswap
-from ..tome.towers import check_free, check_unsharded
+from ..tome.towers import check_free, check_unsharded, off_by
 from ..tome.trace import Trace
 from .block import Block
 from .tokens import Layer, Merging, Tokens
@@ -136,9 +136,8 @@ def _probe(vit: Vit) -> None:
                     f"block {index}, a {type(block).__name__}, is not made of what its class is made of in the "
                     f"versions that are known ({error}): another version of its library may do"
                 ) from error
-        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
-        gap = (got.float() - want.float()).abs().max().item()
-        if not gap <= tolerance * want.float().abs().max().item():
+        gap = off_by(got, want, weight.dtype)
+        if gap is not None:
             raise ValueError(
                 f"block {index}, a {type(block).__name__}, computes something else than its class does in the versions "
                 f"that are known (off by {gap:.2g} on random tokens): tokens can't be merged in it"

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import attention
 from ..tome.swap import Patched
-from .tokens import Layer, Tokens
+from .tokens import Layer, Merging, Tokens
 
 
 class Block(Patched):
     """A block that takes and gives :class:`.tokens.Tokens` between the first and the last block of its tower.
 
-    Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says what its
-    blocks are made of by ``tome_attention``, and by ``tome_run`` where it isn't a pre-norm block.
+    Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says by
+    ``tome_run`` what its blocks compute, and by ``tome_sample`` what they want beside tokens.
     """
 
     tome: Layer
@@ -39,6 +40,33 @@ class Block(Patched):
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         """Arguments beside ``tokens`` tokens with which the block can be tried out."""
         return (), {}
+
+
+class Reader(Patched):
+    """A tower whose intermediate layers can be read, as timm's and open_clip's can."""
+
+    tome: Merging
+
+    def tome_checkpoints(self) -> bool:
+        """Whether the tower checkpoints its blocks."""
+        raise NotImplementedError
+
+    def forward_intermediates(self, *args, **options):
+        """As before: every layer's tokens stand for themselves on the grid."""
+        if not self.tome.idle and self.tome_checkpoints() and torch.is_grad_enabled():
+            raise RuntimeError(
+                "forward_intermediates of merged tokens can't be computed a second time for their gradients: "
+                "set_grad_checkpointing(False), or call it under torch.no_grad()"
+            )
+        self.tome.every = True
+        try:
+            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
+        finally:
+            self.tome.every = False
+
+    def prune_intermediate_layers(self, *args, **options):
+        """Would leave the patch with blocks that are not there."""
+        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
 
 
 def sizes(block: Block, tokens: Tokens) -> Tensor | None:

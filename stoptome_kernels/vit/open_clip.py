@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..tome.swap import Patched
 from ..tome.towers import hooked
 from . import multihead
-from .block import Block, attend, no_mask, sizes
-from .tokens import Merging, Tokens
+from .block import Block, Reader, attend, no_mask, sizes
+from .tokens import Tokens
 from .towers import Vit, name_of, overrides, require, the_only, within
 
 _HOME = "open_clip.transformer"
@@ -57,31 +55,16 @@ def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return attn.out_drop(attn.out_proj(attn.ln_inner(out))), k
 
 
-class _Tower(Patched):
+class _Tower(Reader):
     """The tower: what reads its tokens has to know that there are fewer."""
-
-    tome: Merging
 
     def forward(self, x: Tensor):
         if not self.tome.dense and _hands_out(self):  # output_tokens, say, was set after the patch
             self.tome.dense = True
         return super().forward(x)  # type: ignore[misc]
 
-    def forward_intermediates(self, *args, **options):
-        """As before: every layer's tokens stand for themselves on the grid."""
-        if self.transformer.grad_checkpointing and torch.is_grad_enabled():  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "forward_intermediates of merged tokens can't be computed a second time for their gradients: "
-                "set_grad_checkpointing(False), or call it under torch.no_grad()"
-            )
-        self.tome.every = True
-        try:
-            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
-        finally:
-            self.tome.every = False
-
-    def prune_intermediate_layers(self, *args, **options):
-        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+    def tome_checkpoints(self) -> bool:
+        return self.transformer.grad_checkpointing  # type: ignore[attr-defined]
 
 
 def find(model: nn.Module) -> Vit | None:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.swap import Patched
-from .block import Block, attend, no_mask, sizes
-from .tokens import Merging, Tokens
-from .towers import Vit, is_a, original, require, the_only, within
+from ..tome.swap import original
+from ..tome.towers import hooked
+from .block import Block, Reader, attend, no_mask, sizes
+from .tokens import Tokens
+from .towers import Vit, is_a, require, the_only, within
 
 _VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
 _LEAST = (1, 0)
@@ -62,10 +63,8 @@ _BLOCKS: dict[tuple[str, str], type[Block]] = {
 }
 
 
-class _Model(Patched):
+class _Model(Reader):
     """The model: what reads its tokens has to know that there are fewer."""
-
-    tome: Merging
 
     def reset_classifier(self, *args, **options):
         super().reset_classifier(*args, **options)  # type: ignore[misc]
@@ -79,16 +78,8 @@ class _Model(Patched):
             )
         return super().pool(x, pool_type)  # type: ignore[misc]
 
-    def forward_intermediates(self, *args, **options):
-        """As before: every layer's tokens stand for themselves on the grid."""
-        self.tome.every = True
-        try:
-            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
-        finally:
-            self.tome.every = False
-
-    def prune_intermediate_layers(self, *args, **options):
-        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+    def tome_checkpoints(self) -> bool:
+        return self.grad_checkpointing  # type: ignore[attr-defined]
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -141,7 +132,7 @@ def _mixin(block: Any) -> type[Block]:
             f"don't know how to merge tokens in {kind.__name__} with the attention {attn.__name__}: known are "
             f"{', '.join(sorted({name for _, name in _ATTENTION}))}"
         )
-    if block.attn._forward_hooks or block.attn._forward_pre_hooks:
+    if hooked(block.attn):
         raise ValueError(f"{kind.__name__}.attn has hooks, which would not be called: remove them before patching")
     return mixin
 

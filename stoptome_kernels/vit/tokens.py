@@ -13,6 +13,8 @@ from ..api import match, merge, merge_norm, unmerge
 from ..grouping import group
 from ..plan import MergePlan
 from ..tome.config import ToMeConfig
+from ..tome.merging import exporting
+from ..tome.towers import hooked
 from ..tome.trace import Trace
 
 # Whose forward is torch's layer_norm and nothing else; their weights may be read in its place.
@@ -82,8 +84,8 @@ class Merging:
         return not any(self.rates)
 
     def keep(self, layers: tuple[Tensor, ...]) -> None:
-        """Remember the trace of a forward; an exported graph has no values that could be kept."""
-        if not getattr(torch.compiler, "is_exporting", lambda: False)():
+        """Remember the trace of a forward."""
+        if not exporting():
             self._last = layers
 
     def trace(self) -> Trace:
@@ -213,4 +215,4 @@ def _moved(position: Tensor | None, dest: Tensor, tokens_out: int, protected: in
 def _is_layer_norm(norm: Any) -> bool:
     kind = type(norm)
     known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
-    return known and len(norm.normalized_shape) == 1 and not (norm._forward_hooks or norm._forward_pre_hooks)
+    return known and len(norm.normalized_shape) == 1 and not hooked(norm)

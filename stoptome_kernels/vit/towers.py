@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tome.swap import Patched
+from ..tome.swap import original
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,6 @@ def is_a(module: Any, home: str, *names: str) -> bool:
     """Whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is imported
     for it."""
     return any(kind.__module__ == home and kind.__name__ in names for kind in type(module).__mro__)
-
-
-def original(module: Any) -> type:
-    """A module's class before it was patched."""
-    if isinstance(module, Patched):
-        return module.tome_parts[1]
-    # fully_shard, too, gives a module a subclass of its own class; that it came too early is said later, by its name
-    return next(
-        kind for kind in type(module).__mro__ if not any(base.__name__ == "FSDPModule" for base in kind.__mro__)
-    )
 
 
 def name_of(module: Any) -> tuple[str, str]:
