@@ -17,7 +17,7 @@ import data
 import measure
 import torch
 import torch.nn.functional as F
-from merge import one_of, positive
+from command import one_of, positive
 from torch import Tensor
 from verify import WrongResult
 

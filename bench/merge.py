@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import command
 import data
 import measure
 import peers
@@ -35,58 +36,28 @@ BACKENDS = ("triton", "native", "reference")
 GRAPH_ITEMS = 12  # CUDA-graph times where launches rule: one video
 
 
-def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated list of the allowed values."""
-
-    def parse(text: str) -> list[str]:
-        chosen = [part.strip() for part in text.split(",") if part.strip()]
-        wrong = [part for part in chosen if part not in allowed]
-        if wrong or not chosen:
-            named = ", ".join(wrong) or "is empty"
-            raise argparse.ArgumentTypeError(f"{what} {named}: choose from {', '.join(allowed)}")
-        return chosen
-
-    return parse
-
-
-def positive(kind: type) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
-        return value
-
-    return parse
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    command.add_options(p)
     add("--plot", type=Path, metavar="FILE.png", help="draw the chart of this run")
-    names = one_of("shape", (*data.SHAPES, "list", "all"))
+    names = command.one_of("shape", (*data.SHAPES, "list", "all"))
     add("--shapes", type=names, default=["all"], metavar="NAME,NAME", help="which shapes; `list` shows them")
     add("--dtype", choices=(*DTYPES, "all"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    some = one_of("backend", BACKENDS)
+    some = command.one_of("backend", BACKENDS)
     add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
     add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
-    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where blocks of 16 MiB and more come from")
-    add("--seconds", type=positive(float), metavar="S", help="time for the clocks; checks and compilation come on top")
+    add(
+        "--seconds",
+        type=command.positive(float),
+        metavar="S",
+        help="time for the clocks; checks and compilation come on top",
+    )
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
     if args.plot and args.plot.suffix != ".png":
         p.error(f"argument --plot: must end in .png, got {str(args.plot)!r}")
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
-    if args.dtype is None:
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    command.settle(args)
     args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
     wanted = args.backend or (BACKENDS[:2] if args.quick else BACKENDS)
     reasons = {name: peers.why_not(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}

@@ -17,13 +17,12 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import command
 import eager_vit
 import measure
 import torch
-from merge import positive
 from plot_models import table
 from torch import Tensor, nn
 from verify import WrongResult
@@ -156,11 +155,14 @@ def random_weights(built: nn.Module) -> dict[str, Tensor]:
     return built.state_dict()
 
 
+def batch_of(model: Model, args: argparse.Namespace) -> int:
+    return args.batch or model.batch[args.device == "cuda"]
+
+
 def sides(model: Model, args: argparse.Namespace) -> list[Side]:
     """Every implementation of a model, with the same weights and inputs."""
     weights = random_weights(model.make(args.layers))
-    n = args.batch or model.batch[args.device == "cuda"]
-    x = torch.randn(n, *model.shape, device=args.device)
+    x = torch.randn(batch_of(model, args), *model.shape, device=args.device)
     found = []
     for impl in args.impls:
         built = model.make(args.layers).to(args.device).eval()
@@ -198,7 +200,7 @@ def rows_of(name: str, model: Model, found: list[Side], direction: str, args: ar
     times = measure.measure(calls, args.device, args.seconds, set())
     middle = {which: measure.percentile(t["samples"], 0.5) for which, t in times.items()}
     schedule = plan_layers(model.r, args.layers, model.tokens, 1, model.protected, width=model.width)
-    n = args.batch or model.batch[args.device == "cuda"]
+    n = batch_of(model, args)
     rows = []
     for side in found:
         t, merges, samples = middle[side.name], side.impl != "unpatched", times[side.name]["samples"]
@@ -233,28 +235,27 @@ def installed(library: str) -> bool:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    command.add_options(p)
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     add("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), help="unpatched is always measured")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--direction", nargs="+", choices=DIRECTIONS, default=["inference"])
-    add("--batch", type=positive(int), metavar="N", help="images (default: by model)")
-    add("--layers", type=positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add("--batch", type=command.positive(int), metavar="N", help="images (default: by model)")
+    add("--layers", type=command.positive(int), default=12, metavar="N", help="blocks (default: 12)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU, float32 on a CPU")
-    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where large blocks of memory come from")
-    add("--seconds", type=positive(float), default=60.0, metavar="S", help="for each model and direction (default: 60)")
+    add(
+        "--seconds",
+        type=command.positive(float),
+        default=60.0,
+        metavar="S",
+        help="for each model and direction (default: 60)",
+    )
     add("--quick", action="store_true", help="ViT-S/16 alone, plain, four layers")
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    command.settle(args)
     if args.quick:
         args.models, args.modes, args.layers, args.seconds = ["ViT-S/16"], ["plain"], 4, min(args.seconds, 10.0)
     args.impls = [impl for impl in IMPLS if impl in {"unpatched", *args.impls}]
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
     return args
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from measure import ROOT, read_rows
@@ -221,6 +222,70 @@ def replace_between(text: str, block: str, file: Path, markers: tuple[str, str] 
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"{file} must hold the markers {start} and {end} once each, in this order")
     return text[: text.index(start) + len(start)] + f"\n\n{block}\n\n" + text[text.index(end) :]
+
+
+def columns(cells: list[list[str]]) -> str:
+    """Lines of cells as text."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def parser(doc: str | None, folder: Path, table: bool = True) -> argparse.ArgumentParser:
+    """The arguments of a command that makes a chart and a README block from the rows in a folder."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = f"(default: {relative(folder, ROOT / 'here')}/*.json)"
+    p.add_argument("files", type=Path, nargs="*", metavar="FILE.json", help=f"rows {default}")
+    p.add_argument("--png", type=Path, default=folder / "chart.png", metavar="FILE")
+    p.add_argument("--readme", type=Path, metavar="FILE", help="put chart and table between its markers")
+    if table:
+        p.add_argument("--table", type=Path, metavar="FILE", help="write the table to a file of its own")
+    return p
+
+
+def publish(
+    args: argparse.Namespace,
+    folder: Path,
+    none: str,
+    markdown: Callable[[list[dict]], str],
+    draw: Callable[[list[dict], Path], None],
+    image: str,
+    markers: tuple[str, str],
+    more: Callable[[], str] = str,
+) -> int:
+    """Draw the chart and write the README block and the table that were asked for; all or nothing of the texts.
+
+    Args:
+        args: of :func:`parser`.
+        folder: of the rows, where no files are named.
+        none: what to say where there are no rows.
+        markdown: the table of rows.
+        draw: the chart of rows.
+        image: what the chart shows.
+        markers: of the block in the README.
+        more: what follows the table in the README, and only there.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        rows = [row for file in args.files or sorted(folder.glob("*.json")) for row in read_rows(file)]
+        if not rows:
+            raise ValueError(none)
+        table, text = markdown(rows), ""
+        if args.readme:
+            parts = [f"![{image}]({relative(args.png, args.readme)})", table, more()]
+            block = "\n\n".join(part for part in parts if part)
+            text = replace_between(args.readme.read_text(), block, args.readme, markers)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    draw(rows, args.png)
+    print(f"chart: {args.png}")
+    for file, content in ((args.readme, text), (getattr(args, "table", None), table + "\n")):
+        if file:
+            file.write_text(content)
+            print(f"table: {file}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

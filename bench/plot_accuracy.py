@@ -8,12 +8,11 @@ python bench/plot_accuracy.py --readme README.md    and the text between its two
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import plot
-from measure import ROOT, read_rows
+from measure import ROOT
 from plot_stop import OURS, THEIRS, machines, saved
 
 MARKERS = ("<!-- accuracy:start -->", "<!-- accuracy:end -->")
@@ -63,9 +62,7 @@ def _trained(row: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     """The rows as text, in columns."""
-    cells = [HEAD, *lines(rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return plot.columns([HEAD, *lines(rows)])
 
 
 def markdown(rows: list[dict]) -> str:
@@ -161,29 +158,11 @@ def _head(axis, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", type=Path, nargs="*", metavar="FILE.json", help="(default: bench/results/accuracy/*.json)")
-    p.add_argument("--png", type=Path, default=RESULTS / "chart.png", metavar="FILE")
-    p.add_argument("--readme", type=Path, metavar="FILE", help="put chart and table between its accuracy markers")
-    args = p.parse_args(argv)
-    try:
-        rows = [row for file in args.files or sorted(RESULTS.glob("*.json")) for row in read_rows(file)]
-        if not rows:
-            raise ValueError("no rows: run `python examples/stop_retrieval/accuracy.py --json bench/results/accuracy`")
-        text = ""
-        if args.readme:
-            image = f"![R@1 and speed with merging]({plot.relative(args.png, args.readme)})"
-            block = f"{image}\n\n{markdown(rows)}"
-            text = plot.replace_between(args.readme.read_text(), block, args.readme, MARKERS)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    chart(rows, args.png)
-    print(f"chart: {args.png}")
-    if args.readme:
-        args.readme.write_text(text)
-        print(f"table: {args.readme}")
-    return 0
+    return plot.publish(
+        plot.parser(__doc__, RESULTS, table=False).parse_args(argv), RESULTS,
+        "no rows: run `python examples/stop_retrieval/accuracy.py --json bench/results/accuracy`", markdown, chart,
+        "R@1 and speed with merging", MARKERS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

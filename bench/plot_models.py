@@ -8,12 +8,11 @@ python bench/plot_models.py --readme README.md     and the text between its two 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import plot
-from measure import ROOT, read_rows
+from measure import ROOT
 from plot_stop import machines
 
 MARKERS = ("<!-- models:start -->", "<!-- models:end -->")
@@ -36,9 +35,7 @@ def line(row: dict) -> list[str]:
 
 def table(rows: list[dict]) -> str:
     """The rows as text, in columns."""
-    cells = [HEAD, *(line(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return plot.columns([HEAD, *(line(row) for row in rows)])
 
 
 def markdown(rows: list[dict]) -> str:
@@ -101,31 +98,11 @@ def _bars(axis, rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", type=Path, nargs="*", metavar="FILE.json", help="(default: bench/results/models/*.json)")
-    p.add_argument("--png", type=Path, default=FOLDER / "chart.png", metavar="FILE")
-    p.add_argument("--readme", type=Path, metavar="FILE", help="put chart and table between its models markers")
-    p.add_argument("--table", type=Path, metavar="FILE", help="write the table to a file of its own")
-    args = p.parse_args(argv)
-    try:
-        rows = [row for file in args.files or sorted(FOLDER.glob("*.json")) for row in read_rows(file)]
-        if not rows:
-            raise ValueError("no rows: run `python bench/models.py --json bench/results/models` first")
-        text = ""
-        if args.readme:
-            image = plot.relative(args.png, args.readme)
-            block = f"![Speed-up of vision transformers with merging]({image})\n\n{markdown(rows)}"
-            text = plot.replace_between(args.readme.read_text(), block, args.readme, MARKERS)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    chart(rows, args.png)
-    print(f"chart: {args.png}")
-    for file, content in ((args.readme, text), (args.table, markdown(rows) + "\n")):
-        if file:
-            file.write_text(content)
-            print(f"table: {file}")
-    return 0
+    return plot.publish(
+        plot.parser(__doc__, FOLDER).parse_args(argv), FOLDER,
+        "no rows: run `python bench/models.py --json bench/results/models` first", markdown, chart,
+        "Speed-up of vision transformers with merging", MARKERS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ python bench/plot_stop.py --readme README.md       and the text between its two 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from measure import ROOT, read_rows
 MARKERS = ("<!-- stop:start -->", "<!-- stop:end -->")
 # what the ToMe guide for STOP promises, in per cent: less memory, less time
 GUIDE = {"r=2": ((15, 20), (10, 15)), "r=4": ((25, 30), (20, 25)), "r=8": ((40, 45), (35, 40))}
+FOLDER = ROOT / "bench/results/stop"
 FUSED = ROOT / "bench/results/fused"
 OURS, THEIRS = "#0b6e99", "#7f8fa6"
 
@@ -66,9 +66,7 @@ HEAD = [
 
 def table(rows: list[dict]) -> str:
     """The rows as text, in columns."""
-    cells = [HEAD[:12], *(line(row)[:12] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(12)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return plot.columns([HEAD[:12], *(line(row)[:12] for row in rows)])
 
 
 def markdown(rows: list[dict]) -> str:
@@ -160,35 +158,17 @@ def _bars(axis, rows: list[dict], direction: str, what: str, value, guide: int) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", type=Path, nargs="*", metavar="FILE.json", help="rows (default: bench/results/stop/*.json)")
+    p = plot.parser(__doc__, FOLDER)
     p.add_argument("--fused", type=Path, nargs="+", metavar="FILE.json", help="(default: bench/results/fused/*.json)")
-    p.add_argument("--png", type=Path, default=ROOT / "bench/results/stop/chart.png", metavar="FILE")
-    p.add_argument("--readme", type=Path, metavar="FILE", help="put chart and table between its stop markers")
-    p.add_argument("--table", type=Path, metavar="FILE", help="write the table to a file of its own")
     args = p.parse_args(argv)
-    try:
-        files = args.files or sorted((ROOT / "bench/results/stop").glob("*.json"))
-        rows = [row for file in files for row in read_rows(file)]
-        others = [row for file in args.fused or sorted(FUSED.glob("*.json")) for row in read_rows(file)]
-        if not rows:
-            raise ValueError("no rows: run `python bench/stop.py --json bench/results/stop` first")
-        text = ""
-        if args.readme:
-            image = plot.relative(args.png, args.readme)
-            parts = [f"![Time and memory of STOP's blocks with merging]({image})", markdown(rows), fused(others)]
-            block = "\n\n".join(part for part in parts if part)
-            text = plot.replace_between(args.readme.read_text(), block, args.readme, MARKERS)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    chart(rows, args.png)
-    print(f"chart: {args.png}")
-    for file, content in ((args.readme, text), (args.table, markdown(rows) + "\n")):
-        if file:
-            file.write_text(content)
-            print(f"table: {file}")
-    return 0
+
+    def operators() -> str:
+        return fused([row for file in args.fused or sorted(FUSED.glob("*.json")) for row in read_rows(file)])
+
+    return plot.publish(
+        args, FOLDER, "no rows: run `python bench/stop.py --json bench/results/stop` first", markdown, chart,
+        "Time and memory of STOP's blocks with merging", MARKERS, operators,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

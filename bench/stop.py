@@ -15,13 +15,12 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
+import command
 import data
 import measure
 import torch
 import upstream
-from merge import positive
 from plot_stop import GUIDE, table
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -295,22 +294,24 @@ def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namesp
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    command.add_options(p)
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which schedules")
     add("--scope", nargs="+", choices=SCOPES, default=list(SCOPES), help="one block, all blocks, or the whole tower")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    add("--videos", type=positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
-    add("--layers", type=positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add("--videos", type=command.positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
+    add("--layers", type=command.positive(int), default=12, metavar="N", help="blocks (default: 12)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU, float32 on a CPU")
-    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
-    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where large blocks of memory come from")
-    add("--seconds", type=positive(float), default=20.0, metavar="S", help="for each scope and direction (default: 20)")
+    add(
+        "--seconds",
+        type=command.positive(float),
+        default=20.0,
+        metavar="S",
+        help="for each scope and direction (default: 20)",
+    )
     add("--quick", action="store_true", help="r = 0 and 4, all blocks, inference alone")
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    command.settle(args)
     args.videos = args.videos or (128 if args.device == "cuda" else 4)
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.quick:
         args.settings, args.scope, args.direction = ["r=0", "r=4"], ["blocks"], ["inference"]
         args.seconds = min(args.seconds, 5.0)
@@ -318,9 +319,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.settings = ["r=0", *args.settings]  # what everything is compared with
     if args.layers < 10 and {"accuracy", "memory"} & set(args.settings):
         p.error("argument --layers: the presets accuracy and memory join frames at layers 6 to 9; leave them out")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
     return args
 
 

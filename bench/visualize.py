@@ -17,7 +17,7 @@ from pathlib import Path
 import data
 import torch
 import torch.nn.functional as F
-from merge import positive
+from command import positive
 from torch import Tensor
 
 import stoptome_kernels as stk

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines of the benchmarks have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import measure
+import torch
+
+
+def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of the allowed values."""
+
+    def parse(text: str) -> list[str]:
+        chosen = [part.strip() for part in text.split(",") if part.strip()]
+        wrong = [part for part in chosen if part not in allowed]
+        if wrong or not chosen:
+            named = ", ".join(wrong) or "is empty"
+            raise argparse.ArgumentTypeError(f"{what} {named}: choose from {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Where rows go and how the machine is set up; :func:`settle` does as they say."""
+    add = p.add_argument
+    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
+    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where blocks of 16 MiB and more come from")
+    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Set ``device``, a ``dtype`` where none was asked for, the threads, and where memory comes from."""
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
