@@ -38,9 +38,7 @@ def match(
     tight = given and whole and tile == 64 and heads > 1 and dtype == torch.float32
     piece = 32 if not narrow or (given and dtype == torch.float16) else 64
     product = "narrow" if narrow else "thirds" if tile > 32 else "float32"
-    if (
-        not compiled
-    ):  # the interpreter's dot is BLAS: its sums differ from row to row, and it takes bfloat16 for integers
+    if not compiled:  # the interpreter's dot is BLAS: sums differ from row to row, and it takes bfloat16 for integers
         product = "sums"
     score = {
         **_metric(heads, channels),
