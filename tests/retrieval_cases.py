@@ -25,11 +25,11 @@ def layout(folder: Path, train: int = 8, val: int = 6) -> Path:
     return folder
 
 
-def clip_weights(folder: Path) -> Path:
-    """A folder with ViT-B-32.pt: plain weights of CLIP's names, tiny."""
+def clip_weights(folder: Path, **sizes: int) -> Path:
+    """A folder with ViT-B-32.pt: plain weights of CLIP's names, tiny but for the sizes given."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(5)
-    model = StopModel(StopConfig(**TINY, temporal_prompt="DGL", lora=False))
+    model = StopModel(StopConfig(**TINY | sizes, temporal_prompt="DGL", lora=False))
     plain = {name: value for name, value in model.state_dict().items() if not any(a in name for a in ADDED)}
     torch.save(plain, folder / "ViT-B-32.pt")
     return folder

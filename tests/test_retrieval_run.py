@@ -71,6 +71,24 @@ def test_training_changed_the_weights_by_the_two_rates(trained, data, clip, tmp_
         assert moments["clip.visual.prompt_embeddings"]["exp_avg"].abs().max() > 0
 
 
+def test_stop_proper_learns_its_dynamic_prompts(tmp_path):
+    """group2-2, made for frames of 224 pixels: one step of a tower of its width but one layer."""
+    clip = clip_weights(tmp_path / "clip", image_size=224, patch_size=32, width=768, layers=1)
+    videos = layout(tmp_path / "set", train=2, val=2)
+    more = ("--temporal_prompt", "group2-2", "--batch_size", "2", "--tome_r", "2")
+    assert run.main(msrvtt(videos, clip, tmp_path / "out", *more)) == 0
+    found = torch.load(tmp_path / "out/ckpt.pth.tar", weights_only=True)
+    names = {name for name in found["state_dict"] if "TemporalPrompt" in name}
+    assert results(tmp_path / "out")["videos"] == 2
+    again = StopModel.from_checkpoint(os.fspath(tmp_path / "out/ckpt.pth.tar"))
+    assert again.config.temporal_prompt == "group2-2"
+    moments = found["optimizer"]["state"]
+    learnt = {name for name in names & moments.keys() if moments[name]["exp_avg"].any()}
+    # which cells are salient is a threshold, in the published model too: it has no gradient
+    assert names - learnt == {f"clip.visual.TemporalPrompt.Cal_Net.{of}" for of in ("weight", "bias")}
+    assert len(learnt) == 31
+
+
 def test_the_best_checkpoint_is_evaluated_with_its_own_settings(trained, data, tmp_path):
     out = tmp_path / "eval"
     argv = ["--output_dir", str(out), "--do_eval", "--init_model", str(trained / "ckpt.best.pth.tar"), "--data_path",

@@ -195,7 +195,7 @@ class Training:
         done, lr = self.progress, max(group["lr"] for group in self.optimizer.param_groups)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         log.info(
-            "epoch %d, step %d of %d: loss %.4f, gradient %.2f, lr %.1e, %.1f videos/s",
+            "epoch %d, step %d of %d: loss %.4f, gradient %.2f, lr %.1e, %.3g videos/s",
             done.epoch + 1, done.step, self.sampler.steps, loss, norm, lr, speed,
         )  # fmt: skip
         told = {"loss": loss, "gradient_norm": norm, "lr": lr, "videos_per_second": speed}
