@@ -47,7 +47,8 @@ def markdown(rows: list[dict]) -> str:
     note = (
         "Random weights, medians of alternating runs of the whole model. *eager*: merging in eager operations with "
         "scaled_dot_product_attention. Speed-up: over the same model unpatched in the same mode; η: that ÷ the ideal "
-        "one (its share of the blocks' FLOPs). A video of VideoMAE's counts as one image. Made by "
+        "one, by FLOPs of patch embedding and blocks (by those of the blocks alone η is lower: "
+        "`speedup_ideal_blocks` in the rows). A video of VideoMAE's counts as one image. Made by "
         "`python bench/plot_models.py --readme README.md` from `bench/results/models`."
     )
     return "\n\n".join([*parts, note])

@@ -35,6 +35,19 @@ def test_rows_chart_and_table(tmp_path, capsys, threads):
         assert row["eta"] == pytest.approx(row["speedup"] / row["speedup_ideal"], abs=2e-4)
         assert row["images_per_s"] == pytest.approx(1e6 / row["p50_us"], abs=1e-3)
         assert (row["speedup_ideal"] > 1) == (impl != "unpatched")
+        if impl == "unpatched":
+            continue
+        # by hand: a layer that merges nothing, and the two that merge r each
+        tokens, r, width = model.tokens, model.r, model.width
+        layers = [
+            t * (8 * width**2 + 4 * t * width) + u * 16 * width**2
+            for t, u in ((tokens, tokens), (tokens, tokens - r), (tokens - r, tokens - 2 * r))
+        ]
+        pixels = 2 * 3 * 224 * 224 * width
+        assert row["speedup_ideal"] == pytest.approx(
+            (2 * layers[0] + pixels) / (layers[1] + layers[2] + pixels), abs=1e-4
+        )
+        assert row["speedup_ideal_blocks"] == pytest.approx(2 * layers[0] / (layers[1] + layers[2]), abs=1e-4)
     page.write_text("before\n<!-- models:start -->\nold\n<!-- models:end -->\nafter\n")
     assert plot_models.main([str(file), "--png", str(tmp_path / "chart.png"), "--readme", str(page)]) == 0
     text = page.read_text()

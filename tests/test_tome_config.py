@@ -59,6 +59,7 @@ def test_ideal_speedup_by_hand():
     one = plan_layers(4, 1, 10, 1, 1, width=64)
     before = 10 * (8 * 64**2 + 4 * 10 * 64) + 10 * 16 * 64**2
     after = 10 * (8 * 64**2 + 4 * 10 * 64) + 6 * 16 * 64**2
+    assert (one.flops_unmerged, one.flops) == (before, after)
     assert one.speedup == before / after
     assert one.flops_left == pytest.approx(after / before, rel=1e-15)
     assert stk.ToMeConfig(0).schedule(**STOP).speedup == 1

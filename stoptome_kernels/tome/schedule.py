@@ -121,15 +121,23 @@ class Schedule:
         return self.steps[0].items * self.steps[0].frames if self.steps else 1
 
     @property
-    def speedup(self) -> float:
-        """Ideal speed-up: FLOPs of the stack without merging ÷ FLOPs with it.
+    def flops(self) -> int:
+        """FLOPs of the stack for a video.
 
         Counted: QKV and attention on the tokens before the layer's merge, output projection on the same (it comes
         before the merge), MLP on the tokens after it.
         """
-        before = len(self.steps) * self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
-        after = sum(step.items * _flops(step.attended, step.tokens, self.width) for step in self.steps)
-        return before / after if after else 1.0
+        return sum(step.items * _flops(step.attended, step.tokens, self.width) for step in self.steps)
+
+    @property
+    def flops_unmerged(self) -> int:
+        """FLOPs of the stack for a video, were nothing merged."""
+        return len(self.steps) * self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
+
+    @property
+    def speedup(self) -> float:
+        """Ideal speed-up: :attr:`flops_unmerged` ÷ :attr:`flops`."""
+        return self.flops_unmerged / self.flops if self.steps else 1.0
 
     @property
     def flops_left(self) -> float:
