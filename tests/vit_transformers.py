@@ -101,7 +101,10 @@ def attended(block: Any, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
         (out, _), keys = recorded(attn.k_proj, lambda: attn(x, attention_mask=state.bias))
         return out, heads(keys)
     inner = block.attention.attention  # which takes no mask
-    q, k, v = (heads(part(x)) for part in (inner.query, inner.key, inner.value))
+    q, k, v = (
+        heads(getattr(inner, name)(x) + (0 if (bias := getattr(inner, f"{name[0]}_bias", None)) is None else bias))
+        for name in ("query", "key", "value")
+    )
     weights = (q @ k.mT / q.shape[3] ** 0.5 + state.bias).softmax(3)
     weights = nn.functional.dropout(weights, inner.dropout_prob, inner.training)
     return block.attention.output((weights @ v).transpose(1, 2).flatten(2), x), k
@@ -170,6 +173,16 @@ def build(make: Callable, kind: Any, attn_implementation: str, **options) -> Any
     return model
 
 
+def layers_at(model: Any, path: str) -> nn.ModuleList:
+    """A model's layers, also where they were before transformers 5.6: one module deeper in some families."""
+    for name in path.split("."):
+        if not hasattr(model, name):
+            deeper = "encoder" if name == "layers" else "vision_model"
+            model, name = getattr(model, deeper), "layer" if name == "layers" else name
+        model = getattr(model, name)
+    return model
+
+
 def case(
     name: str,
     blocks: str,
@@ -183,7 +196,7 @@ def case(
 ) -> Case:
     tokens, inputs = (128, videos) if make is videomae else (64 + protected, vit_timm.images)
     model = partial(build, make, kind, attn_implementation, **options)
-    layers = attrgetter(blocks)
+    layers = partial(layers_at, path=blocks)
 
     def reference(model: Any, given: tuple, rates: tuple[int, ...]) -> Any:
         return slow(made, model, given, rates)

@@ -18,7 +18,7 @@ from .block import Block, attend, no_mask, sizes
 from .tokens import Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
-_LEAST = (5, 6)  # layers' outputs are recorded by forward hooks
+_LEAST = (5, 4)  # layers' outputs are recorded by forward hooks
 _RECORDERS = "transformers.utils.output_capturing"
 
 
@@ -122,9 +122,9 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
-    "clip": _Family(("CLIPVisionModel",), "CLIPEncoderLayer", _Clip, 1),
-    "siglip": _Family(("SiglipVisionModel",), "SiglipEncoderLayer", _Clip, 0),
-    "siglip2": _Family(("Siglip2VisionModel",), "Siglip2EncoderLayer", _Clip, 0),
+    "clip": _Family(("CLIPVisionModel", "CLIPVisionTransformer"), "CLIPEncoderLayer", _Clip, 1),
+    "siglip": _Family(("SiglipVisionModel", "SiglipVisionTransformer"), "SiglipEncoderLayer", _Clip, 0),
+    "siglip2": _Family(("Siglip2VisionModel", "Siglip2VisionTransformer"), "Siglip2EncoderLayer", _Clip, 0),
     "vit": _Family(("ViTModel",), "ViTLayer", _ViT, 1),
     "dinov2": _Family(("Dinov2Model", "Dinov2Backbone"), "Dinov2Layer", _Dinov2, 1),
     "dinov2_with_registers": _Family(
@@ -143,6 +143,9 @@ def find(model: nn.Module) -> Vit | None:
         return None
     path = the_only(paths)
     tower: Any = path[-1]
+    if not hasattr(tower, "encoder") and hasattr(tower, "vision_model"):  # before 5.6 the tower is one deeper
+        tower = tower.vision_model
+        path = (*path, tower)
     require("transformers", _LEAST, tower)
     name = next(name for name, some in found.items() if some)
     runner = getattr(tower, "encoder", tower)
@@ -251,7 +254,12 @@ def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Ten
     inner = getattr(attn, "attention", attn)  # some have the projection of the output outside of the rest
     heads = _first(inner, "num_heads", "num_attention_heads")
     projections = _first(inner, "q_proj", "query"), _first(inner, "k_proj", "key"), _first(inner, "v_proj", "value")
-    q, k, v = (projection(x).unflatten(2, (heads, -1)).transpose(1, 2) for projection in projections)
+    biases = (getattr(inner, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
+    projected = (
+        projection(x) if bias is None else projection(x) + bias
+        for projection, bias in zip(projections, biases, strict=True)
+    )
+    q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
     dropout = _first(inner, "dropout", "attention_dropout", "dropout_prob") if inner.training else 0.0
     out = attend(q, k, v, sizes(block, tokens), _first(inner, "scale", "scaling"), dropout)
     return attn.output(out, x) if inner is not attn else _first(attn, "out_proj", "o_proj")(out), k
