@@ -63,8 +63,8 @@ def test_only_layers_of_the_vision_tower_change_their_class():
 def test_hidden_states_have_all_tokens(name):
     case = BY_NAME[name]
     model, inputs = build(case), case.inputs(2)
-    layers = case.blocks(model)
-    want = cases.slow_layers(layers, cases.first_input(layers, model, *inputs), case.protected, RATES)
+    layers, real = case.blocks(model), cases.real_tokens(model, inputs)
+    want = cases.slow_layers(layers, cases.first_input(layers, model, *inputs), case.protected, RATES, real)
     patched(model)
     out = model(*inputs, output_hidden_states=True)
     assert len(out.hidden_states) == 5
@@ -183,13 +183,38 @@ def test_siglip2_of_full_and_padded_images():
     assert torch.equal(case.answer(model(x, mask)), want)
     program = torch.export.export(model, (x, mask)).module()
     close(case.answer(program(x, mask)), want)
-    mask[0, 60:] = 0
-    with pytest.raises(ValueError, match=r"Siglip2EncoderLayer got attention_mask"):
-        model(x, mask)
-    with pytest.raises(RuntimeError, match="can't be masked"):
-        program(x, mask)
+    mask = cases.padded(2)[1]
+    close(case.answer(program(x, mask)), case.answer(model(x, mask)))
     program = torch.export.export(model, (x,)).module()
     close(case.answer(program(x)), want)
+
+
+@pytest.mark.parametrize("prop_attn", [True, False])
+def test_padding_of_siglip2_goes_first(prop_attn):
+    """And takes nothing with it: the last eight of 64 patches merge before anything else does."""
+    case = BY_NAME["siglip2-padded-eager"]
+    model, (x, mask) = build(case), case.inputs(2)
+    mask[:] = torch.arange(64) < 56
+    plain = case.answer(model(x, mask))
+    for tome_r in ((4, 2), (0, 0, 4, 0)):
+        close(case.answer(patched(model, tome_r, prop_attn=prop_attn)(x, mask)), plain)
+    assert not torch.allclose(case.answer(patched(model, (5,), prop_attn=prop_attn)(x, mask)), plain, 1e-3, 1e-3)
+
+
+def test_masks_that_are_no_padding():
+    case = BY_NAME["siglip2-padded"]
+    model, x = patched(build(case), (3, 3, 3, 3)), torch.randn(2, 64, 48)
+    layer, mask = case.blocks(model)[0], torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    for wrong in (mask[..., :63], mask[:, 0, 0], mask.expand(2, 4, 64, 64), mask.repeat(2, 1, 1, 1)):
+        with pytest.raises(
+            ValueError, match=r"Siglip2EncoderLayer got an attention_mask of shape .* need \(2, 1, 64, 64\)"
+        ):
+            layer(x, wrong)
+    for wrong in (mask.tril(), torch.zeros(2, 1, 64, 64).index_fill(3, torch.tensor(3), 0.5)):
+        with pytest.raises(RuntimeError, match="only say which patches are padding"):
+            layer(x, wrong)
+    with pytest.raises(ValueError, match=r"got a object.*sdpa"):
+        layer(x, object())
 
 
 @pytest.mark.parametrize("size", [48, 8])

@@ -59,13 +59,13 @@ class Slow:
     """Token merging as its papers write it: dense matrices, one step after the other.
 
     Attributes:
-        size: ``(N, T')``, how many tokens each stands for.
+        size: ``(N, T')``, how many tokens each stands for; 0 for padding.
         source: ``(N, T', T)``, 1 where an original token is part of a merged one.
     """
 
-    def __init__(self, x: Tensor, protected: int):
+    def __init__(self, x: Tensor, protected: int, real: Tensor | None = None):
         self.protected = protected
-        self.size = x.new_ones(x.shape[:2])
+        self.size = x.new_ones(x.shape[:2]) if real is None else real.to(x.dtype)
         self.source = torch.eye(x.shape[1], dtype=x.dtype).repeat(x.shape[0], 1, 1)
 
     @property
@@ -80,7 +80,8 @@ class Slow:
         weighted = matrix * self.size[:, None]
         self.size = weighted.sum(2)
         self.source = matrix @ self.source
-        return (weighted @ x) / self.size[..., None]
+        weighted = torch.where(self.size[..., None] > 0, weighted, matrix)  # of padding alone: its mean
+        return (weighted @ x) / weighted.sum(2, keepdim=True)
 
     def spread(self, x: Tensor) -> Tensor:
         """``(N, T, D)``: every original token's row."""

@@ -42,7 +42,7 @@ class Paired(nn.Module):
 
 
 class Flexible(nn.Module):
-    """SigLIP2 on images of 8·8 patches: its processor gives patches, a mask, and the grid."""
+    """SigLIP2 on images of 8·8 patches, or fewer rows: its processor gives patches, a mask, and the grid."""
 
     def __init__(self, kind: Any = hf.Siglip2ForImageClassification, **options):
         super().__init__()
@@ -53,6 +53,8 @@ class Flexible(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None, **options) -> Any:
         patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
         grid = torch.full((len(images), 2), 8, device=images.device)
+        if mask is not None:
+            patches, grid = patches * mask[..., None], torch.stack([mask.long().sum(1) // 8, grid[:, 1]], 1)
         return self.model(patches, mask, grid, **options)
 
 
@@ -94,6 +96,12 @@ def videos(batch: int) -> tuple:
     return (torch.randn(batch, 4, 3, 32, 32),)
 
 
+def padded(batch: int) -> tuple:
+    """Images of eight, seven, … rows of patches, and which patches there are."""
+    rows = torch.tensor([8, 7, 2, 5, 1, 6, 4, 3]).repeat(batch // 8 + 1)[:batch]
+    return (*vit_timm.images(batch), (torch.arange(64) < 8 * rows[:, None]).to(torch.int64))
+
+
 def attended(block: Any, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
     """What the layer's attention gives, with the sizes as its mask, and the keys."""
     if hasattr(block, "self_attn") or not hasattr(block.attention, "output"):
@@ -132,9 +140,11 @@ def slow_layer(block: Any, x: Tensor, state: Slow, r: int) -> Tensor:
     return x + block.dropout(block.mlp(block.layernorm_after(x)))
 
 
-def slow_layers(blocks: list, x: Tensor, protected: int, rates: tuple[int, ...]) -> list[Tensor]:
+def slow_layers(
+    blocks: list, x: Tensor, protected: int, rates: tuple[int, ...], real: Tensor | None = None
+) -> list[Tensor]:
     """What the layers give, each of ``(N, T, D)``: every original token's row."""
-    state, out = Slow(x, protected), []
+    state, out = Slow(x, protected, real), []
     for block, r in zip(blocks, rates, strict=True):
         x = slow_layer(block, x, state, r)
         out.append(state.spread(x))
@@ -144,12 +154,18 @@ def slow_layers(blocks: list, x: Tensor, protected: int, rates: tuple[int, ...])
 def slow(case: Case, model: Any, inputs: tuple, rates: tuple[int, ...], **options) -> Any:
     """The model's own way into its layers and out of them, with merging in between."""
     blocks = case.blocks(model)
-    last = slow_layers(blocks, first_input(blocks, model, *inputs, **options), case.protected, rates)[-1]
+    x = first_input(blocks, model, *inputs, **options)
+    last = slow_layers(blocks, x, case.protected, rates, real_tokens(model, inputs))[-1]
     hook = blocks[-1].register_forward_hook(lambda *_: last)
     try:
         return case.answer(model(*inputs, **options))
     finally:
         hook.remove()
+
+
+def real_tokens(model: Any, inputs: tuple) -> Tensor | None:
+    """Which tokens are no padding; None: all."""
+    return inputs[1] if isinstance(model, Flexible) and len(inputs) == 2 else None
 
 
 def first_input(blocks: list, model: Any, *inputs, **options) -> Tensor:
@@ -192,9 +208,10 @@ def case(
     answer: Any = lambda result: result if isinstance(result, Tensor) else result.logits,
     attn_implementation: str = "sdpa",
     main: bool = False,
+    inputs: Callable[[int], tuple] = vit_timm.images,
     **options,
 ) -> Case:
-    tokens, inputs = (128, videos) if make is videomae else (64 + protected, vit_timm.images)
+    tokens, inputs = (128, videos) if make is videomae else (64 + protected, inputs)
     model = partial(build, make, kind, attn_implementation, **options)
     layers = partial(layers_at, path=blocks)
 
@@ -212,15 +229,24 @@ EAGER = {"attn_implementation": "eager"}
 CLIP, SIGLIP = ("vision_model.encoder.layers", 1, clip), ("vision_model.encoder.layers", 0, siglip)
 # answers are pooled: where rounding makes other tokens merge, as autocast may, rows of single tokens jump
 CASES = [
-    case("clip", "model.vision_model.encoder.layers", 1, clip, hf.CLIPModel, lambda result: result[:, :3]),
+    case("clip", "model.vision_model.encoder.layers", 1, clip, hf.CLIPModel, lambda result: result[:, :3], main=True),
     case("clip-classifier", *CLIP, hf.CLIPForImageClassification),
-    case("siglip", "encoder.layers", 0, siglip, hf.SiglipVisionModel, attrgetter("pooler_output")),
+    case("siglip", "encoder.layers", 0, siglip, hf.SiglipVisionModel, attrgetter("pooler_output"), main=True),
     case("siglip2", "model.vision_model.encoder.layers", 0, Flexible, hf.Siglip2ForImageClassification),
+    case(
+        "siglip2-padded", "model.encoder.layers", 0, Flexible, hf.Siglip2VisionModel, attrgetter("pooler_output"),
+        main=True, inputs=padded,
+    ),
     case("vit", "vit.layers", 1, vit, hf.ViTForImageClassification, main=True),
-    case("dinov2", "dinov2.encoder.layer", 1, dinov2, hf.Dinov2ForImageClassification, use_swiglu_ffn=True, **EAGER),
-    case("registers", "encoder.layer", 5, registers, hf.Dinov2WithRegistersModel, attrgetter("pooler_output")),
-    case("videomae", "videomae.encoder.layer", 0, videomae, hf.VideoMAEForVideoClassification),
-]
+    case(
+        "dinov2", "dinov2.encoder.layer", 1, dinov2, hf.Dinov2ForImageClassification, main=True, use_swiglu_ffn=True,
+        **EAGER,
+    ),
+    case(
+        "registers", "encoder.layer", 5, registers, hf.Dinov2WithRegistersModel, attrgetter("pooler_output"), main=True
+    ),
+    case("videomae", "videomae.encoder.layer", 0, videomae, hf.VideoMAEForVideoClassification, main=True),
+]  # fmt: skip
 # more of the same layers, for which one forward is enough; all tokens are looked at
 MORE = [
     case("clip-vision", "encoder.layers", 1, clip, hf.CLIPVisionModel, both, **EAGER),
@@ -230,6 +256,10 @@ MORE = [
     case("siglip-vision", "encoder.layers", 0, siglip, hf.SiglipVisionModel, both),
     case("siglip-classifier", *SIGLIP, hf.SiglipForImageClassification),
     case("siglip2-vision", "model.encoder.layers", 0, Flexible, hf.Siglip2VisionModel, both),
+    case(
+        "siglip2-padded-eager", "model.vision_model.encoder.layers", 0, Flexible, hf.Siglip2ForImageClassification,
+        inputs=padded, **EAGER,
+    ),
     case("vit-pooler", "layers", 1, vit, hf.ViTModel, both, qkv_bias=False, **EAGER),
     case("vit-masked", "vit.layers", 1, vit, hf.ViTForMaskedImageModeling, attrgetter("reconstruction")),
     case("dinov2-model", "encoder.layer", 1, dinov2, hf.Dinov2Model, both),

@@ -70,8 +70,11 @@ class Reader(Patched):
 
 
 def sizes(block: Block, tokens: Tokens) -> Tensor | None:
-    """What keys count in the block's attention; None: one each."""
-    return tokens.size if block.tome.merging.config.prop_attn else None
+    """What keys count in the block's attention, padding nothing; None: one each."""
+    proportional = block.tome.merging.config.prop_attn
+    if tokens.padded and tokens.size is not None:
+        return torch.where(tokens.size < 1, 0.0, tokens.size if proportional else 1.0)
+    return tokens.size if proportional else None
 
 
 def attend(

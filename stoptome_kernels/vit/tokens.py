@@ -30,16 +30,22 @@ _REENTRANT = (
 )
 
 
+# What a padding token counts in averages: nothing beside a real token, while an average of padding alone exists.
+PADDING = 2.0**-100
+
+
 class Tokens(NamedTuple):
     """What one block gives the next: a tuple, so that checkpointing and several forwards before a backward are exact.
 
     Attributes:
         x: ``(N, T', D)``.
-        size: ``(N, T')`` float32, how many original tokens each token stands for; None: nothing was merged yet.
+        size: ``(N, T')`` float32, how many original tokens each token stands for (of padding: ``PADDING`` each); None:
+            nothing was merged yet.
         source: ``(N, T)`` int64, the token that each original token is part of now; None: nothing was merged yet.
         position: ``(N, T')`` int64, the original token whose place each token has (that into which others were merged),
             carried where attention needs it; None: nothing was merged yet.
         layers: ``source`` behind each layer, if a trace is wanted.
+        padded: there may be padding among them.
     """
 
     x: Tensor
@@ -47,6 +53,7 @@ class Tokens(NamedTuple):
     source: Tensor | None = None
     position: Tensor | None = None
     layers: tuple[Tensor, ...] = ()
+    padded: bool = False
 
 
 class Merging:
@@ -149,7 +156,7 @@ class Layer:
         Returns:
             The merged tokens, and ``norm`` of them (None without).
         """
-        x, size, source, position, _ = tokens
+        x, size, source, position = tokens[:4]
         merging = self.merging
         r = capped(merging.rates[self.index], x.shape[1], merging.protected)
         if r == 0:
@@ -165,7 +172,8 @@ class Layer:
         dest = plan.dest.long()
         if merging.positions:
             position = _moved(position, dest, plan.tokens_out, merging.protected)
-        return Tokens(x, size, dest if source is None else dest.gather(1, source), position, tokens.layers), normed
+        source = dest if source is None else dest.gather(1, source)
+        return tokens._replace(x=x, size=size, source=source, position=position), normed
 
     def finish(self, tokens: Tokens) -> Tokens | Tensor:
         """What the block gives: tokens to the next block, a tensor to whoever follows the last."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..tome.swap import Patched
 from .block import Block, attend, no_mask, sizes
-from .tokens import Tokens, spread
+from .tokens import PADDING, Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
 _LEAST = (5, 4)  # layers' outputs are recorded by forward hooks
@@ -67,12 +67,28 @@ class _Layer(Block):
 
 
 class _Clip(_Layer):
-    """``CLIPEncoderLayer``, ``SiglipEncoderLayer``, ``Siglip2EncoderLayer``."""
+    """``CLIPEncoderLayer``, ``SiglipEncoderLayer``."""
 
     tome_names = ("self_attn", "layer_norm1", "layer_norm2")
 
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         return (None,), {}  # the mask has no default
+
+
+class _Siglip2(_Clip):
+    """``Siglip2EncoderLayer``, for images of any shape, padded to one number of patches.
+
+    No query attends to padding, and a token that padding is merged with stays as it is. Tokens of padding are like one
+    another, so most of them go first.
+    """
+
+    def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
+        if isinstance(attention_mask, Tensor):
+            if tokens.size is None:
+                real = _unmasked_keys(self, attention_mask, tokens.x)
+                tokens = tokens._replace(size=torch.where(real, 1.0, PADDING), padded=True)
+            attention_mask = None  # it speaks of the original tokens; the sizes know
+        return super().tome_run(tokens, attention_mask, **options)
 
 
 class _ViT(_Layer):
@@ -124,7 +140,7 @@ class _Family(NamedTuple):
 _FAMILIES = {
     "clip": _Family(("CLIPVisionModel", "CLIPVisionTransformer"), "CLIPEncoderLayer", _Clip, 1),
     "siglip": _Family(("SiglipVisionModel", "SiglipVisionTransformer"), "SiglipEncoderLayer", _Clip, 0),
-    "siglip2": _Family(("Siglip2VisionModel", "Siglip2VisionTransformer"), "Siglip2EncoderLayer", _Clip, 0),
+    "siglip2": _Family(("Siglip2VisionModel", "Siglip2VisionTransformer"), "Siglip2EncoderLayer", _Siglip2, 0),
     "vit": _Family(("ViTModel",), "ViTLayer", _ViT, 1),
     "dinov2": _Family(("Dinov2Model", "Dinov2Backbone"), "Dinov2Layer", _Dinov2, 1),
     "dinov2_with_registers": _Family(
@@ -247,6 +263,28 @@ def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
             f"{type(block).__name__} is asked for attention weights, which are not made where tokens are merged: call "
             "the model without output_attentions, or take the patch out (remove_tome_patch)"
         )
+
+
+def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
+    """``(N, T)`` bool, the tokens that a layer's mask ``(N, 1, T, T)`` (True, or 0, where a query sees a key) leaves.
+
+    Raises:
+        ValueError: it is no mask of these tokens.
+        RuntimeError: it masks other keys for one query than for another, or does something else than masking.
+    """
+    batch, count, _ = x.shape
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != count:
+        raise ValueError(
+            f"{type(block).__name__} got an attention_mask of shape {tuple(mask.shape)} for {batch} × {count} tokens, "
+            f"need ({batch}, 1, {count}, {count}), as the model makes it of the mask of padded patches"
+        )
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    known = seen == seen[:, :, :1]
+    if mask.dtype != torch.bool:
+        known = known & (seen | (mask <= torch.finfo(mask.dtype).min))
+    # not a ValueError: whether it is so is known on the device alone, and nobody waits for the device here
+    torch._assert_async(known.all(), "where tokens are merged, a mask can only say which patches are padding")
+    return seen[:, 0, 0].expand(batch, count)
 
 
 def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
