@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from vit_cases import Case, build, cases
 
@@ -110,7 +111,6 @@ def test_reentrant_checkpointing_is_refused(case):
         run(case, model, case.inputs(2))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.main], ids=lambda case: case.name)
 def test_compiled(case):
     """One graph, for all batches: the first size is compiled as it is, the second for any."""
     torch._dynamo.reset()
@@ -133,8 +133,10 @@ def test_exported(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.main], ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own exporter
-def test_onnx(case, tmp_path):
-    """Without an operator of this package in it, and the same result from another runtime."""
+def test_onnx(case, tmp_path, monkeypatch):
+    """Without an operator of this package in it, and the same results from another runtime."""
+    if "siglip2" in case.name:  # the library's own checks of the grid, which torch can't export to ONNX
+        monkeypatch.setattr("transformers.models.siglip2.modeling_siglip2.torch_compilable_check", lambda *_: None)
     model, inputs = stk.apply_tome_patch(build(case), 5), case.inputs(2)
     program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
     assert not any("stoptome" in node.domain for node in program.model.graph)
@@ -142,9 +144,9 @@ def test_onnx(case, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     inputs = case.inputs(2)
     feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
-    want = run(case, model, inputs)
+    want = [out for out in tree_leaves(model(*inputs)) if isinstance(out, torch.Tensor)]
     got = [torch.from_numpy(out) for out in session.run(None, feed)]
-    assert min((out - want).abs().max().item() for out in got if out.shape == want.shape) < 1e-4
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

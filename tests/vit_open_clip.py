@@ -102,7 +102,7 @@ CASES = [
     clip("clip", main=True),
     clip("custom-text", open_clip.CustomTextCLIP, ls_init_value=0.5, qk_norm=True),
     replace(
-        clip("timm", reference=slow_trunk, timm_model_name="test_vit", timm_pool="token"), tokens=101,
+        clip("timm", main=True, reference=slow_trunk, timm_model_name="test_vit", timm_pool="token"), tokens=101,
         inputs=lambda batch: (torch.randn(batch, 3, 160, 160),), blocks=lambda model: list(model.visual.trunk.blocks),
     ),
     Case("open_clip-coca", coca, vit_timm.images, lambda model: resblocks(model.visual), 1, slow_caption, both),
@@ -112,6 +112,6 @@ CASES = [
     tower("avg-ln", pool_type="avg", final_ln_after_pool=True),
     tower("tokens", both, output_tokens=True),
     tower("none", pool_type="none"),
-    tower("attentional", attentional_pool=True, attn_pooler_queries=6, attn_pooler_heads=2),
+    tower("attentional", main=True, attentional_pool=True, attn_pooler_queries=6, attn_pooler_heads=2),
     tower("cascade", output_dim=48, attentional_pool="cascade", attn_pooler_queries=6, attn_pooler_heads=2),
 ]  # fmt: skip
