@@ -87,8 +87,9 @@ def _bars(axis, rows: list[dict]) -> None:
         tall = [row["speedup"] for row in own.values()]
         style = {"color": COLOURS[impl], "alpha": 1.0 if mode == "plain" else 0.55}
         axis.bar(at, tall, width * 0.92, label=f"{impl}, {mode}", **style)
-        for x, y in zip(at, tall, strict=True):
-            axis.annotate(f"{y:.2f}", (x, y), (0, 2), textcoords="offset points", size=7, ha="center")
+        ink = "white" if mode == "plain" else "black"
+        for x, y in zip(at, tall, strict=True):  # at the foot: at the head the ideal's line would often run through it
+            axis.annotate(f"{y:.2f}", (x, 0), (0, 4), textcoords="offset points", size=7, ha="center", color=ink)
     for place, name in enumerate(models):
         ideal = next(row["speedup_ideal"] for row in rows if row["shape"] == name)
         axis.hlines(ideal, place - 0.45, place + 0.45, color="#e07a5f", lw=2, label="ideal" if place == 0 else None)

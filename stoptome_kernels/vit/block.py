@@ -71,10 +71,11 @@ class Reader(Patched):
 
 def sizes(block: Block, tokens: Tokens) -> Tensor | None:
     """What keys count in the block's attention, padding nothing; None: one each."""
+    size = tokens.size
     proportional = block.tome.merging.config.prop_attn
-    if tokens.padded and tokens.size is not None:
-        return torch.where(tokens.size < 1, 0.0, tokens.size if proportional else 1.0)
-    return tokens.size if proportional else None
+    if size is not None and tokens.padded:
+        return (size if proportional else torch.ones_like(size)).masked_fill(size < 1, 0.0)
+    return size if proportional else None
 
 
 def attend(

@@ -86,7 +86,8 @@ class _Siglip2(_Clip):
         if isinstance(attention_mask, Tensor):
             if tokens.size is None:
                 real = _unmasked_keys(self, attention_mask, tokens.x)
-                tokens = tokens._replace(size=torch.where(real, 1.0, PADDING), padded=True)
+                size = torch.full_like(real, PADDING, dtype=torch.float32).masked_fill(real, 1.0)
+                tokens = tokens._replace(size=size, padded=True)
             attention_mask = None  # it speaks of the original tokens; the sizes know
         return super().tome_run(tokens, attention_mask, **options)
 
