@@ -324,7 +324,8 @@ def attention(
             raise ValueError(f"size must have shape (N, T) = {(n, k.shape[2])}, got {tuple(size.shape)}")
         if size.device != q.device:
             raise ValueError(f"size is on {size.device}, but q is on {q.device}; move one of them")
-    if scale is not None and not math.isfinite(scale):
+    # a compiled module's scale may be a symbol, of which this can't be asked
+    if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     choice(backend, "backend", BACKENDS)
 

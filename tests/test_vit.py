@@ -124,6 +124,22 @@ def test_compiled(case):
     assert counter.frame_count == 2
 
 
+def test_compiled_for_any_size_at_once():
+    """With dynamic=True numbers that modules hold, a scale for instance, are symbols too."""
+    case = next(case for case in CASES if case.name == "transformers-vit")
+    torch._dynamo.reset()
+    model, inputs = stk.apply_tome_patch(build(case), 5), case.inputs(2)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(run(case, compiled, inputs), run(case, model, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_patched_under_autocast(case):
+    """What a block computes is compared without it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        stk.apply_tome_patch(build(case), 5)
+
+
 def test_exported(case):
     model, inputs = stk.apply_tome_patch(build(case), 5), case.inputs(2)
     program = torch.export.export(model, inputs)

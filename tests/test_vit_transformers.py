@@ -191,10 +191,13 @@ def test_siglip2_of_full_and_padded_images():
 
 @pytest.mark.parametrize("prop_attn", [True, False])
 def test_padding_of_siglip2_goes_first(prop_attn):
-    """And takes nothing with it: the last eight of 64 patches merge before anything else does."""
+    """And takes nothing with it, whatever is in it: the last eight of 64 patches merge before anything else does."""
     case = BY_NAME["siglip2-padded-eager"]
     model, (x, mask) = build(case), case.inputs(2)
     mask[:] = torch.arange(64) < 56
+    model.model.vision_model.embeddings.register_forward_hook(
+        lambda _module, _args, out: out + (1 - mask[..., None]) * torch.randn_like(out)
+    )
     plain = case.answer(model(x, mask))
     for tome_r in ((4, 2), (0, 0, 4, 0)):
         close(case.answer(patched(model, tome_r, prop_attn=prop_attn)(x, mask)), plain)
@@ -205,11 +208,14 @@ def test_masks_that_are_no_padding():
     case = BY_NAME["siglip2-padded"]
     model, x = patched(build(case), (3, 3, 3, 3)), torch.randn(2, 64, 48)
     layer, mask = case.blocks(model)[0], torch.ones(2, 1, 64, 64, dtype=torch.bool)
-    for wrong in (mask[..., :63], mask[:, 0, 0], mask.expand(2, 4, 64, 64), mask.repeat(2, 1, 1, 1)):
+    for wrong in (mask[..., :63], mask[:, :, :3], mask[:, 0, 0], mask.expand(2, 4, 64, 64), mask.repeat(2, 1, 1, 1)):
         with pytest.raises(
             ValueError, match=r"Siglip2EncoderLayer got an attention_mask of shape .* need \(2, 1, 64, 64\)"
         ):
             layer(x, wrong)
+    with pytest.raises(TypeError, match=r"got an attention_mask of torch.int64"):
+        layer(x, mask.long())
+    assert torch.equal(layer(x, mask[:, :, :1]).x, layer(x, mask).x)
     for wrong in (mask.tril(), torch.zeros(2, 1, 64, 64).index_fill(3, torch.tensor(3), 0.5)):
         with pytest.raises(RuntimeError, match="only say which patches are padding"):
             layer(x, wrong)

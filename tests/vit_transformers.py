@@ -145,7 +145,10 @@ def slow_layers(
 ) -> list[Tensor]:
     """What the layers give, each of ``(N, T, D)``: every original token's row."""
     state, out = Slow(x, protected, real), []
-    for block, r in zip(blocks, rates, strict=True):
+    first = next(index for index, r in enumerate(rates) if r)
+    for index, (block, r) in enumerate(zip(blocks, rates, strict=True)):
+        if real is not None and index == first:  # padding is made the same, so that it matches padding
+            x = x * real[..., None].to(x.dtype)
         x = slow_layer(block, x, state, r)
         out.append(state.spread(x))
     return out

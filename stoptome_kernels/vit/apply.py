@@ -123,7 +123,8 @@ def _probe(vit: Vit) -> None:
         x = torch.randn(2, tokens, vit.width, generator=rng).to(weight)
         args, options = block.tome_sample(tokens)
         block.tome = Layer(merging, index)
-        with torch.no_grad(), _evaluating(block):
+        # by the weights' dtype, whatever the caller's autocast
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _evaluating(block):
             try:
                 want = super(Block, block).forward(x, *args, **options)
             except RuntimeError:

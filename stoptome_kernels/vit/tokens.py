@@ -30,7 +30,8 @@ _REENTRANT = (
 )
 
 
-# What a padding token counts in averages: nothing beside a real token, while an average of padding alone exists.
+# What a padding token counts in averages: nothing beside a real token, while an average of padding alone exists; the
+# sum of many is still far below 1, by which padding is told.
 PADDING = 2.0**-100
 
 
@@ -40,7 +41,7 @@ class Tokens(NamedTuple):
     Attributes:
         x: ``(N, T', D)``.
         size: ``(N, T')`` float32, how many original tokens each token stands for (of padding: ``PADDING`` each); None:
-            nothing was merged yet.
+            nothing was merged yet, and there is no padding.
         source: ``(N, T)`` int64, the token that each original token is part of now; None: nothing was merged yet.
         position: ``(N, T')`` int64, the original token whose place each token has (that into which others were merged),
             carried where attention needs it; None: nothing was merged yet.

@@ -78,8 +78,9 @@ class _Clip(_Layer):
 class _Siglip2(_Clip):
     """``Siglip2EncoderLayer``, for images of any shape, padded to one number of patches.
 
-    No query attends to padding, and a token that padding is merged with stays as it is. Tokens of padding are like one
-    another, so most of them go first.
+    No query attends to padding, and it has no weight where it is merged with other tokens. It is set to zero before
+    the first layer that merges, and so stays the same in all layers, whatever was in it: tokens of padding match one
+    another better than anything else, and go first as far as they find one another (half of them a layer).
     """
 
     def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
@@ -87,8 +88,9 @@ class _Siglip2(_Clip):
             if tokens.size is None:
                 real = _unmasked_keys(self, attention_mask, tokens.x)
                 size = torch.full_like(real, PADDING, dtype=torch.float32).masked_fill(real, 1.0)
-                tokens = tokens._replace(size=size, padded=True)
-            attention_mask = None  # it speaks of the original tokens; the sizes know
+                x = tokens.x.masked_fill(~real[..., None], 0.0)
+                tokens = tokens._replace(x=x, size=size, padded=True)
+            attention_mask = None  # it speaks of the original tokens; from here on the sizes know
         return super().tome_run(tokens, attention_mask, **options)
 
 
@@ -270,15 +272,24 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
     """``(N, T)`` bool, the tokens that a layer's mask ``(N, 1, T, T)`` (True, or 0, where a query sees a key) leaves.
 
     Raises:
-        ValueError: it is no mask of these tokens.
+        TypeError, ValueError: it is no mask of these tokens.
         RuntimeError: it masks other keys for one query than for another, or does something else than masking.
     """
     batch, count, _ = x.shape
-    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != count:
+    shape = tuple(mask.shape)
+    if (
+        len(shape) != 4
+        or shape[0] not in (1, batch)
+        or shape[1] != 1
+        or shape[2] not in (1, count)
+        or shape[3] != count
+    ):
         raise ValueError(
-            f"{type(block).__name__} got an attention_mask of shape {tuple(mask.shape)} for {batch} × {count} tokens, "
-            f"need ({batch}, 1, {count}, {count}), as the model makes it of the mask of padded patches"
+            f"{type(block).__name__} got an attention_mask of shape {shape} for {batch} × {count} tokens, need "
+            f"({batch}, 1, {count}, {count}), as the model makes it of the mask of padded patches, or of one row"
         )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{type(block).__name__} got an attention_mask of {mask.dtype}, need bool or floating point")
     seen = mask if mask.dtype == torch.bool else mask == 0
     known = seen == seen[:, :, :1]
     if mask.dtype != torch.bool:
