@@ -18,7 +18,7 @@ from .block import Block, attend, no_mask, sizes
 from .tokens import PADDING, Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
-_LEAST = (5, 4)  # layers' outputs are recorded by forward hooks
+_LEAST = (5, 4)  # all hidden states are recorded by forward hooks; before, DINOv2's encoder collected them itself
 _RECORDERS = "transformers.utils.output_capturing"
 
 
@@ -251,8 +251,8 @@ def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
     """
     if isinstance(attention_mask, Tensor) and torch.compiler.is_compiling():
         # while a graph is made, the library can't look whether anything is masked, and makes a mask even of None
-        full = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        torch._assert_async(full.all(), "tokens that are merged can't be masked: call the model without a mask")
+        full = _seen(attention_mask).all()
+        torch._assert_async(full, "tokens that are merged can't be masked: call the model without a mask")
     elif attention_mask is None or isinstance(attention_mask, Tensor):
         no_mask(block, attention_mask=attention_mask, head_mask=options.get("head_mask"))
     else:
@@ -266,6 +266,11 @@ def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
             f"{type(block).__name__} is asked for attention weights, which are not made where tokens are merged: call "
             "the model without output_attentions, or take the patch out (remove_tome_patch)"
         )
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Where a query sees a key, by a mask in either form: True, or 0 to be added."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
@@ -290,7 +295,7 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{type(block).__name__} got an attention_mask of {mask.dtype}, need bool or floating point")
-    seen = mask if mask.dtype == torch.bool else mask == 0
+    seen = _seen(mask)
     known = seen == seen[:, :, :1]
     if mask.dtype != torch.bool:
         known = known & (seen | (mask <= torch.finfo(mask.dtype).min))
