@@ -28,6 +28,7 @@ class Case:
         answer: the tensor of a forward's result that is compared.
         tokens: of an image.
         main: stands for its family in tests that take long.
+        traced: the unpatched model is one graph for compile and export, whatever the batch.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     answer: Callable[[Any], Tensor] = lambda result: result
     tokens: int = 65
     main: bool = False
+    traced: bool = True
 
 
 def build(case: Case, seed: int = 0) -> Any:

@@ -105,16 +105,20 @@ def the_only(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
     return paths[0]
 
 
+def older(package: str, version: tuple[int, ...]) -> bool:
+    """Whether the installed version of a library is from before ``version``."""
+    have = importlib.metadata.version(package).split(".")[: len(version)]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in have) < version
+
+
 def require(package: str, least: tuple[int, ...], module: Any) -> None:
     """Raise if a library is too old.
 
     Raises:
         ImportError: it is; the message names the class that was found, both versions and the way out.
     """
-    have = importlib.metadata.version(package)
-    digits = [int("".join(c for c in part if c.isdigit()) or 0) for part in have.split(".")[: len(least)]]
-    if tuple(digits) < least:
-        want = ".".join(map(str, least))
+    if older(package, least):
+        have, want = importlib.metadata.version(package), ".".join(map(str, least))
         raise ImportError(
             f"merging tokens in {type(module).__name__} needs {package} {want} or later, found {have}: "
             f"pip install -U '{package}>={want}'"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..tome.swap import Patched
 from .block import Block, attend, no_mask, sizes
+from .recording import encoder_mixin, is_recorder, recorded, tidy
 from .tokens import PADDING, Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
-_LEAST = (5, 4)  # all hidden states are recorded by forward hooks; before, DINOv2's encoder collected them itself
-_RECORDERS = "transformers.utils.output_capturing"
+_LEAST = (5, 0)
 
 
 class Recorded(NamedTuple):
@@ -45,13 +45,13 @@ class _Layer(Block):
 
     def forward(self, x: Any, *args, **options):
         given = super().forward(x.tokens if isinstance(x, Recorded) else x, *args, **options)
-        if isinstance(given, Tokens) and _recorded(self, "hidden_states", options):
+        if isinstance(given, Tokens) and _wants_all(self, options):
             return Recorded(spread(given), given)
         return given
 
     def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
         attn, norm1, norm2 = (getattr(self, name) for name in self.tome_names)
-        _check_call(self, attention_mask, options)
+        _check_call(self, attn, attention_mask, options)
         residual, keys = _attention(self, attn, norm1(tokens.x), tokens)
         merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
         return merged._replace(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
@@ -166,6 +166,7 @@ def find(model: nn.Module) -> Vit | None:
         tower = tower.vision_model
         path = (*path, tower)
     require("transformers", _LEAST, tower)
+    tidy(tower)
     name = next(name for name, some in found.items() if some)
     runner = getattr(tower, "encoder", tower)
     blocks = tuple(_first(runner, "layers", "layer"))
@@ -174,7 +175,11 @@ def find(model: nn.Module) -> Vit | None:
     protected = _FAMILIES[name].classes + getattr(tower.config, "num_register_tokens", 0)
     mixins = tuple(_mixin(block, name) for block in blocks)
     around = path if runner is tower else (*path, runner)
-    return Vit(runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, around=around)
+    runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2))
+    return Vit(
+        runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, runner_mixin,
+        around=around,
+    )  # fmt: skip
 
 
 def _home(name: str) -> str:
@@ -202,7 +207,7 @@ def _mixin(block: Any, name: str) -> type[Block]:
     mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
     if not isinstance(block, Patched):
         attn = getattr(block, mixin.tome_names[0])
-        for module in (attn, getattr(attn, "attention", attn)):
+        for module in _parts(attn):
             _check_called(module)
     return mixin
 
@@ -214,36 +219,33 @@ def _check_called(attn: Any) -> None:
         ValueError: it has hooks, other than the library's own recorders of attention weights, or another forward.
     """
     hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
-    if "forward" in attn.__dict__ or any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
+    if "forward" in attn.__dict__ or not all(map(is_recorder, hooks)):
         raise ValueError(
             f"{type(attn).__name__} has hooks or a forward of its own, which would not be called: remove them before "
             "patching"
         )
 
 
-def _recorded(block: Any, what: str, options: dict) -> bool:
-    """Whether the caller wants this from all layers: hidden_states or attentions.
+def _wants_all(block: Any, options: dict) -> bool:
+    """Whether the caller wants the hidden states of all layers.
 
     Raises:
         RuntimeError: it can't be told in the backward, when a checkpointed layer is run again.
     """
-    if options.get(f"output_{what}"):
+    if options.get("output_hidden_states"):
         return True
-    if not block._forward_hooks:
-        return False  # recorders are hooks
-    from transformers.utils.output_capturing import _active_collector
-
-    if what not in (_active_collector.get() or ()):
+    if not recorded(block, "hidden_states"):
         return False
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{type(block).__name__} is checkpointed while {what} are recorded: give output_{what}=True as an argument "
-            "and not by the config; where the model doesn't hand that on (VideoMAE), turn checkpointing off"
+            f"{type(block).__name__} is checkpointed while hidden_states are recorded: give output_hidden_states=True "
+            "as an argument and not by the config; where the model doesn't hand that on (VideoMAE), turn "
+            "checkpointing off"
         )
     return True
 
 
-def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
+def _check_call(block: Any, attn: Any, attention_mask: Any, options: dict) -> None:
     """Raise if a layer is asked for something that merged tokens don't have.
 
     Raises:
@@ -261,7 +263,7 @@ def _check_call(block: Any, attention_mask: Any, options: dict) -> None:
             "counts tokens that are merged: model.set_attn_implementation('sdpa')"
         )
     no_mask(block, is_causal=options.get("is_causal"))
-    if _recorded(block, "attentions", options):
+    if options.get("output_attentions") or any(recorded(module, "attentions") for module in _parts(attn)):
         raise ValueError(
             f"{type(block).__name__} is asked for attention weights, which are not made where tokens are merged: call "
             "the model without output_attentions, or take the patch out (remove_tome_patch)"
@@ -306,7 +308,7 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
 
 def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """What the attention module makes of ``x``, and the keys. Projections are called, for they may be adapters."""
-    inner = getattr(attn, "attention", attn)  # some have the projection of the output outside of the rest
+    _, inner = _parts(attn)
     heads = _first(inner, "num_heads", "num_attention_heads")
     projections = _first(inner, "q_proj", "query"), _first(inner, "k_proj", "key"), _first(inner, "v_proj", "value")
     biases = (getattr(inner, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
@@ -318,6 +320,13 @@ def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Ten
     dropout = _first(inner, "dropout", "attention_dropout", "dropout_prob") if inner.training else 0.0
     out = attend(q, k, v, sizes(block, tokens), _first(inner, "scale", "scaling"), dropout)
     return attn.output(out, x) if inner is not attn else _first(attn, "out_proj", "o_proj")(out), k
+
+
+def _parts(attn: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """An attention module, and what is in it, or itself, where some have the projection of the output outside of the
+    rest."""
+    inner: Any = getattr(attn, "attention", attn)
+    return attn, inner
 
 
 def _first(module: Any, *names: str) -> Any:

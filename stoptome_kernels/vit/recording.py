@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How transformers records what its layers and attentions give, in each of its versions.
+
+From 5.2 on, by forward hooks that stay where they are and ask who listens. In 5.0 and 5.1, by other forwards in front
+of the modules' own. They stay if the call fails; if it doesn't, the module's own method stays as an attribute of the
+module, where it would hide a patch. Before 5.4 DINOv2's encoder collects itself what its layers give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tome.swap import Patched
+from .tokens import Merging
+from .towers import older
+
+_HOOKS = "transformers.utils.output_capturing"
+_FORWARDS = "transformers.utils.generic"
+
+
+def recorded(module: Any, what: str) -> bool:
+    """Whether what this module gives is recorded in the present call, by the library itself.
+
+    Args:
+        module: a layer, for hidden_states, or an attention module, for attentions.
+        what: hidden_states or attentions.
+    """
+    if "forward" in module.__dict__:
+        return _is_recorder(module.forward)
+    if not module._forward_hooks:
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ModuleNotFoundError:
+        return False
+    return what in (_active_collector.get() or ())
+
+
+def is_recorder(hook: Callable) -> bool:
+    """Whether a forward hook is the library's own."""
+    return getattr(hook, "__module__", None) == _HOOKS
+
+
+def tidy(root: nn.Module) -> None:
+    """Take out what recording left on modules: forwards of recorders, and modules' own methods as their attributes."""
+    for module in root.modules():
+        forward: Any = module.__dict__.get("forward")
+        kept = forward
+        while _is_recorder(kept):
+            kept = kept.__wrapped__
+        if getattr(kept, "__self__", None) is module and kept.__func__ is type(module).forward:
+            del module.forward
+        elif kept is not forward:
+            module.forward = kept
+
+
+def _is_recorder(forward: Any) -> bool:
+    return getattr(forward, "__globals__", {}).get("__name__") == _FORWARDS
+
+
+class Encoder(Patched):
+    """An encoder of transformers 5.0 or 5.1: a call that fails leaves no recorders."""
+
+    tome: Merging
+
+    def forward(self, *args, **options):
+        try:
+            return super().forward(*args, **options)  # type: ignore[misc]
+        except Exception:
+            tidy(self)  # type: ignore[arg-type]
+            raise
+
+
+class Collecting(Encoder):
+    """``Dinov2Encoder`` and ``Dinov2WithRegistersEncoder`` before 5.4: hidden states have all tokens."""
+
+    def forward(self, *args, output_hidden_states: bool = False, **options):
+        if not output_hidden_states or self.tome.idle:
+            return super().forward(*args, output_hidden_states=output_hidden_states, **options)
+        encoder: Any = self
+        if encoder.training and torch.is_grad_enabled() and any(x.gradient_checkpointing for x in encoder.layer):
+            raise RuntimeError(
+                f"{type(self).__name__} is checkpointed while hidden_states are recorded, which transformers before "
+                "5.4 can't do where tokens are merged: turn checkpointing off, or pip install -U 'transformers>=5.4'"
+            )
+        self.tome.every = True
+        try:
+            return super().forward(*args, output_hidden_states=True, **options)
+        finally:
+            self.tome.every = False
+
+
+def encoder_mixin(collects: bool) -> type[Encoder] | None:
+    """What the encoder of the installed version is patched with.
+
+    Args:
+        collects: it is one of those that used to collect hidden states themselves.
+    """
+    if collects and older("transformers", (5, 4)):
+        return Collecting
+    return Encoder if older("transformers", (5, 2)) else None
