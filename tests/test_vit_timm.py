@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is special to timm's models: pools, grids, rotary positions, dropout, and what is refused."""
 
+import inspect
+
 import libraries  # noqa: F401
 import pytest
 import timm
@@ -8,12 +10,17 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from vit_cases import build
-from vit_timm import CASES, SIZE, images
+from vit_timm import CASES, SIZE, images, takes
 
 import stoptome_kernels as stk
+from stoptome_kernels.vit.towers import older
 
 BY_NAME = {case.name.removeprefix("timm-"): case for case in CASES}
-PARAMETERS = [pytest.param(BY_NAME[name], id=name) for name in ("registers", "avg", "map", "dinov3", "eva-mixed")]
+PARAMETERS = [
+    pytest.param(BY_NAME[name], id=name)
+    for name in ("registers", "avg", "map", "dinov3", "eva-mixed")
+    if name in BY_NAME
+]
 
 
 def features(model, x) -> torch.Tensor:
@@ -91,8 +98,9 @@ def test_another_pool():
     model, inputs = build(case), case.inputs(2)
     stk.apply_tome_patch(model, 6)
     short = features(model, *inputs)
-    with pytest.raises(ValueError, match=r"pool_type='avg'.*unmerge=True"):
-        model.pool(short, "avg")
+    if hasattr(model, "pool"):  # since timm 1.0.7
+        with pytest.raises(ValueError, match=r"pool_type='avg'.*unmerge=True"):
+            model.pool(short, "avg")
     model.reset_classifier(10, "avg")
     assert features(model, *inputs).shape[1] == case.tokens
     stk.apply_tome_patch(model, 6, unmerge=True)
@@ -136,7 +144,9 @@ def test_dropout_in_training(kind, option):
     torch.testing.assert_close(model.eval()(x), plain(x))
 
 
-@pytest.mark.parametrize("case", [BY_NAME["vit"], BY_NAME["dinov3"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [BY_NAME["vit"], BY_NAME.get("dinov3", BY_NAME["eva"])], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:.*the use_reentrant parameter should be passed")  # old versions don't
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_its_own_checkpointing(case):
     model, inputs = build(case).train(), case.inputs(2)
     stk.apply_tome_patch(model, 6)
@@ -148,14 +158,22 @@ def test_its_own_checkpointing(case):
 
     want = gradients()
     model.set_grad_checkpointing()
+    if older("timm", (1, 0, 15)):  # which can only do it the reentrant way, and with rotary embeddings not at all
+        with pytest.raises((RuntimeError, ValueError), match=r"use_reentrant=False|Unexpected keyword arguments: rope"):
+            gradients()
+        return
     for got, plain in zip(gradients(), want, strict=True):
         assert torch.equal(got, plain)
 
 
 def test_patch_dropout_with_rotary_positions():
     """Each image keeps patches of its own, whose embeddings come with a batch axis."""
-    case = BY_NAME["eva-mixed"]
+    if older("timm", (1, 0, 18)) and not older("timm", (1, 0, 17)):
+        pytest.skip("this version fails at it, patched or not")
+    case = BY_NAME["eva"]
     for rope in ({}, {"rope_type": "mixed", "attn_type": "rope"}):
+        if not takes(Eva, **rope):
+            continue
         model = Eva(**SIZE, use_rot_pos_emb=True, patch_drop_rate=0.5, **rope).train()
         with torch.no_grad():
             for p in model.parameters():
@@ -196,15 +214,19 @@ class Mine(Block):
     """A block of somebody's own."""
 
 
+TWO = SIZE | {"num_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: VisionTransformer(**SIZE, block_fn=ParallelScalingBlock), "ParallelScalingBlock.*block_fn"),
         (lambda: VisionTransformer(**SIZE, block_fn=ParallelThingsBlock), "ParallelThingsBlock.*block_fn"),
         (lambda: VisionTransformer(**SIZE, block_fn=Mine), "Mine.*block_fn"),
-        (
-            lambda: VisionTransformer(**SIZE | {"num_heads": 2}, attn_layer="diff"),
-            "Block with the attention DiffAttention",
+        *(
+            [(lambda: VisionTransformer(**TWO, attn_layer="diff"), "Block with the attention DiffAttention")]
+            if takes(VisionTransformer, attn_layer="diff")
+            else []
         ),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "timm's Beit"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), "timm's SwinTransformer"),
@@ -227,6 +249,8 @@ def test_refused_uses():
     model = stk.apply_tome_patch(build(case), 2)
     mask = torch.zeros(2, 1, 65, 65)
     for options in ({"attn_mask": mask}, {"is_causal": True}):
+        if next(iter(options)) not in inspect.signature(model.forward_features).parameters:
+            continue
         with pytest.raises(ValueError, match=next(iter(options))):
             model.forward_features(*inputs, **options)
     with pytest.raises(RuntimeError, match=r"remove_tome_patch.*prune"):

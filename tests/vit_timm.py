@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import libraries  # noqa: F401
 import torch
+import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
-from torch import Tensor
-from vit_cases import Case, Slow, recorded
+from torch import Tensor, nn
+from vit_cases import Case, Slow
+
+from stoptome_kernels.vit.towers import older
 
 SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 
@@ -22,12 +27,18 @@ def images(batch: int) -> tuple:
 
 
 def attended(block: Any, x: Tensor, slow: Slow, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the block's attention gives, with the sizes as its mask, and the keys."""
-    options = {"attn_mask": slow.bias}
-    if rope is not None:
-        # each merged token is where the one is that received the others: the last odd one, or the only one
-        options["rope"] = rope_of(block, slow, rope)
-    return recorded(block.attn.k_norm, lambda: block.attn(x, **options))
+    """What the block's attention gives, with the sizes as its mask, and the keys before any rotation."""
+    plain, given = F.scaled_dot_product_attention, []
+
+    def weighted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **options) -> Tensor:
+        given.append(k)
+        return plain(q, k, v, slow.bias, **options)
+
+    # each merged token is where the one is that received the others: the last odd one, or the only one
+    options = {} if rope is None else {"rope": rope_of(block, slow, rope)}
+    with mock.patch.object(F, "scaled_dot_product_attention", weighted):  # a mask can't be given before timm 1.0.16
+        block.attn(x)
+        return block.attn(x, **options), given[0]
 
 
 def rope_of(block: Any, slow: Slow, rope: Tensor) -> Tensor:
@@ -65,10 +76,10 @@ def slow(model: Any, inputs: tuple, rates: tuple[int, ...]) -> Tensor:
         x, rope = model._pos_embed(x)
     else:
         x = model._pos_embed(x)
-    x = model.norm_pre(x)
-    state = Placed(x, model.num_prefix_tokens)
+    x = getattr(model, "norm_pre", nn.Identity())(x)
+    state, mixed = Placed(x, model.num_prefix_tokens), getattr(model, "rope_mixed", False)
     for index, (block, r) in enumerate(zip(model.blocks, rates, strict=True)):
-        own = rope[index] if rope is not None and model.rope_mixed else rope
+        own = rope[index] if rope is not None and mixed else rope
         post = isinstance(block, (ResPostBlock, EvaBlockPostNorm))
         out, keys = attended(block, x if post else block.norm1(x), state, own)
         out = block.norm1(out) if post else scaled(block, 1, out)
@@ -92,6 +103,12 @@ def scaled(block: Any, branch: int, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
+def takes(kind: type[nn.Module], **options) -> bool:
+    """Whether the installed timm knows these settings of a model."""
+    known = {name for base in kind.__mro__[:2] for name in inspect.signature(base.__init__).parameters}
+    return known >= options.keys()
+
+
 def case(name: str, protected: int, kind=VisionTransformer, main: bool = False, **options) -> Case:
     make, tokens = partial(kind, **SIZE | options), 64 + protected
     return Case(
@@ -100,6 +117,7 @@ def case(name: str, protected: int, kind=VisionTransformer, main: bool = False, 
 
 
 EVA = {"kind": Eva, "use_rot_pos_emb": True}
+REGISTERS = {} if older("timm", (1, 0, 17)) else {"num_reg_tokens": 4}  # Eva's own forward failed with them
 CASES = [
     case("vit", 1, main=True),
     case("registers", 5, main=True, reg_tokens=4, init_values=0.1, qk_norm=True),
@@ -110,10 +128,15 @@ CASES = [
     case("map", 0, main=True, class_token=False, global_pool="map"),
     case("res-post", 1, block_fn=ResPostBlock, init_values=0.5),
     case("deit3", 1, no_embed_class=True, init_values=1e-2),
-    case("eva", 5, num_reg_tokens=4, init_values=0.1, **EVA),
+    case("eva", 1 + len(REGISTERS) * 4, init_values=0.1, **REGISTERS, **EVA),
     case("eva02", 1, main=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, rope_rotate_half=True, **EVA),
     case("eva-mixed", 1, rope_type="mixed", qkv_bias=False, attn_type="rope", **EVA),
     case("dinov3", 5, main=True, num_reg_tokens=4, rope_type="dinov3", attn_type="rope", global_pool="token", **EVA),
     case("eva-gqa", 1, attn_type="rope", qkv_fused=False, num_kv_heads=1, **EVA),
     case("eva-post", 1, use_post_norm=True, **EVA),
 ]  # fmt: skip
+CASES = [
+    each
+    for each in CASES
+    if takes(each.make.func, **each.make.keywords) and not (each.name == "timm-avgmax" and older("timm", (1, 0, 7)))
+]

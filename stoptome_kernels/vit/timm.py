@@ -14,10 +14,11 @@ from ..tome.swap import original
 from ..tome.towers import hooked
 from .block import Block, Reader, attend, no_mask, sizes
 from .tokens import Tokens
-from .towers import Vit, is_a, require, the_only, within
+from .towers import Vit, is_a, older, require, the_only, within
 
 _VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
 _LEAST = (1, 0)
+_ROPE_BY_IMAGE = older("timm", (1, 0, 17))  # what (·, patches, 2d) rotary embeddings are for; now by head
 _ATTENTION = {
     ("timm.models.vision_transformer", "Attention"),  # where it was before timm 1.0.16
     ("timm.layers.attention", "Attention"),
@@ -113,8 +114,8 @@ def _refuse_others(model: nn.Module) -> None:
 def _reads_all(tower: Any) -> bool:
     """Whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by a
     method of somebody else's."""
-    methods = (getattr(original(tower), name) for name in ("forward", "forward_features", "pool", "forward_head"))
-    foreign = any(not method.__module__.startswith("timm.") for method in methods)
+    kind, names = original(tower), ("forward", "forward_features", "pool", "forward_head")  # Eva's pool: since 1.0.16
+    foreign = any(not getattr(kind, name).__module__.startswith("timm.") for name in names if hasattr(kind, name))
     return foreign or tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
 
 
@@ -151,7 +152,7 @@ def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tu
 
         first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
         rope = _at(rope, tokens.position, first)
-        options = {"half": half} if half else {}  # timm before 1.0.17 knows no other way
+        options = {"half": half} if half else {}  # timm before 1.0.20 knows no other way
         q, k = (
             torch.cat([part[:, :, :first], apply_rot_embed_cat(part[:, :, first:], rope, **options)], 2).type_as(v)
             for part in (q, k)
@@ -184,6 +185,8 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 def _at(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
     """The rows of ``([N,] [H,] patches, 2d)`` rotary embeddings that belong to the tokens."""
+    if _ROPE_BY_IMAGE and rope.dim() == 3:  # some patches of each image were dropped
+        rope = rope[:, None]
     if position is None:
         return rope
     place = position[:, prefix:] - prefix  # (N, T')

@@ -106,8 +106,11 @@ def the_only(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
 
 
 def older(package: str, version: tuple[int, ...]) -> bool:
-    """Whether the installed version of a library is from before ``version``."""
-    have = importlib.metadata.version(package).split(".")[: len(version)]
+    """Whether the installed version of a library is from before ``version``; False if none is installed."""
+    try:
+        have = importlib.metadata.version(package).split(".")[: len(version)]
+    except importlib.metadata.PackageNotFoundError:
+        return False
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in have) < version
 
 
