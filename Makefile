@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench bench-stop bench-models accuracy test lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy test oldest lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -37,6 +37,18 @@ test: $(STAMP)
 	$(RUN) -m mypy
 	MYPYPATH=examples/stop_retrieval $(RUN) -m mypy -p retrieval
 	$(RUN) -m pytest $(ARGS)
+
+# the vision transformers of the oldest versions of their libraries that vit/ claims to know, beside the newest ones
+# that $(RUN) has; transformers checks the versions of those that it stands on
+OLDEST ?= .oldest
+OLDEST_VERSIONS := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.8.0 timm==1.0.3 open_clip_torch==3.0.0
+oldest: $(STAMP)
+	rm -rf $(OLDEST)
+	$(RUN) -m pip install --quiet --target $(OLDEST) --no-deps $(OLDEST_VERSIONS)
+	$(RUN) -m pip install --quiet "httpx<1"  # which huggingface_hub 1 uses and 2 doesn't
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit_timm.py tests/test_vit_open_clip.py \
+		tests/test_vit_transformers.py tests/test_vit_recording.py tests/test_vit_masks.py $(ARGS)
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit.py -k "(timm or open_clip or transformers) and (slow_way or r_0 or compiled)" $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check --fix .
@@ -66,4 +78,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .installed gpu-results build dist *.egg-info stoptome_kernels/*.so
+	rm -rf .venv .oldest .installed gpu-results build dist *.egg-info stoptome_kernels/*.so
