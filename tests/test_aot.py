@@ -47,6 +47,8 @@ def test_no_matching_spills(tmp_path):
     # where indices and rows together are the most for a program's registers
     shapes = ("stop-b32-train", "sd-64")
     report(tmp_path, "--arch", "80", "100", "--dtype", "fp16", "fp32", "--what", "match sets", "--shape", *shapes)
+    report(tmp_path, "--arch", "100", "--dtype", "fp32", "--what", "match", "--shape", "vit-b16-deep")
+    report(tmp_path, "--arch", "90", "--dtype", "fp16", "--what", "match", "--shape", "few-tokens")
 
 
 def test_no_merge_norm_spills(tmp_path):

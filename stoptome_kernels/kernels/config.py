@@ -34,8 +34,9 @@ def match(
     tile = max(16, _pow2(larger)) if whole else 128 if heads > 1 else 64
     narrow = heads == 1 and dtype != torch.float32
     small = tile <= 32 and dtype == torch.float32  # its loads take twice the registers: half as many in flight
-    # tokens by index take registers: beside them these tiles, and so long pieces of rows, would spill
-    tight = given and whole and tile == 64 and heads > 1 and dtype == torch.float32
+    # what keeps registers from spilling (bench/aot_report.py): half as many heads in flight here too, and where tokens
+    # are found by index, short pieces of rows, or fewer threads with more registers each
+    tight = whole and tile == 64 and heads > 1 and dtype == torch.float32
     piece = 32 if not narrow or (given and dtype == torch.float16) else 64
     product = "narrow" if narrow else "thirds" if tile > 32 else "float32"
     if not compiled:  # the interpreter's dot is BLAS: sums differ from row to row, and it takes bfloat16 for integers
@@ -50,7 +51,7 @@ def match(
         "BLOCK_B": min(tile, 16 if small or tight else 32 if heads > 1 else 128 if narrow and channels > 64 else 64),
         # long rows come in pieces; operands in three parts take three times the registers
         "BLOCK_C": max(16, _block(channels, 64) if channels <= 64 else piece),
-        "num_warps": 4 if tile < 32 or small else 8,
+        "num_warps": 2 if given and tile < 32 and not small else 4 if tile < 32 or small else 8,
         **common,
     }
     if whole:
