@@ -272,6 +272,12 @@ def test_accelerate(family):
     for block in family.blocks(model):
         add_hook_to_module(block, hook())
     assert torch.equal(family.answer(model(*inputs)), want)
+    states = model(*inputs, output_hidden_states=True).hidden_states
+    for got, wanted in zip(
+        states, patched(build(family))(*inputs, output_hidden_states=True).hidden_states, strict=True
+    ):
+        assert torch.equal(got, wanted)
+    assert torch.equal(family.answer(model(*inputs)), want)
     model = build(family)
     add_hook_to_module(family.blocks(model)[0], hook())
     with pytest.raises(RuntimeError, match=r"accelerate.*patch first"):

@@ -29,8 +29,8 @@ def recorded(module: Any, what: str) -> bool:
         module: a layer, for hidden_states, or an attention module, for attentions.
         what: hidden_states or attentions.
     """
-    if "forward" in module.__dict__:
-        return _is_recorder(module.forward)
+    if "forward" in module.__dict__ and _is_recorder(module.forward):
+        return True
     if not module._forward_hooks:
         return False
     try:
