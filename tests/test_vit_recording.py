@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden states, attention weights and feature maps of Hugging Face's models whose tokens are merged."""
 
+from functools import partial, wraps
+
 import pytest
 import torch
 import transformers as hf
@@ -9,6 +11,7 @@ from vit_cases import build
 from vit_transformers import BY_NAME, RATES, close, layers_at, patched
 
 import stoptome_kernels as stk
+from stoptome_kernels.vit.recording import recorded, tidy
 
 
 @pytest.fixture(params=cases.FAMILIES, ids=lambda case: case.name)
@@ -57,6 +60,27 @@ def test_recorded_once_means_nothing_afterwards(family):
     stk.remove_tome_patch(model)
     assert torch.equal(family.answer(model(*inputs)), plain)
     assert torch.equal(family.answer(patched(model)(*inputs)), merged)
+
+
+def test_what_recording_leaves_is_taken_out_and_nothing_else():
+    """As transformers 5.0 records: by a function in front of a module's method, or of what accelerate put there."""
+    library = {"__name__": "transformers.utils.generic", "wraps": wraps}
+    exec("def recorder(inner):\n    return wraps(inner)(lambda *args, **options: inner(*args, **options))", library)
+    model = build(BY_NAME["vit"])
+    tower, (first, second, third, fourth) = model.vit, BY_NAME["vit"].blocks(model)
+    tower.forward = tower.forward  # a method whose decorator is from the library's file
+    first.forward = first.forward
+    second.forward = library["recorder"](library["recorder"](second.forward))
+    third.forward = others = partial(third.forward)
+    fourth.forward = partial(fourth.forward)
+    beneath, fourth.forward = fourth.forward, library["recorder"](fourth.forward)
+    layers = (first, second, third, fourth)
+    assert [recorded(layer, "hidden_states") for layer in layers] == [False, True, False, True]
+    tidy(model)
+    assert not any("forward" in module.__dict__ for module in (tower, first, second))
+    assert third.forward is others
+    assert fourth.forward is beneath
+    assert not any(recorded(layer, "hidden_states") for layer in layers)
 
 
 def test_attentions_are_refused(family):

@@ -9,6 +9,7 @@ module, where it would hide a patch. Before 5.4 DINOv2's encoder collects itself
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -52,14 +53,15 @@ def tidy(root: nn.Module) -> None:
         kept = forward
         while _is_recorder(kept):
             kept = kept.__wrapped__
-        if getattr(kept, "__self__", None) is module and kept.__func__ is type(module).forward:
+        if isinstance(kept, MethodType) and kept.__self__ is module and kept.__func__ is type(module).forward:
             del module.forward
         elif kept is not forward:
             module.forward = kept
 
 
 def _is_recorder(forward: Any) -> bool:
-    return getattr(forward, "__globals__", {}).get("__name__") == _FORWARDS
+    """Whether it is a function that was put on a module, not a method (some of which come from the same file)."""
+    return isinstance(forward, FunctionType) and forward.__globals__.get("__name__") == _FORWARDS
 
 
 class Encoder(Patched):
