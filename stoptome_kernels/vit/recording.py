@@ -41,7 +41,7 @@ def recorded(module: Any, what: str) -> bool:
     return what in (_active_collector.get() or ())
 
 
-def is_recorder(hook: Callable) -> bool:
+def is_recording_hook(hook: Callable) -> bool:
     """Whether a forward hook is the library's own."""
     return getattr(hook, "__module__", None) == _HOOKS
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..tome.swap import Patched
 from .block import Block, attend, no_mask, sizes
-from .recording import encoder_mixin, is_recorder, recorded, tidy
+from .recording import encoder_mixin, is_recording_hook, recorded, tidy
 from .tokens import PADDING, Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
@@ -219,7 +219,7 @@ def _check_called(attn: Any) -> None:
         ValueError: it has hooks, other than the library's own recorders of attention weights, or another forward.
     """
     hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
-    if "forward" in attn.__dict__ or not all(map(is_recorder, hooks)):
+    if "forward" in attn.__dict__ or not all(map(is_recording_hook, hooks)):
         raise ValueError(
             f"{type(attn).__name__} has hooks or a forward of its own, which would not be called: remove them before "
             "patching"
