@@ -56,6 +56,9 @@ def test_recorded_once_means_nothing_afterwards(family):
     family.blocks(model)[1].register_forward_hook(lambda _layer, _args, out: seen.append(type(out)))
     merged = family.answer(model(*inputs))
     assert seen == [stk.vit.tokens.Tokens]
+    model(*inputs, output_hidden_states=True)
+    assert torch.equal(family.answer(model(*inputs)), merged)
+    assert seen[2] == stk.vit.tokens.Tokens
     patched(model, [9])
     stk.remove_tome_patch(model)
     assert torch.equal(family.answer(model(*inputs)), plain)
@@ -64,8 +67,9 @@ def test_recorded_once_means_nothing_afterwards(family):
 
 def test_what_recording_leaves_is_taken_out_and_nothing_else():
     """As transformers 5.0 records: by a function in front of a module's method, or of what accelerate put there."""
-    library = {"__name__": "transformers.utils.generic", "wraps": wraps}
-    exec("def recorder(inner):\n    return wraps(inner)(lambda *args, **options: inner(*args, **options))", library)
+    library = {"wraps": wraps}
+    source = "def recorder(inner):\n    return wraps(inner)(lambda *args, **options: inner(*args, **options))"
+    exec(compile(source, "/lib/transformers/utils/generic.py", "exec"), library)
     model = build(BY_NAME["vit"])
     tower, (first, second, third, fourth) = model.vit, BY_NAME["vit"].blocks(model)
     tower.forward = tower.forward  # a method whose decorator is from the library's file

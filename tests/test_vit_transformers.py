@@ -101,7 +101,7 @@ def checkpointing(model):
 
 
 # which don't tell their layers that hidden states are wanted
-UNREPEATABLE = [BY_NAME[name] for name in (("videomae",) if since(5, 4) else ("videomae", "vit", "dinov2"))]
+UNREPEATABLE = [BY_NAME[name] for name in (("videomae",) if since(5, 4) else ("videomae", "vit"))]
 
 
 @pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}], ids=["plain", "recorded"])

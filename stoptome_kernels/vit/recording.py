@@ -12,15 +12,14 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..tome.swap import Patched
-from .tokens import Merging
+from .tokens import Tokens, spread
 from .towers import older
 
 _HOOKS = "transformers.utils.output_capturing"
-_FORWARDS = "transformers.utils.generic"
+_FORWARDS = "transformers/utils/generic.py"  # a file: compile traces no module names of nested functions
 
 
 def recorded(module: Any, what: str) -> bool:
@@ -61,13 +60,11 @@ def tidy(root: nn.Module) -> None:
 
 def _is_recorder(forward: Any) -> bool:
     """Whether it is a function that was put on a module, not a method (some of which come from the same file)."""
-    return isinstance(forward, FunctionType) and forward.__globals__.get("__name__") == _FORWARDS
+    return isinstance(forward, FunctionType) and forward.__code__.co_filename.endswith(_FORWARDS)
 
 
 class Encoder(Patched):
     """An encoder of transformers 5.0 or 5.1: a call that fails leaves no recorders."""
-
-    tome: Merging
 
     def forward(self, *args, **options):
         try:
@@ -80,20 +77,11 @@ class Encoder(Patched):
 class Collecting(Encoder):
     """``Dinov2Encoder`` and ``Dinov2WithRegistersEncoder`` before 5.4: hidden states have all tokens."""
 
-    def forward(self, *args, output_hidden_states: bool = False, **options):
-        if not output_hidden_states or self.tome.idle:
-            return super().forward(*args, output_hidden_states=output_hidden_states, **options)
-        encoder: Any = self
-        if encoder.training and torch.is_grad_enabled() and any(x.gradient_checkpointing for x in encoder.layer):
-            raise RuntimeError(
-                f"{type(self).__name__} is checkpointed while hidden_states are recorded, which transformers before "
-                "5.4 can't do where tokens are merged: turn checkpointing off, or pip install -U 'transformers>=5.4'"
-            )
-        self.tome.every = True
-        try:
-            return super().forward(*args, output_hidden_states=True, **options)
-        finally:
-            self.tome.every = False
+    def forward(self, *args, **options):
+        out = super().forward(*args, **options)
+        if out.hidden_states is not None:
+            out.hidden_states = tuple(spread(x) if isinstance(x, Tokens) else x for x in out.hidden_states)
+        return out
 
 
 def encoder_mixin(collects: bool) -> type[Encoder] | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def older(package: str, version: tuple[int, ...]) -> bool:
         have = importlib.metadata.version(package).split(".")[: len(version)]
     except importlib.metadata.PackageNotFoundError:
         return False
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in have) < version
+    return tuple(int(re.match(r"\d*", part)[0] or 0) for part in have) < version  # type: ignore[index]
 
 
 def require(package: str, least: tuple[int, ...], module: Any) -> None:

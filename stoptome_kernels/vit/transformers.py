@@ -239,8 +239,8 @@ def _wants_all(block: Any, options: dict) -> bool:
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         raise RuntimeError(
             f"{type(block).__name__} is checkpointed while hidden_states are recorded: give output_hidden_states=True "
-            "as an argument and not by the config; where the model doesn't hand that on (VideoMAE), turn "
-            "checkpointing off"
+            "as an argument and not by the config; where the model doesn't hand that on (VideoMAE, and ViT before "
+            "transformers 5.4), turn checkpointing off"
         )
     return True
 
