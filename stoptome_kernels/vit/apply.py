@@ -48,8 +48,10 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
             "tome_r=0"
         )
     check_unsharded(*vit.around, *vit.blocks)
-    for module in vit.blocks if not hasattr(vit.runner_mixin, "forward") else (vit.runner, *vit.blocks):
-        check_free(module, "forward")
+    for block in vit.blocks:
+        check_free(block, "forward")
+    if hasattr(vit.runner_mixin, "forward"):
+        check_free(vit.runner, "forward")
     fresh = [module for module in (vit.runner, *vit.blocks) if not isinstance(module, Patched)]
     merging = Merging(config, rates, vit.protected, unmerge or vit.dense, vit.positions, unmerge)
     try:

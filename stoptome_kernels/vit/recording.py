@@ -8,6 +8,7 @@ module, where it would hide a patch. Before 5.4 DINOv2's encoder collects itself
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -19,7 +20,7 @@ from .tokens import Tokens, spread
 from .towers import older
 
 _HOOKS = "transformers.utils.output_capturing"
-_FORWARDS = "transformers/utils/generic.py"  # a file: compile traces no module names of nested functions
+_FORWARDS = os.path.join("transformers", "utils", "generic.py")  # torch.compile knows it of nested functions
 
 
 def recorded(module: Any, what: str) -> bool:
