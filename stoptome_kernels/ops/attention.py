@@ -39,7 +39,16 @@ def sdpa(
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _has_autocast(device: str) -> bool:
+    """Whether autocast exists on such a device; elsewhere ``torch.is_autocast_enabled`` raises."""
+    return torch.amp.is_autocast_available(device)
+
+
+# torch's function can't be traced before torch 2.12 or so, and its answer is a constant
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def default_scale(q: Tensor) -> float:
