@@ -113,8 +113,8 @@ def match(
     sources = best.shape[1]
 
     # keep the r most similar edges; a stable sort puts the lowest a first on a tie
-    chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, :r]
-    merged = torch.zeros_like(best, dtype=torch.bool).scatter(1, chosen, True)
+    rank = best.sort(dim=-1, descending=True, stable=True).indices.argsort(1)
+    merged = rank < r
 
     # output order: protected, unmerged A ascending, all of B ascending
     first_b = protected + sources - r
@@ -143,13 +143,12 @@ def build_groups(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Ten
         members: ``(N, T)`` int32, tokens in order of destination, then of index; a weightless token i stands as ``~i``.
         offsets: ``(N, tokens_out + 1)`` int32; the members of output o are ``members[offsets[o]:offsets[o + 1]]``.
     """
-    dest = dest.long()
-    members = dest.sort(dim=-1, stable=True).indices
+    ordered, members = dest.long().sort(dim=-1, stable=True)
     members = torch.where(weightless.gather(1, members), ~members, members)
-    # integer addition: atomics would be exact here, in any order
-    counts = torch.zeros(dest.shape[0], tokens_out + 1, dtype=torch.int64, device=dest.device)
-    counts.scatter_add_(1, dest + 1, torch.ones_like(dest))
-    return members.int(), counts.cumsum(1).int()
+    # offset o is the number of tokens that go to outputs before o; counting by scatter would wait for the device on a
+    # GPU in deterministic mode
+    outputs = torch.arange(tokens_out + 1, device=dest.device).repeat(dest.shape[0], 1)
+    return members.int(), torch.searchsorted(ordered, outputs, out_int32=True)
 
 
 def identity(n: int, tokens: int, tokens_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

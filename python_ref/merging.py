@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+_CORRUPT = "plan points outside of its items: it was changed after match(), or is no plan"
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -20,8 +22,17 @@ def _checked(offsets: Tensor, tokens: int) -> Tensor:
     if offsets.device.type == "cpu":
         bad = (offsets.diff(dim=1) < 0).any() or (offsets[:, 0] != 0).any() or (offsets[:, -1] != tokens).any()
         if offsets.shape[0] and bool(bad):
-            raise IndexError("plan points outside of its items: it was changed after match(), or is no plan")
+            raise IndexError(_CORRUPT)
     return offsets.clamp(0, tokens).cummax(1).values
+
+
+def _places(index: Tensor) -> Tensor:
+    """The inverse of the permutation ``index (N, T)``: the place of each token in it. By sorting, not by scatter, which
+    on a GPU waits for the device in deterministic mode."""
+    ordered, place = index.sort(1)
+    if index.device.type == "cpu" and not bool((ordered == torch.arange(index.shape[1])).all()):
+        raise IndexError(_CORRUPT)
+    return place
 
 
 def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
@@ -106,15 +117,15 @@ def spread(
         first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
     """
     offsets = _checked(offsets, members.shape[1])
-    if mode == "max":
-        if x is None or y is None:
-            raise ValueError("mode 'max' needs x and y")
-        out = torch.zeros_like(x, dtype=grad.dtype)
-        return out.scatter(1, winners(x, y, members, offsets), grad)
     index, valid = _split(members)
     group = _group_of(offsets, members.shape[1])
     rows = _rows(grad, group)
-    if mode == "mean":
+    if mode == "max":
+        if x is None or y is None:
+            raise ValueError("mode 'max' needs x and y")
+        won = _rows(winners(x, y, members, offsets), group) == index[..., None]
+        rows = rows.masked_fill(~won, 0.0)
+    elif mode == "mean":
         wide = _wide(grad.dtype)
         weight = grad.new_ones(index.shape, dtype=wide) if size is None else size.gather(1, index).to(wide)
         weight = weight.masked_fill(~valid, 0.0)
@@ -124,10 +135,7 @@ def spread(
         rows = (share[..., None] * rows.to(wide)).to(grad.dtype)
     if mode != "all":
         rows = rows.masked_fill(~valid[..., None], 0.0)
-    position = torch.empty_like(index).scatter_(
-        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
-    )
-    return _rows(rows, position)
+    return _rows(rows, _places(index))
 
 
 def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:

@@ -261,8 +261,8 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
     if source is None:
         if (n, tokens) != tuple(plan.dest.shape):
             raise ValueError(f"x has shape {tuple(x.shape)}, but the plan wants {tuple(plan.dest.shape)} tokens")
-        place = plan.dest.long()[:, None]
-        return x.new_zeros(n, plan.tokens_out, tokens).scatter_(1, place, 1.0)
+        outputs = torch.arange(plan.tokens_out, device=x.device)
+        return (plan.dest[:, None] == outputs[:, None]).to(x.dtype)
     if plan.r == 0:
         return source
     # the sum over all members, those of weight 0 too; no column has more than a single one

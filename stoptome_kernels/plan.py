@@ -84,8 +84,9 @@ class MergePlan:
 
     def _weightless(self) -> Tensor:
         """``(N, tokens_in)`` bool: tokens that were merged with weight 0."""
-        token = torch.where(self.members >= 0, self.members, ~self.members).long()
-        return torch.zeros_like(self.dest, dtype=torch.bool).scatter(1, token, self.members < 0)
+        # by argsort, not scatter: on a GPU scatter waits for the device in deterministic mode
+        token = torch.where(self.members >= 0, self.members, ~self.members)
+        return (self.members < 0).gather(1, token.argsort(1))
 
     def __repr__(self) -> str:
         return (

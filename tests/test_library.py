@@ -8,8 +8,11 @@ import pickle
 import pytest
 import torch
 from helpers import assert_valid
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stoptome_kernels as stk
+import stoptome_kernels.compat
+from stoptome_kernels.vit.tokens import _moved
 
 OPS = torch.ops.stoptome
 
@@ -223,3 +226,33 @@ def test_checkpointing_and_two_forwards_before_backward(backend, device):
     two.sum().backward()
     one.sum().backward()
     torch.testing.assert_close(x.grad, 5 * want)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_scatters():
+    """On a GPU in deterministic mode a scatter copies from the host: it waits, and no CUDA graph can hold it."""
+    x, keys, size = inputs("reference", "cpu")
+    plan, following = stk.match(keys, 4, 1), stk.match(x[:, :16], 3, 1)
+    sets = stk.reference.arrange(torch.arange(0, 20, 2), torch.arange(1, 20, 2), 20)
+    with Operations() as seen:
+        plan.then(following)
+        for order in (None, sets):
+            members, offsets = stk.reference.match(keys, 4, 0, order, 10)[1:]
+        for mode in ("mean", "sum", "max"):
+            y, _ = stk.reference.reduce(x, members, offsets, size, mode)
+            stk.reference.spread(y, members, offsets, size, mode, x, y)
+        stk.compat.merge_source(stk.compat.bipartite_soft_matching(keys.mean(1), 4)[0], x)
+        _moved(None, plan)
+    assert {"sort", "gather"} <= seen.names
+    assert not {name for name in seen.names if "scatter" in name or name == "put_"}, seen.names

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..api import match, merge, merge_norm, unmerge
 from ..grouping import group
 from ..plan import MergePlan
+from ..reference import match_sets
 from ..tome.config import ToMeConfig
 from ..tome.merging import exporting
 from ..tome.towers import hooked
@@ -172,7 +173,7 @@ class Layer:
             normed = None if norm is None else norm(x)
         dest = plan.dest.long()
         if merging.positions:
-            position = _moved(position, dest, plan.tokens_out, merging.protected)
+            position = _moved(position, plan)
         source = dest if source is None else dest.gather(1, source)
         return tokens._replace(x=x, size=size, source=source, position=position), normed
 
@@ -210,14 +211,12 @@ def spread(tokens: Tokens) -> Tensor:
     return unmerge(tokens.x, MergePlan(tokens.source.int(), members, offsets, 0))
 
 
-def _moved(position: Tensor | None, dest: Tensor, tokens_out: int, protected: int) -> Tensor:
-    """Where merged tokens are: where the one was into which the others were merged (protected and odd tokens receive,
-    even ones alone in their group stay)."""
-    index = torch.arange(dest.shape[1], device=dest.device)
-    receives = (index % 2 == 1) | (index < protected)
-    rank = torch.where(receives, index + dest.shape[1], index).expand_as(dest)
-    kept = torch.zeros(dest.shape[0], tokens_out, dtype=torch.int64, device=dest.device)
-    kept = kept.scatter_reduce(1, dest, rank, "amax") % dest.shape[1]
+def _moved(position: Tensor | None, plan: MergePlan) -> Tensor:
+    """Where merged tokens are: where the one was into which the others were merged."""
+    _, odd = match_sets(plan.tokens_in, plan.protected)
+    receive = torch.arange(plan.tokens_in, device=plan.dest.device)[odd]  # the last outputs, in this order
+    alone = plan.members.gather(1, plan.offsets[:, : plan.tokens_out - len(receive)].long()).long()
+    kept = torch.cat([alone, receive.expand(len(alone), -1)], 1)
     return kept if position is None else position.gather(1, kept)
 
 
