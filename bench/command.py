@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measure
+import no_gpu
 import torch
 
 
@@ -45,12 +46,30 @@ def add_options(p: argparse.ArgumentParser) -> None:
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
     add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where blocks of 16 MiB and more come from")
     add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    add_dry(p)
+
+
+def add_dry(p: argparse.ArgumentParser) -> None:
+    """Add the option of a run that measures nothing."""
+    p.add_argument(
+        "--dry",
+        action="store_true",
+        help="go through all of a GPU's steps on a CPU, with few items and a driver that launches nothing; no results",
+    )
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Set ``device``, and a ``dtype`` where none was asked for; with ``--dry`` a device that is not there."""
+    if args.dry:
+        no_gpu.install()
+        no_gpu.pretend()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 
 def settle(args: argparse.Namespace) -> None:
     """Set ``device``, a ``dtype`` where none was asked for, the threads, and where memory comes from."""
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    choose_device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None

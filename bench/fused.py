@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import command
 import data
 import measure
 import torch
 import torch.nn.functional as F
-from command import one_of, positive
 from torch import Tensor
 from verify import WrongResult
 
@@ -151,22 +150,25 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
-    add("--shapes", type=one_of("shape", SHAPES), default=list(SHAPES), metavar="NAME,NAME", help=", ".join(SHAPES))
+    command.add_options(p)
+    add(
+        "--shapes",
+        type=command.one_of("shape", SHAPES),
+        default=list(SHAPES),
+        metavar="NAME,NAME",
+        help=", ".join(SHAPES),
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add(
         "--seconds",
-        type=positive(float),
+        type=command.positive(float),
         default=2.0,
         metavar="S",
         help="for each shape, op and direction (default: 2)",
     )
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    pages = measure.settle_heap("reused") if args.device == "cpu" else None
-    where = measure.environment(args.device, args.commit) | {"pages": pages}
+    command.settle(args)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
     try:
         file = measure.rows_file(args.json, where)
     except ValueError as error:
@@ -183,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
         status = 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+        status = 130
     print(table(rows))
     return status
 

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+import no_gpu
 import torch
 from data import HEAD_DIM, Shape
 
@@ -33,7 +34,7 @@ class Times(dict):
 
 
 def measure(sides: dict[str, Calls], device: str, seconds: float, graph: set[str]) -> dict[str, Times]:
-    """Alternate between the sides for about ``seconds``; at least 5 rounds, at most 300."""
+    """Alternate between the sides for about ``seconds``; at least 5 rounds, at most 300; one in a dry run."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -46,7 +47,8 @@ def measure(sides: dict[str, Calls], device: str, seconds: float, graph: set[str
 def _rounds(sides: dict[str, Calls], seconds: float, sample: Callable[[str, int], float]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in sides}
     names, start, turn = list(sides), time.perf_counter(), 0
-    while turn < 5 or (turn < 300 and time.perf_counter() - start < seconds):
+    least, most = (1, 1) if no_gpu.pretending() else (5, 300)
+    while turn < least or (turn < most and time.perf_counter() - start < seconds):
         for place in range(len(names)):  # each round begins with another side, so that none always follows the same
             name = names[(place + turn) % len(names)]
             found[name].append(sample(name, turn))
@@ -125,10 +127,12 @@ def _gpu(sides: dict[str, Calls], seconds: float, graph: set[str]) -> dict[str, 
     return found
 
 
-def _wall(calls: Calls) -> float:
-    """What a caller sees that does nothing else: host and device, over calls back to back."""
-    samples = []
-    for _ in range(9):
+def _wall(calls: Calls, seconds: float = 0.5) -> float:
+    """What a caller sees that does nothing else: host and device, over calls back to back; nine times, or as often as
+    ``seconds`` allow."""
+    samples: list[float] = []
+    start = time.perf_counter()
+    while not samples or (len(samples) < 9 and time.perf_counter() - start < seconds and not no_gpu.pretending()):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for call in calls:
@@ -235,12 +239,12 @@ def cpu_model() -> str:
 
 
 def environment(device: str, commit: str | None) -> dict:
-    """The part of a row that says where and on what it was measured."""
+    """The part of a row that says where and on what it was measured; a dry run's device is ``none``."""
     gpu = device == "cuda"
     changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": torch.cuda.get_device_name() if gpu else cpu_model(),
-        "device_kind": device,
+        "device_kind": "none" if no_gpu.pretending() else device,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "cpu": cpu_model(),
@@ -269,7 +273,7 @@ IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", 
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The rows of a results file; ValueError if it is none."""
+    """Return the rows of a results file; raise ValueError if it is none."""
     rows = json.loads(file.read_text())
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(IDENTITY) <= set(row) for row in rows):
         raise ValueError(f"{file} is not a list of benchmark rows")

@@ -157,7 +157,7 @@ def random_weights(built: nn.Module) -> dict[str, Tensor]:
 
 
 def batch_of(model: Model, args: argparse.Namespace) -> int:
-    return args.batch or model.batch[args.device == "cuda"]
+    return args.batch or (1 if args.dry else model.batch[args.device == "cuda"])
 
 
 def sides(model: Model, args: argparse.Namespace) -> list[Side]:

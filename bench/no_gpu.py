@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +222,7 @@ _CUDA = {
         name="none", L2_cache_size=50 << 20, total_memory=80 << 30, multi_processor_count=MULTIPROCESSORS
     ),
     "mem_get_info": lambda *_: (80 << 30, 80 << 30),
+    "max_memory_allocated": lambda *_: 1,
     "is_bf16_supported": lambda *_, **__: True,
     "Event": _Event,
     "Stream": _Stream,
@@ -231,22 +231,33 @@ _CUDA = {
     "stream": lambda *_: nullcontext(),
     "graph": lambda *_, **__: nullcontext(),
     **dict.fromkeys(
-        ("synchronize", "empty_cache", "_sleep", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats",
+        ("synchronize", "empty_cache", "_sleep", "memory_allocated", "reset_peak_memory_stats",
          "set_sync_debug_mode", "manual_seed_all"),
         _nothing,
     ),
 }  # fmt: skip
 
 
-@contextmanager
-def pretend() -> Iterator[None]:
-    """Let programs ask for a device ``cuda``: tensors lie on the CPU, events read its clock, graphs are empty."""
-    before = {name: getattr(torch.cuda, name) for name in _CUDA}
-    for name, value in _CUDA.items():
-        setattr(torch.cuda, name, value)
-    try:
-        with _OnCpu():
-            yield
-    finally:
-        for name, value in before.items():
+_mode: list[_OnCpu] = []
+
+
+def pretend() -> None:
+    """Let this process ask for a device ``cuda``: tensors lie on the CPU, events read its clock, graphs are empty."""
+    import torch._dynamo  # reads the functions that are replaced below
+
+    if not _mode:
+        for name, value in _CUDA.items():
             setattr(torch.cuda, name, value)
+        _mode.append(_OnCpu())
+        _mode[0].__enter__()
+
+
+def pretending() -> bool:
+    """Return whether this process has no GPU but was told that it has."""
+    return bool(_mode)
+
+
+def pytest_load_initial_conftests() -> None:
+    """Install the driver and pretend before any test is imported: ``python -m pytest -p no_gpu``."""
+    install()
+    pretend()

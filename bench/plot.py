@@ -272,6 +272,8 @@ def publish(
         if not rows:
             raise ValueError(none)
         table, text = markdown(rows), ""
+        if args.readme and any(row["device_kind"] == "none" for row in rows):
+            raise ValueError("these rows are a dry run's, in which nothing was measured: they are not published")
         if args.readme:
             parts = [f"![{image}]({relative(args.png, args.readme)})", table, more()]
             block = "\n\n".join(part for part in parts if part)

@@ -311,7 +311,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="r = 0 and 4, all blocks, inference alone")
     args = p.parse_args(argv)
     command.settle(args)
-    args.videos = args.videos or (128 if args.device == "cuda" else 4)
+    args.videos = args.videos or (1 if args.dry else 128 if args.device == "cuda" else 4)
     if args.quick:
         args.settings, args.scope, args.direction = ["r=0", "r=4"], ["blocks"], ["inference"]
         args.seconds = min(args.seconds, 5.0)
