@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of bench/gpu_suite.sh: what runs on a GPU, in which order, and for how many seconds at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LIMITS = {"first": 400, "second": 300, "tests": 540, "bench": 540, "models": 400, "all": 1200, "dry": 600}  # seconds
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of the suite.
+
+    Attributes:
+        name: unique within a plan.
+        seconds: its box.
+        script: a file of bench/, or ``pytest``.
+        arguments: ``{out}`` stands for the folder of the suite's files.
+        under: the words of a profiler or sanitizer that runs the script; the stage is left out where there is none.
+    """
+
+    name: str
+    seconds: int
+    script: str
+    arguments: tuple[str, ...] = ()
+    under: tuple[str, ...] = ()
+
+
+FIVE = "stop-b32-train,vit-b16-r16,stop-b32-video-r2,tempme-b32-clip12,vit-l16-384"
+THREE = "stop-b32-train,vit-b16-r16,stop-b32-video-r2"
+
+
+def pytest(name: str, seconds: int, *arguments: str) -> Stage:
+    """Return a stage of tests."""
+    return Stage(name, seconds, "pytest", arguments)
+
+
+def merge(name: str, seconds: int, *arguments: str) -> Stage:
+    """Return a stage of bench/merge.py."""
+    return Stage(name, seconds, "merge.py", ("--json", "{out}/rows.json", *arguments))
+
+
+def stop(name: str, seconds: int, *arguments: str) -> Stage:
+    """Return a stage of bench/stop.py."""
+    return Stage(name, seconds, "stop.py", ("--json", "{out}/stop.json", *arguments))
+
+
+def chart(name: str, script: str, rows: str) -> Stage:
+    """Return a stage that draws rows and writes their table."""
+    files = (f"{{out}}/{rows}.json", "--png", f"{{out}}/{rows}.png", "--table", f"{{out}}/{rows}.md")
+    return Stage(name, 20, script, files)
+
+
+def profile(name: str, seconds: int, shape: str, kernels: str) -> Stage:
+    """Return a stage in which ncu counts what bounds each kernel at a shape, at its second launch."""
+    under = (
+        *("ncu", "--clock-control", "none", "--log-file", f"{{out}}/{name}.txt"),
+        *(
+            "--kernel-id",
+            f"::regex:^({kernels})$:2",
+            "--section",
+            "SpeedOfLight",
+            "--section",
+            "MemoryWorkloadAnalysis",
+        ),
+        *("--section", "MemoryWorkloadAnalysis", "--section", "Occupancy", "--section", "LaunchStats"),
+        *("--section", "WarpStateStats"),
+    )
+    return Stage(name, seconds, "exercise.py", ("--shape", shape), under)
+
+
+def sanitize(tool: str, seconds: int) -> Stage:
+    """Return a stage that runs every kernel for one video under a tool of compute-sanitizer."""
+    under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", f"{{out}}/{tool}.txt")
+    return Stage(tool, seconds, "exercise.py", ("--shape", "stop-b32-video-r2"), under)
+
+
+VERSIONS = Stage("versions", 15, "versions.py")
+TEST_GPU = ("tests/test_gpu.py",)
+TEST_BACKENDS = ("-k", "triton", "-m", "not slow", "tests")
+SEVEN = "match_item|reduce_rows|spread_rows|norm_rows|norm_grad_rows|attend|grad_keys"
+HALF = ("--dtype", "bfloat16")
+TUNE = ("--json", "{out}/tune.json")
+FUSED = ("--json", "{out}/fused.json", "--seconds", "0.3")
+ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference")
+
+FIRST = (  # is it right, how fast, what bounds it
+    VERSIONS,
+    pytest("test-gpu", 110, *TEST_GPU),
+    merge(
+        "merge", 65, "--dtype", "bfloat16", "--no-compile", "--backend", "triton", "--seconds", "20", "--shapes", FIVE
+    ),
+    Stage("fused", 35, "fused.py", FUSED),
+    Stage("tune", 40, "tune.py", TUNE),
+    stop("stop-blocks", 40, "--scope", "blocks", "--settings", "r=0", "r=2", "r=8", "--seconds", "2"),
+    profile("ncu", 35, "stop-b32-train", SEVEN),
+    sanitize("memcheck", 30),
+    sanitize("racecheck", 15),
+)
+SECOND = (  # right again, with a compiler, whole towers
+    VERSIONS,
+    pytest("test-gpu", 80, *TEST_GPU),
+    pytest("test-backends", 60, *TEST_BACKENDS),
+    merge("merge-compile", 50, *HALF, "--seconds", "10", "--shapes", THREE),
+    stop("stop-one-video", 30, *ONE_VIDEO, "--seconds", "2"),
+    stop("stop-tower", 30, "--scope", "tower", "--settings", "r=0", "r=2", "r=4", "r=8", "--seconds", "2"),
+    chart("chart", "plot.py", "rows"),
+)
+TESTS = (
+    pytest("test-gpu", 150, *TEST_GPU),
+    pytest("test-backends", 230, *TEST_BACKENDS),
+    Stage("native", 70, "gpu_suite.py", ("--build",)),
+    pytest("test-native", 60, "-k", "native", "-m", "not slow", "tests/test_native.py", "tests/test_merge.py"),
+)
+BENCH = (
+    merge("merge-bfloat16", 140, *HALF, "--seconds", "25"),
+    stop("stop-training", 120, "--seconds", "6"),
+    Stage("fused", 50, "fused.py", FUSED),
+    stop("stop-one-video", 40, *ONE_VIDEO, "--seconds", "6"),
+    merge("merge-float32", 70, "--dtype", "float32", "--no-compile", "--seconds", "25"),
+    Stage("tune", 45, "tune.py", TUNE),
+    chart("chart", "plot.py", "rows"),
+    chart("stop-chart", "plot_stop.py", "stop"),
+)
+MODELS = (
+    Stage("models", 330, "models.py", ("--json", "{out}/models.json", "--seconds", "6", "--direction", "inference",
+                                       "training")),
+    chart("models-chart", "plot_models.py", "models"),
+)  # fmt: skip
+PLANS: dict[str, tuple[Stage, ...]] = {
+    "first": FIRST,
+    "second": SECOND,
+    "tests": (VERSIONS, *TESTS),
+    "bench": (VERSIONS, *BENCH),
+    "models": (VERSIONS, *MODELS),
+    "all": (VERSIONS, *TESTS, *BENCH),
+}
+
+# What makes a script's run small where there is no GPU; argparse takes the last of options that are given twice.
+SMALLEST = {
+    "merge.py": ("--dry", "--no-compile", "--backend", "triton", "--shapes", "stop-b32-video-r2"),
+    "fused.py": ("--dry", "--shapes", "stop-b32-video-r2"),
+    "stop.py": ("--dry", "--layers", "2", "--settings", "r=0", "r=2"),
+    "models.py": ("--dry", "--models", "ViT-S/16", "--modes", "plain", "--layers", "1"),
+    "tune.py": ("--dry", "--shapes", "stop-b32-video-r2"),
+    "exercise.py": ("--dry", "--shape", "stop-b32-video-r2"),
+}
+
+
+def dry() -> tuple[Stage, ...]:
+    """Return each script of the plans once. Of the tests all are collected, and a few run; what builds or runs native
+    code, and a profiler or sanitizer itself, is left to machines that have them."""
+    found: dict[str, Stage] = {}
+    for stage in (*FIRST, *SECOND, *BENCH, *MODELS):
+        if stage.script != "pytest":
+            found.setdefault(stage.script, stage)
+    stages = list(found.values())
+    stages.insert(1, pytest("collect", 60, "-k", "triton or test_gpu", "--collect-only", "-q", "tests"))
+    stages.insert(2, pytest("test-gpu", 60, *TEST_GPU, "-k", "video and dtype0"))
+    return tuple(stages)
