@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench bench-stop bench-models accuracy test oldest lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy test oldest triton-3.6 lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -54,10 +54,16 @@ lint: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# everything that needs an NVIDIA GPU, with the machine's own torch and Triton; results in OUT
+# everything that needs an NVIDIA GPU, with the machine's own torch and Triton; report and results in OUT
 OUT ?= gpu-results
+PLAN ?= all
 gpu:
-	bench/gpu_suite.sh $(OUT)
+	bench/gpu_suite.sh $(OUT) $(PLAN)
+
+# the Triton of torch 2.11, which the ahead-of-time tests compile with too where STOPTOME_TRITON_36 names this folder
+triton-3.6: $(STAMP)
+	rm -rf .triton-3.6
+	$(RUN) -m pip install --quiet --target .triton-3.6 --no-deps triton==3.6.0
 
 # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(STAMP)
@@ -78,4 +84,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .oldest .installed gpu-results build dist *.egg-info stoptome_kernels/*.so
+	rm -rf .venv .oldest .triton-3.6 .installed gpu-results build dist *.egg-info stoptome_kernels/*.so

@@ -42,6 +42,17 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"left out: tests/{files}, for want of {', '.join(MISSING[files])}")
 
 
+# Under `pytest -n 2 --dist loadgroup` a file's tests stay in one process, where they share what they set up; those of
+# long files that share nothing go to whichever is free.
+SPREAD = {"test_vit.py"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
