@@ -33,12 +33,19 @@ class Times(dict):
     """``samples`` in µs of one call; on a GPU also ``wall_us`` (launch-inclusive) and ``graph_us`` (CUDA graph)."""
 
 
-def measure(sides: dict[str, Calls], device: str, seconds: float, graph: set[str]) -> dict[str, Times]:
-    """Alternate between the sides for about ``seconds``; at least 5 rounds, at most 300; one in a dry run."""
+def measure(
+    sides: dict[str, Calls],
+    device: str,
+    seconds: float,
+    graph: set[str],
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, Times]:
+    """Alternate between the sides for about ``seconds``; at least 5 rounds, at most 300; one in a dry run. ``clock`` is
+    a CPU's."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _gpu(sides, seconds, graph) if device == "cuda" else _cpu(sides, seconds)
+        return _gpu(sides, seconds, graph) if device == "cuda" else _cpu(sides, seconds, clock)
     finally:
         if collecting:
             gc.enable()
@@ -56,12 +63,12 @@ def _rounds(sides: dict[str, Calls], seconds: float, sample: Callable[[str, int]
     return found
 
 
-def _cpu(sides: dict[str, Calls], seconds: float) -> dict[str, Times]:
+def _cpu(sides: dict[str, Calls], seconds: float, clock: Callable[[], int]) -> dict[str, Times]:
     def run(call: Callable[[], object], times: int) -> float:
-        begin = time.perf_counter_ns()
+        begin = clock()
         for _ in range(times):
             result = call()
-        end = time.perf_counter_ns()
+        end = clock()
         del result  # a result is freed after the clock has stopped
         return (end - begin) / times / 1e3
 

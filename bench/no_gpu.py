@@ -26,6 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MULTIPROCESSORS, SHARED_BYTES, REGISTERS = 132, 232448, 65536  # of an H100
+WAITING = {  # operations whose result, or its shape, the host reads from the device; and copies from its own memory
+    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "histc", "lift_fresh",
+}  # fmt: skip
+READING = ("cpu", "numpy", "tolist", "__array__")  # methods of a tensor that do so past the dispatcher
 ENTRIES = ("match", "reduce", "spread", "merge_norm", "merge_norm_backward", "attention", "attention_backward")
 
 
@@ -37,10 +42,20 @@ class Gpu:
     grids: list[tuple[int, int, int]] = field(default_factory=list)
     variants: list[str] = field(default_factory=list)  # kernels that were compiled, or read from Triton's cache
     operations: list[str] = field(default_factory=list)  # of torch inside the launch path, allocations among them
+    waits: list[str] = field(default_factory=list)  # what was asked of a tensor that makes the host wait for a GPU
+    results: bool = True  # return the reference's; False: what the launch path allocated, for counting large models
 
     def clear(self) -> None:
-        for found in (self.launches, self.grids, self.variants, self.operations):
+        for found in (self.launches, self.grids, self.variants, self.operations, self.waits):
             found.clear()
+
+    def forget(self) -> None:
+        """Forget every variant, as a new process has it; those on the disk stay."""
+        from stoptome_kernels.kernels import attention, match, merge, norm
+
+        for module in (attention, match, merge, norm):
+            for kernel in vars(module).values():
+                getattr(kernel, "device_caches", {}).clear()
 
 
 def install(results: bool = True) -> Gpu:
@@ -59,6 +74,7 @@ def install(results: bool = True) -> Gpu:
 
     from stoptome_kernels import dispatch
     from stoptome_kernels.kernels import merge
+    from stoptome_kernels.tome import stream
 
     if not isinstance(merge.reduce_rows, triton.runtime.JITFunction):
         raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: install() in a process without it")
@@ -67,6 +83,11 @@ def install(results: bool = True) -> Gpu:
     backend = dispatch.triton
     backend._on = lambda tensor: nullcontext()
     backend.why_not = lambda device, dtype, explicit: None if dtype in backend._DTYPES else f"no {dtype}"
+    # what a GPU runs though its test is for a device: the question is asked of a tensor that says it is there
+    pays = stream._columns_pay
+    stream._columns_pay = lambda attn, x: pays(attn, SimpleNamespace(is_cuda=True, numel=x.numel))
+    for name in READING if results else ():
+        setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), gpu))
     for name in ENTRIES if results else ():
         setattr(backend, name, _both(name, getattr(backend, name), getattr(dispatch.reference, name), gpu))
     return gpu
@@ -76,8 +97,12 @@ def _both(name: str, ours: Any, theirs: Any, gpu: Gpu) -> Any:
     """Run the launch path, then the reference, whose result is returned."""
 
     def run(*args, **options):
-        with _Operations(gpu.operations):
+        with _Operations(gpu):
             allocated = ours(*args, **options)
+        if not gpu.results:
+            for index in (t for t in tree_leaves(allocated) if t is not None and not t.is_floating_point()):
+                index.zero_()  # which whoever gathers by it may take
+            return allocated
         right = theirs(*args, **options)
         for index, (got, want) in enumerate(zip(tree_leaves(allocated), tree_leaves(right), strict=True)):
             if (got is None) != (want is None) or (got is not None and _form(got) != _form(want)):
@@ -87,19 +112,39 @@ def _both(name: str, ours: Any, theirs: Any, gpu: Gpu) -> Any:
     return run
 
 
+def _noted(name: str, method: Any, gpu: Gpu) -> Any:
+    def read(tensor, *args, **options):
+        gpu.waits.append(name)
+        return method(tensor, *args, **options)
+
+    return read
+
+
+def waits(func: Any, args: tuple) -> bool:
+    """Whether the host waits for a GPU in an operation of torch."""
+    name = func.overloadpacket.__name__
+    if name == "repeat_interleave":
+        return func._overloadname == "Tensor"
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # by a mask: how many are chosen is data
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return name in WAITING
+
+
 def _form(tensor: torch.Tensor | None) -> object:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
 
 
 class _Operations(TorchDispatchMode):
-    """The operations of torch that run under it, by name."""
+    """Notes the operations of torch that run under it, and those that wait for a GPU."""
 
-    def __init__(self, names: list[str]):
+    def __init__(self, gpu: Gpu):
         super().__init__()
-        self.names = names
+        self.gpu = gpu
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
+        self.gpu.operations.append(func.overloadpacket.__name__)
+        if waits(func, args):
+            self.gpu.waits.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 

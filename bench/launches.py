@@ -1,0 +1,266 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Count what whole models launch on a GPU, without one: kernels by name, variants compiled, and operations of torch.
+
+The driver of no_gpu.py stands under Triton, for sm_90; one video or one image, in bfloat16 by autocast("cpu"), the
+stand-in for autocast("cuda"). Matrix products of torch are not computed, their results are zeros: nothing that is
+counted depends on a value. No GPU is used, even where there is one. It takes a minute, the first time with compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
+
+import measure
+import models
+import no_gpu
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import stoptome_kernels as stk
+
+FOLDER = measure.ROOT / "bench/results/launches"
+DIRECTIONS = ("inference", "training")
+STOP = "STOP ViT-B/32, 12 frames"
+SETTINGS = ("r=0", "r=2", "r=8", "memory")  # of bench/stop.py; memory joins frames
+VITS = (("ViT-B/16", 13), ("CLIP ViT-B/32 (open_clip)", 13))  # of bench/models.py, and r
+
+
+@dataclass(frozen=True)
+class Model:
+    """A patched model.
+
+    Attributes:
+        name: the model's, and its merging.
+        call: ``call(n)`` runs it on n videos or images.
+        blocks: of its tower.
+        built: the module.
+    """
+
+    name: str
+    call: Callable[[int], Tensor]
+    blocks: list[nn.Module]
+    built: nn.Module
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward}
+
+
+@cache
+def launches_something(name: str) -> bool:
+    """Whether an operation of torch runs a kernel on a GPU: not if it makes a view, memory without a value, or no
+    tensor."""
+    packet = getattr(_aten, name)
+    if name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "lift_fresh"):
+        return False
+    if name in ("to", "contiguous", "reshape", "flatten"):  # seen whole inside of operators; there they copy
+        return True
+    returns = [value for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
+    views = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+    return not views and any("Tensor" in str(value.type) for value in returns)
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that run under it, by name, those inside the package's operators left out; products are
+    not computed."""
+
+    def __init__(self, gpu: no_gpu.Gpu):
+        super().__init__()
+        self.gpu, self.names = gpu, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            return func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if no_gpu.waits(func, args):
+            self.gpu.waits.append(func.overloadpacket.__name__)
+        if func.overloadpacket not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        out = func(*tree_map_only(Tensor, _shape_alone, args), **tree_map_only(Tensor, _shape_alone, kwargs or {}))
+        return tree_map_only(Tensor, lambda t: torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).zero_(), out)
+
+
+def _shape_alone(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
+
+
+def count(gpu: no_gpu.Gpu, model: Model, n: int, direction: str) -> tuple[no_gpu.Gpu, list[str], list[list[str]]]:
+    """Run a model once: what reached the driver, torch's operations, and the kernels of each block's forward."""
+    gpu.clear()
+    gpu.results = False
+    blocks: list[list[str]] = []
+    handles = []
+    for block in model.blocks:
+        handles.append(block.register_forward_pre_hook(lambda *_: blocks.append([len(gpu.launches)])))
+        handles.append(block.register_forward_hook(lambda *_: blocks[-1].append(len(gpu.launches))))
+    try:
+        with Operations(gpu) as outside, torch.autocast("cpu", torch.bfloat16):
+            if direction == "inference":
+                with torch.no_grad():
+                    model.call(n)
+            else:
+                loss = model.call(n).float().square().sum()
+                torch.autograd.grad(loss, tuple(model.built.parameters()), allow_unused=True)
+    finally:
+        gpu.results = True
+        for handle in handles:
+            handle.remove()
+    return gpu, [*outside.names, *gpu.operations], [gpu.launches[slice(*ends)] for ends in blocks]
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def stop_models(layers: int = 12) -> list[Model]:
+    """STOP with each of the settings; one module, patched when its turn has come."""
+    import stop
+
+    from stoptome_kernels.stop import StopModel
+
+    config = stop.model_config(SimpleNamespace(layers=layers))
+    built = StopModel(config)
+
+    def call(n: int, setting: str) -> Tensor:
+        stk.apply_tome_patch(built, config=stop.SETTINGS[setting])
+        return built.encode_video(torch.zeros(n, config.frames, 3, config.image_size, config.image_size))
+
+    blocks = list(built.visual.transformer.resblocks)
+    return [Model(f"{STOP}, {name}", lambda n, name=name: call(n, name), blocks, built) for name in SETTINGS]
+
+
+def vit_models(layers: int = 12) -> list[Model]:
+    """The vision transformers whose libraries are installed."""
+    found = []
+    for name, r in VITS:
+        kind = models.MODELS[name]
+        if not models.installed(kind.library):
+            print(f"{name}: {kind.library} is not installed, left out", file=sys.stderr)
+            continue
+        built: Any = kind.make(layers).eval()
+        stk.apply_tome_patch(built, r)
+
+        def call(n: int, kind=kind, built=built) -> Tensor:
+            return kind.answer(built(torch.zeros(n, *kind.shape)))
+
+        found.append(Model(f"{name}, r={r}", call, kind.blocks(built), built))
+    return found
+
+
+def rows_of(gpu: no_gpu.Gpu, model: Model) -> list[dict]:
+    """Both directions of a model, each as in a process that has compiled nothing."""
+    rows = []
+    for direction in DIRECTIONS:
+        gpu.forget()
+        seen, operations, blocks = count(gpu, model, 1, direction)
+        row = {
+            **{"model": model.name, "n": 1, "dtype": "bfloat16", "direction": direction},
+            **{"launches": len(seen.launches), "kernels": dict(Counter(seen.launches))},
+            **{"compiled": len(seen.variants), "variants": dict(Counter(seen.variants))},
+            "operations": sum(map(launches_something, operations)),
+            "allocations": sum(name.startswith(("empty", "new_empty")) for name in gpu.operations),
+            "waits": list(seen.waits),
+            "blocks": blocks,
+        }
+        seen, _, _ = count(gpu, model, 2, direction)
+        row["compiled_for_two"] = len(seen.variants)
+        rows.append(row)
+    return rows
+
+
+def all_rows(gpu: no_gpu.Gpu) -> list[dict]:
+    """The rows of every model, one model at a time in memory."""
+    return [row for make in (stop_models, vit_models) for model in make() for row in rows_of(gpu, model)]
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def listed(names: dict[str, int]) -> str:
+    return ", ".join(name if times == 1 else f"{times} {name}" for name, times in names.items()) or "none"
+
+
+def markdown(rows: list[dict]) -> str:
+    first = rows[0]
+    head = ["model", "direction", "kernels launched", "second block, forward", "compiled", "other operations"]
+    more = sum(row["compiled_for_two"] for row in rows) or "none"
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|---|---|---:|"]
+    for row in rows:
+        cells = (
+            row["model"], row["direction"], f"**{row['launches']}**: {listed(row['kernels'])}",
+            " → ".join(row["blocks"][1]) or "none", f"**{row['compiled']}**: {listed(row['variants'])}",
+            str(row["operations"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [
+            f"# Launches with Triton {first['triton']}",
+            "",
+            "One video or one image, 12 layers, bfloat16 (autocast), counted without a GPU: Triton's binder, cache and "
+            "compiler for sm_90 over a driver that launches nothing (`bench/no_gpu.py`). *Training*: forward and the "
+            "gradients of all parameters, without the optimizer. *Compiled*: variants in a new process, read from "
+            f"Triton's cache or compiled; two videos or images compile {more} more. *Other operations*: ATen's that "
+            "run a kernel on a GPU (no views, no uninitialised memory), each counted once, those that the launch path "
+            "adds among them; autocast on a CPU stands in for a GPU's.",
+            "",
+            *lines,
+            "",
+            f"torch {first['torch']}, commit {first['commit'][:10] if first['commit'] else 'unknown'}"
+            f"{', changed' if first['dirty'] else ''}. Made by `python bench/launches.py --table`.",
+            "",
+        ]
+    )
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    release = f"triton-{measure._version('triton')}"
+    for name, suffix, what in (("--json", ".json", "rows"), ("--table", ".md", "a Markdown table")):
+        file = FOLDER / f"{release}{suffix}"
+        p.add_argument(
+            name, type=Path, metavar="FILE", nargs="?", const=file,
+            help=f"write {what} to FILE (default: {file.relative_to(measure.ROOT)})",
+        )  # fmt: skip
+    p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    gpu = no_gpu.install()
+    torch.set_num_threads(1)  # next to nothing is computed
+    where = measure.environment("cpu", args.commit)
+    kept = {key: where[key] for key in ("torch", "triton", "python", "package", "commit", "dirty", "date")}
+    rows = [kept | row for row in all_rows(gpu)]
+    for row in rows:
+        print(f"{row['model']}, {row['direction']}: {row['launches']} kernels ({listed(row['kernels'])}), "
+              f"{row['compiled']} compiled, {row['operations']} other operations")  # fmt: skip
+    for file, text in (
+        (args.json, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"),
+        (args.table, markdown(rows)),
+    ):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
