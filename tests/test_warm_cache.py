@@ -116,7 +116,7 @@ print(*gpu.variants)
 
 @pytest.mark.slow
 def test_another_process_finds_the_kernels(tmp_path):
-    """Four kernels: made in one folder, used in another, nothing compiled there."""
+    """Four kernels, one of them perhaps under two keys: made in one folder, used in another, nothing compiled there."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     script, file, folder = BENCH / "warm_cache.py", tmp_path / "pack.tar.gz", tmp_path / "else" / "where"
@@ -131,12 +131,13 @@ def test_another_process_finds_the_kernels(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert "4 kernels in" in run(script, "make", file, "--only", "large", "--processes", 1)
-    assert run(script, "use", file, folder).splitlines()[-1] == "4 kernels"
+    count = int(run(script, "make", file, "--only", "large", "--processes", 1).splitlines()[-1].split()[0])
+    assert count in (4, 5)
+    assert run(script, "use", file, folder).splitlines()[-1] == f"{count} kernels"
     before = sorted(path.name for path in folder.iterdir())
     with_cache = {"TRITON_CACHE_DIR": str(folder), "TRITON_CACHE_MANAGER": "cache_marks:MarkingCache"}
     assert len(run("-c", LAUNCH, **with_cache).split()) == 4
     assert sorted(path.name for path in folder.iterdir() if path.name != ".used") == before
     out = run(script, "used", file, folder)
-    assert "4 of 4 kernels were used" in out
+    assert f"4 of {count} kernels were used" in out
     assert "0 kernels were compiled besides" in out
