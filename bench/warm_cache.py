@@ -72,9 +72,9 @@ def _start(results: bool, first: str) -> None:
 
     torch.set_num_threads(1)
     _gpu = no_gpu.install(results=results)
-    from stoptome_kernels.kernels import match, merge
+    from stoptome_kernels.kernels import attention, merge
 
-    _ = {"merge": merge.reduce_rows, "match": match.match_item}[first].cache_key
+    _ = {"merge": merge.reduce_rows, "attention": attention.attend}[first].cache_key
 
 
 def _work(job: str) -> tuple[str, float, str | None]:
@@ -97,8 +97,9 @@ def make(file: Path, only: list[str], processes: int) -> int:
         import launch_paths
 
         chosen = [job for job in launch_paths.jobs() if not only or any(job.startswith(text) for text in only)]
-        # Triton 3.6's key of reduce_rows and of attend is one of two, by which kernel a process used first: both are made
-        for results, first in itertools.product((True, False), ("match", "merge")):
+        # Triton hashes the constants of a function that a kernel calls only if it was hashed before: the first kernel of
+        # a process that calls merge._narrowed has another key than later on. These two have both
+        for results, first in itertools.product((True, False), ("merge", "attention")):
             some = [job for job in chosen if (job.split()[0] in launch_paths.RESULTS) == results]
             if not some:
                 continue
