@@ -97,8 +97,8 @@ def make(file: Path, only: list[str], processes: int) -> int:
         import launch_paths
 
         chosen = [job for job in launch_paths.jobs() if not only or any(job.startswith(text) for text in only)]
-        # Triton hashes the constants of a function that a kernel calls only if it was hashed before: the first kernel of
-        # a process that calls merge._narrowed has another key than later on. These two have both
+        # Triton hashes the constants of a function that a kernel calls only if it was hashed before: the first kernel
+        # of a process that calls merge._narrowed has another key than later on. These two have both.
         for results, first in itertools.product((True, False), ("merge", "attention")):
             some = [job for job in chosen if (job.split()[0] in launch_paths.RESULTS) == results]
             if not some:
