@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU's tests and benchmarks launch, one job after the other, over no_gpu's driver: it costs only compiling.
+
+The kernels are not specialised for the number of items, so few are enough; tokens, widths, heads and strides are those
+of the real shapes. ``few=False`` takes the real number of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import aot_report
+import data
+import fused
+import merge
+import no_gpu
+import peers
+import stop
+import torch
+import tune
+import variants
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import stoptome_kernels as stk
+from stoptome_kernels.compat import bipartite_soft_matching_random2d
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ALONE = ("stop-b32-train", "stop-b32-video", "clip-b16", "tempme-68", "tempme-88", "tempme-168", "vit-l16-384", "long")
+ITEMS = 12  # one video
+RESULTS = ("stop", "model")  # jobs in which torch's own operations read plans: these must be plans
+
+
+def alone(name: str, dtype: str, few: bool) -> None:
+    """As tests/test_gpu.py: every mode with its gradient, merge_norm with and without gradients of its weights, and a
+    second matching behind the first."""
+    n, tokens, dim, heads, protected, r = aot_report.SHAPES[name]
+    n = min(n, ITEMS) if few else n
+    x, size = torch.zeros(n, tokens, dim, dtype=DTYPES[dtype]), torch.ones(n, tokens)
+    metric = x
+    if heads:
+        metric = torch.zeros(n, tokens, 3, heads, 64, dtype=x.dtype)[:, :, 1].transpose(1, 2)
+    plan = stk.match(metric, r, protected)
+    for sizes in (size, None):
+        for mode in ("mean", "sum", "max"):
+            leaf = x.clone().requires_grad_()
+            y, size_out = stk.merge(leaf, plan, sizes, mode)
+            y.backward(torch.zeros_like(y))
+    y = y.detach().requires_grad_()
+    stk.unmerge(y, plan).sum().backward()
+    following = stk.match(y.detach(), r, protected)
+    stk.merge(y, following, size_out)
+    row = torch.ones(dim).requires_grad_()
+    leaf = x.clone().requires_grad_()
+    for weights in ((row, row), (row.detach(), row.detach())):
+        outputs = stk.merge_norm(leaf, x, plan, size, *weights)[:2]
+        torch.autograd.backward(outputs, [torch.zeros_like(t) for t in outputs])
+
+
+def image(side: str, dtype: str, few: bool) -> None:
+    x = torch.zeros(2, int(side) ** 2, 320, dtype=DTYPES[dtype])
+    together, apart = bipartite_soft_matching_random2d(x, int(side), int(side), 2, 2, int(side) ** 2 // 2, True)
+    apart(together(x))
+
+
+def sets(few: bool) -> None:
+    """Of tests/test_gpu.py: sets by index, and rows too many for 32 bits."""
+    metric = torch.zeros(2, 3000, 64)
+    stk.merge(metric, stk.match(metric, 900, sets=(torch.arange(2000), torch.arange(2000, 2500))))
+
+
+def large(few: bool) -> None:
+    row = torch.zeros(2, 1025, 1024, dtype=torch.bfloat16)
+    plan = stk.match(row, 256, 1)
+    stk.unmerge(stk.merge(row, plan)[0], plan)
+
+
+def _inputs(name: str, few: bool) -> data.Inputs:
+    """Of a benchmark, in bfloat16; the pictures' content does not matter."""
+    shape = data.SHAPES[name]
+    n = min(shape.n_gpu, ITEMS) if few else shape.n_gpu
+    made = data.make(replace(shape, n_cpu=1), "cpu", torch.bfloat16)
+
+    def repeat(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat(n, *[1] * (t.dim() - 1))
+
+    metric = x = repeat(made.x)
+    if shape.metric == "keys":
+        metric = repeat(made.metric.transpose(1, 2)[:, :, None].expand(-1, -1, 3, -1, -1))[:, :, 1].transpose(1, 2)
+    return data.Inputs(shape, metric, x, repeat(made.size), repeat(made.column), repeat(made.grad))
+
+
+def bench_merge(name: str, few: bool) -> None:
+    for call in merge.calls(peers.package("auto", image=data.SHAPES[name].cell > 0), _inputs(name, few)).values():
+        call()
+
+
+def bench_fused(name: str, few: bool) -> None:
+    inputs = _inputs(name, few)
+    for sides in (fused.norm_sides(inputs), fused.attention_sides(inputs)):
+        for side, (call, leaves) in sides.items():
+            if side in ("merge_norm", "attention", "attention, sizes alone", "add, merge, layer_norm"):
+                for direction in fused.DIRECTIONS:
+                    fused.timed(call, leaves, direction)()
+
+
+def bench_tune(kernel: str, name: str, few: bool) -> None:
+    """Every variant; one that can't be compiled fails there as here."""
+    line = variants.KERNELS[kernel]
+    job = line.job(_inputs(name, few))
+    tried, _ = variants.variants_of(line, variants.default_of(line, job))
+    for changes in ({}, *tried.values()):
+        with variants.configured(line, changes):
+            try:
+                tune.launch(job.launches())
+            except Exception as error:
+                print(f"tune: {kernel}, {name}, {changes}: {tune.reason_of(error)}")
+
+
+class _NoProducts(TorchDispatchMode):
+    """Zeros in place of the products of layers: half precision on a CPU takes minutes, and no launch depends on
+    values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in ("mm", "addmm", "convolution", "convolution_backward"):
+            return func(*args, **(kwargs or {}))
+
+        def on(device: str):
+            return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+        args, kwargs = tree_map_only(torch.Tensor, on("meta"), (args, kwargs or {}))
+        shaped = tree_map_only(torch.Tensor, on("cpu"), func(*args, **kwargs))
+        return tree_map_only(torch.Tensor, torch.Tensor.zero_, shaped)
+
+
+def bench_stop(few: bool) -> None:
+    """The blocks of bench/stop.py for one video; more of them are laid out alike."""
+    args = SimpleNamespace(device="cpu", videos=1, layers=12, dtype="bfloat16", settings=list(stop.SETTINGS))
+    with _NoProducts():
+        for side in stop.sides(*stop.prepare(args), "blocks", args):
+            if side.impl == "package":
+                side.infer()
+                side.train()
+
+
+def model(dtype: str, few: bool) -> None:
+    """The tower of tests/test_gpu.py, inference and training."""
+    from stoptome_kernels.stop import StopConfig, StopModel
+
+    config = StopConfig(layers=3, prompt_layers=3, text_layers=1, vocab_size=64, temporal_prompt="DGL")
+    tower, video = stk.apply_tome_patch(StopModel(config), 4), torch.rand(2, 12, 3, 224, 224)
+    for videos in (1, 2):
+        with _NoProducts(), torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+            tower.encode_video(video[:videos]).float().square().sum().backward()
+            with torch.no_grad():
+                tower.encode_video(video[:videos])
+
+
+KINDS: dict[str, Callable] = {
+    "alone": alone, "image": image, "sets": sets, "large": large, "merge": bench_merge, "fused": bench_fused,
+    "tune": bench_tune, "stop": bench_stop, "model": model,
+}  # fmt: skip
+
+
+def jobs() -> list[str]:
+    """Return all jobs by name, those that take the longest first."""
+    return [
+        "stop",
+        *(f"tune {kernel} {shape}" for kernel, shape in tune.ORDER),
+        *(f"alone {shape} {dtype}" for dtype in DTYPES for shape in ALONE),
+        *(f"model {dtype}" for dtype in DTYPES),
+        *(f"merge {shape.name}" for shape in data.SHAPES.values() if shape.default),
+        *(f"fused {shape}" for shape in fused.SHAPES),
+        *(f"image {side} {dtype}" for side in (16, 64, 128) for dtype in DTYPES),
+        "sets",
+        "large",
+    ]
+
+
+def run(job: str, gpu: no_gpu.Gpu, few: bool = True) -> None:
+    """Run a job; ``no_gpu.install()`` must have been called, with results for the kinds in RESULTS."""
+    kind, *rest = job.split()
+    gpu.clear()
+    KINDS[kind](*rest, few)

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that are tuned, each alone: what it is launched with, what it must write, how else to configure it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import data
+import torch
+from torch import Tensor
+
+from stoptome_kernels import reference
+from stoptome_kernels.kernels import attention, config, match, merge, norm
+from stoptome_kernels.layout import empty_heads_last
+
+SINGLE = torch.finfo(torch.float32).eps / 2
+FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
+MULTIPROCESSORS = 132  # of an H100, as in config.norm_programs
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # the compiler's: every build has them
+Changes = dict[str, object]  # of a configuration: constants and options
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel's work on one set of inputs."""
+
+    launches: Callable[[], list[tuple]]  # (kernel, grid, arguments, constants and options), made by the launchers
+    written: Callable[[list[tuple]], dict[str, Tensor]]  # the outputs of such launches by name
+    right: Callable[[], dict[str, Tensor]]  # what the reference writes there
+    bounds: Callable[[dict[str, Tensor]], dict[str, float]]  # how far off each may be; what is not in it: bit for bit
+    nbytes: int  # that must be moved: every input read once, every output written once
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A line of the table."""
+
+    name: str
+    config: str  # the function of kernels.config that configures it
+    part: Callable[[dict], str | None]  # which of the configurations that the function returns
+    job: Callable[[data.Inputs], Job]
+    variants: Callable[[dict], list[Changes]]  # of a default configuration
+    flags: tuple[str, ...] = ()  # orders of loads: constants that are tried the other way round
+    direction: str = "forward"
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _most(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def _metric(i: data.Inputs) -> Tensor:
+    return i.metric if i.metric.dim() == 4 else i.metric[:, None]
+
+
+def _plan(i: data.Inputs) -> tuple[Tensor, Tensor]:
+    r = i.shape.tokens - i.shape.tokens_out
+    return reference.match(_metric(i), r, i.shape.protected)[1:]
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def match_job(i: data.Inputs) -> Job:
+    """Whether a plan is right depends on rounding: tune.py asks verify.Truth, bounds are not used."""
+    n, tokens, out = i.x.shape[0], i.shape.tokens, i.shape.tokens_out
+    metric, r, protected = _metric(i), tokens - out, i.shape.protected
+    dest, members = (i.x.new_empty((n, tokens), dtype=torch.int32) for _ in range(2))
+    plan = dest, members, i.x.new_empty((n, out + 1), dtype=torch.int32)
+    return Job(
+        lambda: match.launches(metric, r, protected, *plan),
+        lambda steps: dict(zip(("dest", "members", "offsets"), plan, strict=True)),
+        lambda: dict(zip(("dest", "members", "offsets"), reference.match(metric, r, protected), strict=True)),
+        lambda want: {},
+        _bytes(metric[:, :, protected:], *plan),
+    )
+
+
+def reduce_job(i: data.Inputs) -> Job:
+    plan = _plan(i)
+    y, size = torch.empty_like(i.grad), i.size.new_empty(i.grad.shape[:2])
+    return Job(
+        lambda: [merge.reduce_launch(i.x, *plan, i.size, y, size, "mean")],
+        lambda steps: {"y": y, "size": size},
+        lambda: dict(zip(("y", "size"), reference.reduce(i.x, *plan, i.size, "mean"), strict=True)),
+        lambda want: {},
+        _bytes(i.x, *plan, i.size, y, size),
+    )
+
+
+def spread_job(i: data.Inputs) -> Job:
+    plan, out = _plan(i), torch.empty_like(i.x)
+    return Job(
+        lambda: [merge.spread_launch(i.grad, *plan, i.size, out, "mean", None, None)],
+        lambda steps: {"out": out},
+        lambda: {"out": reference.spread(i.grad, *plan, i.size, "mean")},
+        lambda want: {},
+        _bytes(i.grad, *plan, i.size, out),
+    )
+
+
+def _norm_inputs(i: data.Inputs) -> tuple[Tensor, ...]:
+    """residual, weight, bias."""
+    rng = torch.Generator().manual_seed(0)
+    weight, bias = (torch.rand(i.x.shape[2], generator=rng).to(i.x.device) for _ in range(2))
+    return i.x.flip(0) * 0.5, weight, bias
+
+
+def _norm_noise(i: data.Inputs) -> float:
+    """Of a sum over a row, or over all rows, as a share of the largest result: rounding errors add up as a walk."""
+    return 4 * (i.x.shape[2] ** 0.5 + i.x[..., 0].numel() ** 0.5) * SINGLE
+
+
+def norm_job(i: data.Inputs) -> Job:
+    plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
+    names = ("y", "normed", "size", "mean", "rstd")
+    y, normed = (torch.empty_like(i.grad) for _ in range(2))
+    outputs = y, normed, *(i.size.new_empty(i.grad.shape[:2]) for _ in range(3))
+
+    def bounds(want: dict[str, Tensor]) -> dict[str, float]:
+        noise = _norm_noise(i)
+        return {
+            "normed": (2 * _unit(y.dtype) + noise) * _most(want["normed"]),
+            "mean": noise * _most(want["y"]),
+            "rstd": noise * _most(want["rstd"]),
+        }
+
+    return Job(
+        lambda: [norm.norm_launch(i.x, residual, *plan, i.size, weight, bias, outputs, 1e-5)],
+        lambda steps: dict(zip(names, outputs, strict=True)),
+        lambda: dict(
+            zip(names, reference.merge_norm(i.x, residual, *plan, i.size, weight, bias, 1e-5), strict=True)
+        ),
+        bounds,
+        _bytes(i.x, residual, *plan, i.size, weight, bias, *outputs),
+    )  # fmt: skip
+
+
+def norm_grad_job(i: data.Inputs) -> Job:
+    plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
+    y, _, _, mean, rstd = reference.merge_norm(i.x, residual, *plan, i.size, weight, bias, 1e-5)
+    grads, out = (i.grad, i.grad.flip(0)), torch.empty_like(i.x)
+    given = (*grads, y, mean, rstd, *plan, i.size, weight)
+
+    def right() -> dict[str, Tensor]:
+        return dict(zip(("out", "affine"), reference.merge_norm_backward(*given, True), strict=True))
+
+    def bounds(want: dict[str, Tensor]) -> dict[str, float]:
+        noise, unit = _norm_noise(i), _unit(out.dtype)
+        return {"out": (2 * unit + noise) * _most(want["out"]), "affine": (2 * SINGLE + noise) * _most(want["affine"])}
+
+    return Job(
+        lambda: [norm.norm_grad_launch(*given, out, True)],
+        lambda steps: {"out": out, "affine": steps[0][2][10]},  # the programs' parts: read() sums them
+        right,
+        bounds,
+        _bytes(*given, out),
+    )
+
+
+def _attention_inputs(i: data.Inputs) -> tuple[Tensor, ...]:
+    """q, k, v, size and the prefix's keys and values, laid out as in a block of STOP's."""
+    n, heads, rng = i.x.shape[0], max(1, i.shape.heads), torch.Generator(i.x.device).manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, heads, data.HEAD_DIM, generator=rng, device=i.x.device).to(i.x.dtype)
+
+    q, k, v = random(n, i.shape.tokens, 3).permute(2, 0, 3, 1, 4)
+    share = FRAMES if n % FRAMES == 0 else 1
+    prefix = [random(n // share, PREFIX).transpose(1, 2) for _ in range(2)]
+    return q, k, v, i.size, *prefix
+
+
+def attend_job(i: data.Inputs) -> Job:
+    given = q, k, v, size, _, prefix_v = _attention_inputs(i)
+    scale = data.HEAD_DIM**-0.5
+    out = empty_heads_last(q, *q.shape[:3])
+    lse = size.new_empty(q.shape[:3])
+
+    def bounds(want: dict[str, Tensor]) -> dict[str, float]:
+        # a score is off by the rounding of its sum, a weight by that and its rounding to the dtype, as the output is
+        reach = scale * _most(q.float().norm(dim=-1)) * _most(k.float().norm(dim=-1))
+        noise = 8 * (data.HEAD_DIM**0.5 + k.shape[2] ** 0.5) * SINGLE * (1 + reach)
+        return {"out": (4 * _unit(q.dtype) + noise) * max(_most(v), _most(prefix_v)), "lse": noise}
+
+    return Job(
+        lambda: [attention.attend_launch(*given, out, lse, scale)],
+        lambda steps: {"out": out, "lse": lse},
+        lambda: dict(zip(("out", "lse"), reference.attention(*given, scale), strict=True)),
+        bounds,
+        _bytes(*given, out, lse),
+    )
+
+
+def attend_grad_job(i: data.Inputs) -> Job:
+    given = q, k, v, size, prefix_k, prefix_v = _attention_inputs(i)
+    scale = data.HEAD_DIM**-0.5
+    out, lse = reference.attention(*given, scale)
+    grad = torch.ones_like(out) * out.flip(0)
+    rows = [empty_heads_last(x, *x.shape[:3]) for x in (q, k, v)]
+    parts = [size.new_empty((q.shape[0], *prefix_k.shape[1:])) for _ in range(2)]
+    names = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
+
+    def right() -> dict[str, Tensor]:
+        each = [p.repeat_interleave(q.shape[0] // len(p), 0) for p in (prefix_k, prefix_v)]  # an item's own part
+        return dict(zip(names, reference.attention_backward(grad, *given[:4], *each, scale), strict=True))
+
+    def bounds(want: dict[str, Tensor]) -> dict[str, float]:
+        return {name: 64 * _unit(q.dtype) * _most(want[name]) for name in names}  # as in fused.py: sums over keys
+
+    return Job(
+        lambda: attention.grad_launches(grad, *given, lse, *rows, *parts, out, scale),
+        lambda steps: dict(zip(names, (*rows, *parts), strict=True)),
+        right,
+        bounds,
+        _bytes(grad, *given, lse, *rows, *parts),
+    )
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def norm_variants(c: dict) -> list[Changes]:
+    shapes = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8)]
+    return [{"ROWS": rows, "num_warps": warps} for rows, warps in shapes]
+
+
+def norm_grad_variants(c: dict) -> list[Changes]:
+    """With as many programs a multiprocessor as their registers let it hold, and with more."""
+    shapes = [(1, 1, 16), (1, 2, 10), (1, 4, 4), (1, 4, 8), (2, 2, 8), (2, 4, 4), (2, 8, 2), (4, 4, 3), (4, 8, 2)]
+    return [{"ROWS": rows, "num_warps": warps, "programs": each} for rows, warps, each in shapes]
+
+
+def merge_variants(c: dict) -> list[Changes]:
+    """Half and twice as much a thread, more and fewer threads, whole rows, narrow pieces."""
+    rows, block, whole = c["ROWS"], c["BLOCK_D"], config._pow2(c["D"])
+    tiles = [
+        (rows // 2, block, 4), (rows // 2, block, 2), (rows * 2, block, 4), (rows * 2, block, 8), (rows, block, 8),
+        (rows, block, 2), (rows * block // whole, whole, 4), (rows * 2, block // 2, 4),
+    ]  # fmt: skip
+    return [
+        {"ROWS": max(1, r), "BLOCK_D": b, "CHUNKS": max(1, -(-c["D"] // b)), "num_warps": w} for r, b, w in tiles
+    ]  # fmt: skip
+
+
+def match_variants(c: dict) -> list[Changes]:
+    warps, block_b, block_c = c["num_warps"], c["BLOCK_B"], c["BLOCK_C"]
+    found: list[Changes] = [
+        {"num_warps": warps // 2}, {"num_warps": warps * 2}, {"BLOCK_B": max(16, block_b // 2)},
+        {"BLOCK_B": min(c["BLOCK_A"], block_b * 2)}, {"BLOCK_B": max(16, block_b // 2), "num_warps": warps // 2},
+        {"BLOCK_C": max(16, block_c // 2)}, {"BLOCK_C": min(64, block_c * 2)},
+    ]  # fmt: skip
+    if "CHUNK" in c:
+        found += [{"CHUNK": max(8, c["CHUNK"] // 2)}]
+    if c["BLOCK_A"] == 128:
+        found += [{"maxnreg": 128}]  # two programs of 256 threads a multiprocessor
+    return found
+
+
+def attend_variants(c: dict) -> list[Changes]:
+    return [
+        {"num_warps": 8}, {"num_warps": 2}, {"BLOCK_Q": c["BLOCK_Q"] * 2}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)},
+        {"BLOCK_K": max(16, c["BLOCK_K"] // 2)}, {"num_stages": 2},
+    ]  # fmt: skip
+
+
+def attend_grad_variants(c: dict) -> list[Changes]:
+    return [
+        {"num_warps": 8}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)}, {"BLOCK_Q": c["BLOCK_Q"] * 2, "num_warps": 8},
+        {"maxnreg": 168},  # three programs of 128 threads a multiprocessor
+    ]  # fmt: skip
+
+
+def _only(found: dict) -> None:
+    return None
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("norm_rows", "norm", _only, norm_job, norm_variants),
+        Kernel("norm_grad_rows", "norm", _only, norm_grad_job, norm_grad_variants, direction="backward"),
+        Kernel("reduce_rows", "merge", _only, reduce_job, merge_variants),
+        Kernel("match", "match", lambda found: "item" if found["item"] else "score", match_job, match_variants),
+        Kernel("attend", "attention", lambda found: "attend", attend_job, attend_variants, ("EARLY",)),
+        Kernel("spread_rows", "merge", _only, spread_job, merge_variants, direction="backward"),
+        Kernel("grad_keys", "attention", lambda found: "whole" if found["whole"] else "keys",
+               attend_grad_job, attend_grad_variants, direction="backward"),
+    )
+}  # fmt: skip
+ORDERS = {flag for kernel in KERNELS.values() for flag in kernel.flags}
+
+
+def default_of(kernel: Kernel, job: Job) -> dict:
+    """Return the configuration that the kernel is launched with here."""
+    seen: list[dict] = []
+
+    def remember(found: dict) -> dict:
+        seen.append(found)
+        return found
+
+    with _replaced(kernel.config, remember):
+        job.launches()
+    part = kernel.part(seen[0])
+    return dict(seen[0] if part is None else seen[0][part])
+
+
+def variants_of(kernel: Kernel, default: dict) -> tuple[dict[str, Changes], list[str]]:
+    """Return the configurations to try, by label, and the orders of loads that this build has no choice of."""
+    flags = dict.fromkeys((*kernel.flags, *(key for key in default if key in ORDERS)))
+    tried = [{flag: not default[flag]} for flag in flags if flag in default] + kernel.variants(default)
+    found = {}
+    for changes in tried:
+        different = {key: value for key, value in changes.items() if default.get(key) != value}
+        if different:
+            found[" ".join(f"{key}={value}" for key, value in different.items())] = different
+    return found, [flag for flag in flags if flag not in default]
+
+
+@contextmanager
+def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
+    """Let kernels.config return another configuration of a kernel. ``programs`` is what a multiprocessor gets of
+    norm_grad_rows."""
+    constants = {key: value for key, value in changes.items() if key != "programs"}
+
+    def changed(found: dict) -> dict:
+        part = kernel.part(found)
+        return {**found, **constants} if part is None else {**found, part: {**found[part], **constants}}
+
+    with _replaced(kernel.config, changed):
+        each, original = changes.get("programs"), config.norm_programs
+        if each is not None:
+            config.norm_programs = lambda tiles: min(-(-tiles // 4), each * MULTIPROCESSORS)
+        try:
+            yield
+        finally:
+            config.norm_programs = original
+
+
+@contextmanager
+def _replaced(name: str, change: Callable[[dict], dict]) -> Iterator[None]:
+    """Put what ``change`` makes of it in place of what a function of kernels.config returns."""
+    original = getattr(config, name)
+    setattr(config, name, lambda *args: change(original(*args)))
+    try:
+        yield
+    finally:
+        setattr(config, name, original)
