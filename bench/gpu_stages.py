@@ -141,9 +141,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
 SMALLEST = {
     "merge.py": ("--dry", "--no-compile", "--backend", "triton", "--shapes", "stop-b32-video-r2"),
     "fused.py": ("--dry", "--shapes", "stop-b32-video-r2"),
-    "stop.py": ("--dry", "--layers", "2", "--settings", "r=0", "r=2"),
+    "stop.py": ("--dry", "--layers", "2", "--settings", "r=0", "r=2", "--direction", "inference"),
     "models.py": ("--dry", "--models", "ViT-S/16", "--modes", "plain", "--layers", "1"),
-    "tune.py": ("--dry", "--shapes", "stop-b32-video-r2"),
+    "tune.py": ("--dry", "--kernels", "norm_rows,match", "--shapes", "stop-b32-video-r2"),
     "exercise.py": ("--dry", "--shape", "stop-b32-video-r2"),
 }
 

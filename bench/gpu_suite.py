@@ -84,6 +84,8 @@ class Suite:
         found.pop("TRITON_INTERPRET", None)
         if self.cache or "TRITON_CACHE_DIR" not in found:
             found["TRITON_CACHE_DIR"] = str(self.work / "triton")
+        if self.cache:
+            found["TRITON_CACHE_MANAGER"] = "cache_marks:MarkingCache"  # notes what is used
         return found
 
     def command(self, stage: Stage) -> list[str]:
@@ -180,17 +182,20 @@ class Suite:
         os.replace(part, self.out / "suite.tar.gz")
 
     def use_cache(self) -> None:
-        """Unpack kernels that were compiled elsewhere, if they are this Triton's."""
-        if self.cache:
-            folder = str(self.work / "triton")
-            words = [sys.executable, str(ROOT / "bench" / "warm_cache.py")]
-            self.call([*words, "use", str(self.cache), folder], 30)
+        """Unpack kernels that were compiled elsewhere, if they are this Triton's; else go on without."""
+        if self.cache and self.call(self.warm_cache("use"), 30)[0] != 0:
+            self.say("the prepared kernels are not used")
+            self.cache = None
+
+    def warm_cache(self, verb: str) -> list[str]:
+        """Return a command of bench/warm_cache.py."""
+        script = str(ROOT / "bench" / "warm_cache.py")
+        return [sys.executable, script, verb, str(self.cache), str(self.work / "triton")]
 
     def finish(self) -> int:
         """Say how all stages ended; return the exit status."""
         if self.cache:
-            words = [sys.executable, str(ROOT / "bench" / "warm_cache.py")]
-            self.call([*words, "used", str(self.cache), str(self.work / "triton")], 10)
+            self.call(self.warm_cache("used"), 10)
         self.say("\n===== summary")
         for line in self.summary:
             self.say(line)
