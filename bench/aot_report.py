@@ -5,7 +5,10 @@
     python bench/aot_report.py --arch 90 --dtype bf16 --shape stop-b32-train --json rows.json
 
 The launches come from the launchers themselves, called with tensors on the meta device, so what is compiled is what
-runs. A kernel that spills registers or wants more shared memory than the architecture has fails the run (exit 1).
+runs. A kernel that spills registers or wants more shared memory than the architecture has fails the run (exit 1), and
+so does one that a table given with --check holds other numbers for. The committed tables are made by
+
+    python bench/aot_report.py --table bench/results/aot/triton-3.9.md   # once with every Triton that has one
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ SHAPES = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have (CUDA guide, table 27)
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # other keys of a specialisation
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
@@ -125,14 +129,14 @@ def attention_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]
 
 def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
     """The specialisation that a launch with such arguments compiles: divisibility by 16, and 1 as a constant."""
-    signature, values, attributes = {}, {}, {}
+    signature, values, aligned_to_16 = {}, {}, []
     for index, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
-            signature[parameter.name], values[(index,)] = "constexpr", constants[parameter.name]
+            signature[parameter.name], values[parameter.name] = "constexpr", constants[parameter.name]
             continue
         value = arguments[index]
         if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name], values[(index,)] = "constexpr", value
+            signature[parameter.name], values[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
@@ -143,7 +147,13 @@ def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
             aligned = value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            aligned_to_16.append(index)
+    if OLD:
+        from triton.backends.compiler import AttrsDescriptor
+
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        return ASTSource(kernel, signature, values, AttrsDescriptor.from_hints(dict.fromkeys(aligned_to_16, 16)))
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned_to_16}
     return ASTSource(kernel, signature, values, attributes)
 
 
@@ -181,31 +191,102 @@ def compile_one(launch: tuple, arch: int) -> dict:
         "loads128": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
         "stores128": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
     }
-    # blocks that fit a multiprocessor by its 65536 registers (given out in 256 per warp) and 2048 threads
-    row["blocks"] = min(65536 // (-(-row["registers"] // 8) * 8 * 32 * row["warps"]), 64 // row["warps"])
+    # blocks that fit a multiprocessor: by its 65536 registers (given out in 256 per warp), by 64 warps and 32 blocks,
+    # and by its shared memory, which is what one block may have and 1 KiB, the part of each block that is reserved
+    by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+    by_shared = (SHARED_LIMIT[arch] + 1024) // (row["shared"] + 1024)
+    row["blocks"] = min(by_registers, by_shared, 64 // row["warps"], 32)
     row["ok"] = row["spill"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
     return row
 
 
+_COLUMNS = ("grid × warps", "registers", "shared", "blocks")
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    """What a table says of a kernel in one dtype, as in _COLUMNS."""
+    spill = f" + {row['spill']} B spilled" if row["spill"] else ""
+    return f"{row['grid']} × {row['warps']}", f"{row['registers']}{spill}", str(row["shared"]), str(row["blocks"])
+
+
+def _markdown(rows: list[dict], leading: tuple[str, ...]) -> list[str]:
+    """Lines of a table: a line for each launch, named by these keys of a row, and columns for each dtype."""
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        lines.setdefault(tuple(str(row[key]) for key in leading), {})[row["dtype"]] = _cells(row)
+    dtypes = [name for name in DTYPES if any(name in found for found in lines.values())]
+    head = [*leading, *(f"{name} {column}" for name in dtypes for column in _COLUMNS)]
+    text = [head, ["---"] * len(leading) + ["---:"] * (len(head) - len(leading))]
+    nothing = ("",) * len(_COLUMNS)
+    text += [[*names, *(cell for d in dtypes for cell in found.get(d, nothing))] for names, found in lines.items()]
+    return [f"| {' | '.join(line)} |" for line in text]
+
+
+_NAMES = ("shape", "what", "kernel")
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown: sm_90 in full, of the others what spills or leaves a multiprocessor one block."""
+    shapes = dict.fromkeys(row["shape"] for row in rows)
+    text = [
+        f"# Kernels compiled by Triton {triton.__version__}",
+        "",
+        "Written by `bench/aot_report.py --table`, without a GPU. Shared: bytes a block. Blocks: resident on a",
+        "multiprocessor by registers, shared memory and threads. Shapes as (N, T, D, heads, protected, r); heads 0:",
+        "the metric is x itself.",
+        "",
+        *(f"- {name}: {SHAPES[name]}" for name in shapes),
+        "",
+        "## sm_90",
+        "",
+        *_markdown([row for row in rows if row["arch"] == 90], _NAMES),
+    ]
+    for arch in sorted({row["arch"] for row in rows} - {90}):
+        notable = [row for row in rows if row["arch"] == arch and (row["blocks"] < 2 or not row["ok"])]
+        text += ["", f"## sm_{arch}: one block a multiprocessor, or a spill", ""]
+        text += _markdown(notable, _NAMES) if notable else ["None."]
+    return "\n".join(text) + "\n"
+
+
+def differences(rows: list[dict], text: str) -> list[str]:
+    """What a table says otherwise of sm_90 than the rows do."""
+    section = text.partition("## sm_90\n")[2].partition("\n## ")[0]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    found = {}
+    for line in lines:
+        names, cells = tuple(line[: len(_NAMES)]), line[len(_NAMES) :]
+        for start in range(0, len(cells), len(_COLUMNS)):
+            dtype = head[len(_NAMES) + start].split()[0]
+            found[(*names, dtype)] = tuple(cell.strip() for cell in cells[start : start + len(_COLUMNS)])
+    wrong = []
+    for row in rows:
+        said = found.get((*(row[name] for name in _NAMES), row["dtype"]))
+        if row["arch"] == 90 and said != _cells(row):
+            wrong.append(f"{row['shape']}, {row['what']}, {row['kernel']}, {row['dtype']}: {said} is now {_cells(row)}")
+    return wrong
+
+
 def main() -> int:
-    """Compile, print a table, return 1 if a kernel spills or asks for too much."""
+    """Compile, print a table, return 1 if a kernel spills, asks for too much, or differs from a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--what", default="", help="only launches whose name contains this, such as match or grad")
+    parser.add_argument("--what", nargs="+", default=[""], help="only launches whose name contains one of these")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--table", type=Path, help="write them to this file as Markdown")
+    parser.add_argument("--check", type=Path, help="fail where this table of the same Triton says something else")
     options = parser.parse_args()
 
     rows = []
-    print(f"Triton {triton.__version__}; spill and shared in bytes; blocks = resident per multiprocessor by registers")
+    print(f"Triton {triton.__version__}; spill and shared in bytes; blocks = resident per multiprocessor")
     print(f"{'sm':>3} {'dtype':5} {'shape':15} {'what':22} {'kernel':13} {'grid':>7} {'warps':>5}", end=" ")
     print(f"{'regs':>4} {'spill':>5} {'shared':>6} {'blocks':>6} {'ld128':>5} {'st128':>5}")
     for arch in options.arch:
         for dtype in options.dtype:
             for shape in options.shape:
                 for what, launch in launches(shape, DTYPES[dtype]):
-                    if options.what not in what:
+                    if not any(part in what for part in options.what):
                         continue
                     row = {"arch": arch, "dtype": dtype, "shape": shape, "what": what, **compile_one(launch, arch)}
                     rows.append(row)
@@ -217,9 +298,15 @@ def main() -> int:
                     )
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(table(rows))
+    wrong = differences(rows, options.check.read_text()) if options.check else []
+    for line in wrong:
+        print(f"{options.check} is out of date: {line}")
     failed = sum(not row["ok"] for row in rows)
     print(f"{len(rows)} kernels, {failed} with spills or too much shared memory")
-    return 1 if failed or not rows else 0
+    return 1 if failed or wrong or not rows else 0
 
 
 if __name__ == "__main__":

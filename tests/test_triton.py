@@ -20,12 +20,12 @@ def configure(monkeypatch):
     def use(one_launch: int = config.ONE_LAUNCH, dots: bool = False, span: int | None = None) -> None:
         table = config.match.__wrapped__
 
-        def match(heads, channels, larger, dtype, compiled=False, given=False):
-            found = table(heads, channels, larger, dtype, False, given)
+        def match(heads, channels, larger, dtype, compiled=False):
+            found = table(heads, channels, larger, dtype, False)
             for kernel in ("item", "score"):
                 if dots and found[kernel]:
                     # The interpreter multiplies by BLAS instead, to make exact ties. Here: what a GPU multiplies.
-                    found[kernel] |= {"PRODUCT": table(heads, channels, larger, dtype, True, given)[kernel]["PRODUCT"]}
+                    found[kernel] |= {"PRODUCT": table(heads, channels, larger, dtype, True)[kernel]["PRODUCT"]}
             if span and found["plan"]:
                 found["plan"] |= {"SPAN": span, "ONE": larger <= span}
             return found

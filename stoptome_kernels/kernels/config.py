@@ -22,75 +22,98 @@ def _pow2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+# What a program of matching works on, by the metric and by the sources of a tile (BLOCK_A): targets (BLOCK_B), channels
+# of a row longer than 64 (BLOCK_C), sources at a time when counting (CHUNK), warps, and the most registers a thread may
+# have (None: as many as the compiler likes). Heads are read 16 or 32 targets at a time because the loads of all heads
+# are in flight together; rows in three parts (float32) take three times the registers. With 8 warps 128 registers leave
+# two programs to a multiprocessor, 80 three; with 4 warps 96 leave five. Without limits Triton 3.6 takes up to 186
+# registers on sm_90 (one program) and spills some on sm_100; with them, nothing under 3.6 and 3.9 (bench/results/aot).
+_MATCH: dict[str, dict[int, tuple[int, int, int, int, int | None]]] = {
+    "heads, 16 bits": {
+        16: (16, 32, 16, 4, 96), 32: (32, 32, 8, 8, 80), 64: (16, 32, 32, 8, 128), 128: (32, 32, 32, 8, None),
+    },
+    "heads, 32 bits": {
+        16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (16, 32, 32, 8, None), 128: (32, 32, 32, 8, None),
+    },
+    "rows, 16 bits": {
+        16: (16, 64, 16, 4, 96), 32: (32, 64, 8, 8, 80), 64: (64, 32, 32, 8, 128), 128: (32, 64, 16, 8, 128),
+    },
+    "rows, 32 bits": {
+        16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (64, 16, 32, 8, 128), 128: (64, 16, 16, 8, 128),
+    },
+}  # fmt: skip
+
+
 @cache
-def match(
-    heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: bool = True, given: bool = False
-) -> dict:
-    """Of matching, with the size of the larger of the two sets, and whether they were given by index: the constants of
-    each kernel, None for one not run."""
+def match(heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: bool = True) -> dict:
+    """Return, for the size of the larger of the two sets, the constants of each kernel of matching, None for one not
+    run."""
     whole = larger <= ONE_LAUNCH
-    common = {"num_stages": 1, "enable_fp_fusion": False}
     # beyond one tile the heads of all targets are read again (from the L2) for every block of sources: large blocks
     tile = max(16, _pow2(larger)) if whole else 128 if heads > 1 else 64
-    narrow = heads == 1 and dtype != torch.float32
-    small = tile <= 32 and dtype == torch.float32  # its loads take twice the registers: half as many in flight
-    # what keeps registers from spilling (bench/aot_report.py): half as many heads in flight here too, and where tokens
-    # are found by index, short pieces of rows, or fewer threads with more registers each
-    tight = whole and tile == 64 and heads > 1 and dtype == torch.float32
-    piece = 32 if not narrow or (given and dtype == torch.float16) else 64
-    product = "narrow" if narrow else "thirds" if tile > 32 else "float32"
-    if not compiled:  # the interpreter's dot is BLAS: sums differ from row to row, and it takes bfloat16 for integers
-        product = "sums"
+    full = dtype == torch.float32
+    kind = f"{'heads' if heads > 1 else 'rows'}, {32 if full else 16} bits"
+    targets, piece, chunk, warps, registers = _MATCH[kind][tile]
+    narrow = heads == 1 and not full  # multiplied as they are
+    half = narrow and dtype == torch.float16
+    # the interpreter's dot is BLAS, whose sums differ from row to row, and it takes bfloat16 for integers
+    product = "sums" if not compiled else "narrow" if narrow else "thirds" if tile > 32 else "float32"
+    common = {"num_stages": 1, "enable_fp_fusion": False}
     score = {
-        **_metric(heads, channels),
+        "C": channels,
+        "H": heads,
+        "SHRINK": 1.0 / _pow2(heads),
         "PRODUCT": product,
-        "TYPE": tl.float16 if dtype == torch.float16 and narrow else tl.bfloat16 if compiled else tl.float32,
-        "SHIFT": 15 if dtype == torch.float16 and narrow else 0,  # all 40 binades of float16 stay in its range
+        "TYPE": tl.float16 if half else tl.bfloat16 if compiled else tl.float32,
+        "SHIFT": 15 if half else 0,  # all 40 binades of float16 stay in its range
         "BLOCK_A": tile,
-        # the heads of 32 targets in flight at once are enough; long rows are read again for every block of targets
-        "BLOCK_B": min(tile, 16 if small or tight else 32 if heads > 1 else 128 if narrow and channels > 64 else 64),
-        # long rows come in pieces; operands in three parts take three times the registers
-        "BLOCK_C": max(16, _block(channels, 64) if channels <= 64 else piece),
-        "num_warps": 2 if given and tile < 32 and not small else 4 if tile < 32 or small else 8,
+        "BLOCK_B": targets,
+        "BLOCK_C": max(16, _pow2(channels)) if channels <= 64 else piece,
+        "num_warps": warps,
+        "maxnreg": registers,
         **common,
     }
     if whole:
-        return {"item": {**score, "CHUNK": min(tile, 32)}, "score": None, "plan": None}
+        return {"item": {**score, "CHUNK": chunk}, "score": None, "plan": None}
     span = min(_pow2(larger), 4096)
     plan = {"ONE": larger <= span, "SPAN": span, "BLOCK": 64, "CHUNK": 32, "num_warps": 8, **common}
     return {"item": None, "score": score, "plan": plan}
 
 
-def _metric(heads: int, channels: int) -> dict:
-    return {"C": channels, "H": heads, "SHRINK": 1.0 / _pow2(heads)}
-
-
-def _block(n: int, most: int) -> int:
-    return min(_pow2(n), most)
-
-
 @cache
-def merge(dim: int, rows: int, dtype: torch.dtype) -> dict:
-    """Of the merge kernels: rows and channels of a tile, and how many tiles make a row."""
+def merge(dim: int, rows: int, dtype: torch.dtype, work: str, sized: bool) -> dict:
+    """Return the configuration of merging in a mode, or of its adjoint (``work``: "mean", "grad of mean", …): rows and
+    channels of a tile, how many tiles make a row."""
     # the tile that leaves the fewest lanes idle at the row's end: 256 for 768 and 1024, 128 for 384 and 1152
     block = min((256, 512, 128, 64), key=lambda b: -(-dim // b) * b) if dim > 64 else max(8, _pow2(dim))
-    # 32 bytes a thread, two loads of 16: 48 registers, so that 40 KiB of loads per multiprocessor are in flight; twice
-    # as much takes twice the registers (and spills in float32), half as much halves the loads (bench/aot_report.py)
+    # 32 bytes a thread, two loads of 16: STOP's mean takes 48 registers under Triton 3.9 and 56 under 3.6, so that 40
+    # or 36 KiB of loads per multiprocessor are in flight; twice as much takes twice the registers (and spills in
+    # float32), half as much halves the loads (bench/aot_report.py)
     tile = 4096 // dtype.itemsize
+    # the most registers a thread may have: without a limit Triton 3.6 spills 8 bytes of these, or takes 90 registers
+    # (the gradient of max); 64 are 8 programs a multiprocessor, 72 are 7
+    limit = {"max": 64, "all": 64, "grad of max": 72}.get(work, 64 if work == "mean" and not sized else None)
     return {
         "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "CHUNKS": max(1, -(-dim // block)),
-        "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False,
+        "num_warps": 4, "maxnreg": limit, "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 @cache
-def norm(dim: int, rows: int, dtype: torch.dtype) -> dict:
-    """Of merge_norm and its backward: a tile is as many whole rows as 128 threads load in two (of two tensors, four)
-    accesses of 16 bytes; longer rows take more threads."""
+def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine: bool = False) -> dict:
+    """Return the configuration of merge_norm or of its backward: a tile is as many whole rows as 128 threads load in
+    two (of two tensors, four) accesses of 16 bytes; longer rows take more threads."""
     block = max(8, _pow2(dim))
     tile = max(block, 1024)
+    # the most registers a thread may have, where Triton 3.6 spills without a limit: rows of 513 to 4096 columns forward
+    # (56: 9 programs of 4 warps a multiprocessor) and tiles of several rows backward (80: 6 programs)
+    limit = None
+    if not backward and 1024 <= block <= 4096:
+        limit = 56
+    elif backward and not affine and block < 1024:
+        limit = 80
     return {
-        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block,
+        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "maxnreg": limit,
         "num_warps": min(16, max(4, tile // 256)), "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 

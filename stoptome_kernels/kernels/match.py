@@ -309,7 +309,7 @@ def launches(
         targets = before.shape[0]
         sources = given = tokens - protected - targets
         larger = max(sources, targets)
-    meta = config.match(heads, channels, larger, metric.dtype, _COMPILED, given is not None)
+    meta = config.match(heads, channels, larger, metric.dtype, _COMPILED)
     strides = metric.stride()[:3]
     if meta["item"]:
         arguments = (metric, dest, members, offsets, order, before, tokens, r, protected, given, *strides)

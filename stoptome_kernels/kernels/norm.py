@@ -192,7 +192,7 @@ def norm_grad_launch(
     """What merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
     n, groups, dim = grad_normed.shape
     tokens = members.shape[1]
-    meta = config.norm(dim, groups, grad_normed.dtype)
+    meta = config.norm(dim, groups, grad_normed.dtype, True, affine)
     blocks = triton.cdiv(groups, meta["ROWS"])
     tiles = n * blocks
     programs = config.norm_programs(tiles) if affine else tiles
