@@ -96,10 +96,9 @@ def _exporting() -> bool:
     if torch.compiler._is_compiling_flag:  # which there torch.export alone sets
         return True
     translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
-    try:
-        return translator is not None and translator.InstructionTranslator.current_tx().export
-    except AttributeError:  # nothing is being traced
-        return False
+    tracing = translator and getattr(translator.tls, "current_tx", None)
+    # strict export takes torch's own modules as a whole, and runs them once more outside of the translator
+    return tracing.export if tracing else torch._guards.detect_fake_mode() is not None
 
 
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
