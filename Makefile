@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
-.PHONY: bench bench-stop bench-models accuracy test oldest triton-3.6 lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy test oldest oldest-torch triton-3.6 lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -49,6 +49,23 @@ oldest: $(STAMP)
 	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit_timm.py tests/test_vit_open_clip.py \
 		tests/test_vit_transformers.py tests/test_vit_recording.py tests/test_vit_masks.py $(ARGS)
 	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit.py -k "(timm or open_clip or transformers) and (slow_way or r_0 or compiled)" $(ARGS)
+
+# a short selection with the oldest torch that is promised: operators, and whatever compiles, native and reference; PyPI
+# has it with CUDA alone, some 2.7 GB
+OLDEST_TORCH := .oldest-torch
+COMPILING := library attention merge_norm_library merge sets compat stop_model tempme
+oldest-torch: $(OLDEST_TORCH)/.installed
+	$(OLDEST_TORCH)/bin/python -m pytest tests/test_by_hand.py tests/test_golden.py tests/test_old_compilers.py \
+		-k "not triton" $(ARGS)
+	$(OLDEST_TORCH)/bin/python -m pytest $(COMPILING:%=tests/test_%.py) -k "(compile or fullgraph or one_graph or \
+		any_batch or autocast) and not (mlp or triton or reference and inductor)" $(ARGS)
+
+$(OLDEST_TORCH)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(OLDEST_TORCH)
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-compile torch==2.6.0 "numpy<2.3" "setuptools>=77" \
+		"pybind11>=2.13" "ninja>=1.11" pytest hypothesis
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 lint: $(STAMP)
 	$(RUN) -m ruff check --fix .
@@ -84,4 +101,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .oldest .triton-3.6 .installed gpu-results build dist *.egg-info stoptome_kernels/*.so
+	rm -rf .venv .oldest .oldest-torch .triton-3.6 .installed gpu-results build dist *.egg-info stoptome_kernels/*.so

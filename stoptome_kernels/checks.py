@@ -310,7 +310,7 @@ def attention(
             have, wanted = tuple(prefix_v.shape), tuple(prefix_k.shape)
             raise ValueError(f"prefix_v must have prefix_k's shape {wanted}, got {have}")
         m = prefix_k.shape[0]
-        if n % m if m else n:
+        if n % m != 0 if m != 0 else n != 0:  # torch 2.6 takes the truth of a number for its value: a constant
             raise ValueError(
                 f"prefix_k has M = {m} items, but q's N = {n} is no multiple of it: each is shared by N / M items"
             )

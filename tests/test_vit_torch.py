@@ -58,7 +58,7 @@ def test_a_forward_of_a_derived_class():
     x = torch.cat([model.class_token.expand(2, -1, -1), model._process_input(*inputs)], 1) + model.encoder.pos_embedding
     state = Slow(x, 1)
     for block, r in zip(model.encoder.layers, RATES, strict=True):
-        out, keys = vit_torchvision.masked(block.self_attention, block.ln_1(x), state)
+        out, keys = vit_torch_encoder.masked(block.self_attention, block.ln_1(x), state)
         x = state.merge(x + out, keys, r)
         x = x + block.mlp(block.ln_2(x))
     want = model.heads(state.spread(model.encoder.ln(x)).mean(1))

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vit_cases import Case, Slow
-from vit_torchvision import masked
 
 
 def make(norm: bool = False, heads: int = 4, **options) -> nn.TransformerEncoder:
@@ -17,6 +17,17 @@ def make(norm: bool = False, heads: int = 4, **options) -> nn.TransformerEncoder
     layer = nn.TransformerEncoderLayer(48, heads, **settings)
     fast = settings["batch_first"] and not settings.get("norm_first") and heads % 2 == 0 and settings.get("bias", True)
     return nn.TransformerEncoder(layer, 4, nn.LayerNorm(48) if norm else None, enable_nested_tensor=fast)
+
+
+def masked(attn: nn.MultiheadAttention, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
+    """What ``nn.MultiheadAttention`` gives of ``(N, T, D)``, with the sizes as its padding mask, and the keys."""
+    width = attn.embed_dim
+    bias = None if attn.in_proj_bias is None else attn.in_proj_bias[width : 2 * width]
+    keys = F.linear(x, attn.in_proj_weight[width : 2 * width], bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+    given = x if attn.batch_first else x.transpose(0, 1)
+    out, _ = attn(given, given, given, need_weights=False, key_padding_mask=state.size.log())
+    # contiguous, since dropout draws its numbers in the order of the memory
+    return (out if attn.batch_first else out.transpose(0, 1)).contiguous(), keys
 
 
 def layer(block: Any, x: Tensor, state: Slow, r: int) -> Tensor:

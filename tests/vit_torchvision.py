@@ -8,25 +8,14 @@ from typing import Any
 
 import libraries  # noqa: F401
 import torch
-import torch.nn.functional as F
 import vit_timm
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import ConvStemConfig
 from vit_cases import Case, Slow
+from vit_torch_encoder import masked
 
 SIZE = {"image_size": 32, "patch_size": 4, "num_layers": 4, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
-
-
-def masked(attn: nn.MultiheadAttention, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
-    """What ``nn.MultiheadAttention`` gives of ``(N, T, D)``, with the sizes as its padding mask, and the keys."""
-    width = attn.embed_dim
-    bias = None if attn.in_proj_bias is None else attn.in_proj_bias[width : 2 * width]
-    keys = F.linear(x, attn.in_proj_weight[width : 2 * width], bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-    given = x if attn.batch_first else x.transpose(0, 1)
-    out, _ = attn(given, given, given, need_weights=False, key_padding_mask=state.size.log())
-    # contiguous, since dropout draws its numbers in the order of the memory
-    return (out if attn.batch_first else out.transpose(0, 1)).contiguous(), keys
 
 
 def slow(model: Any, inputs: tuple, rates: tuple[int, ...]) -> Tensor:

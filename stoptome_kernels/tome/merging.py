@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,4 +88,17 @@ class Merging:
 
 def exporting() -> bool:
     """An exported graph has no values that could be kept."""
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else _exporting()
+
+
+def _exporting() -> bool:
+    """What ``torch.compiler.is_exporting`` says, for torch 2.6, which doesn't have it."""
+    if torch.compiler._is_compiling_flag:  # which there torch.export alone sets
+        return True
+    translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
+    tracing = translator and getattr(translator.tls, "current_tx", None)
+    # strict export takes torch's own modules as a whole, and runs them once more outside of the translator
+    return tracing.export if tracing else torch._guards.detect_fake_mode() is not None
+
+
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -178,9 +178,8 @@ def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int =
 def _finish(course: Course, stream: Stream, step: Step, plans: Plans, place: Place) -> Course | Tensor:
     merging = place.merging
     merging.counts.update(frame_num=step.items, token_num=step.tokens, cls_num=step.frames)
-    course = course._replace(stream=stream, steps=(*course.steps, step))
-    if merging.config.trace_source:
-        course = course._replace(plans=(*course.plans, plans))
+    kept = (*course.plans, plans) if merging.config.trace_source else course.plans
+    course = Course(stream, course.tokens, course.items, (*course.steps, step), kept)  # torch 2.6 traces no _replace
     if place.index < merging.layers - 1:
         return course
     schedule = Schedule(course.steps, course.tokens, stream.x.shape[2])

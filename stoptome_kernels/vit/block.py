@@ -30,7 +30,7 @@ class Block(Patched):
             out = super().forward(tokens.x, *args, **options)  # type: ignore[misc]
             if layer.merging.idle and not layer.merging.config.trace_source:
                 return out
-            return layer.finish(tokens._replace(x=out))
+            return layer.finish(tokens.but(x=out))
         return layer.finish(self.tome_run(tokens, *args, **options))
 
     def tome_run(self, tokens: Tokens, *args, **options) -> Tokens:

@@ -42,7 +42,7 @@ class _Custom(Block):
 
 def _rest(block: Any, tokens: Tokens, residual: Tensor, keys: Tensor) -> Tokens:
     merged, normed = block.tome.merge(tokens, residual, keys, block.ln_2)
-    return merged._replace(x=merged.x + block.ls_2(block.mlp(normed)))
+    return merged.but(x=merged.x + block.ls_2(block.mlp(normed)))
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:

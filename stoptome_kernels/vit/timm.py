@@ -36,7 +36,7 @@ class _PreNorm(Block):
         residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
         residual = block.drop_path1(_scaled(block, 1, residual))
         merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
-        return merged._replace(x=merged.x + block.drop_path2(_scaled(block, 2, block.mlp(normed))))
+        return merged.but(x=merged.x + block.drop_path2(_scaled(block, 2, block.mlp(normed))))
 
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
@@ -50,7 +50,7 @@ class _PostNorm(Block):
         no_mask(block, **masks)
         residual, keys = _attention(block, tokens.x, tokens, rope)
         merged, _ = block.tome.merge(tokens, block.drop_path1(block.norm1(residual)), keys, None)
-        return merged._replace(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
+        return merged.but(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
 
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)

@@ -57,6 +57,10 @@ class Tokens(NamedTuple):
     layers: tuple[Tensor, ...] = ()
     padded: bool = False
 
+    def but(self, **changes: Any) -> Tokens:
+        """These with other fields: ``_replace``, which torch 2.6 can't trace."""
+        return Tokens(**{**dict(zip(Tokens._fields, self, strict=True)), **changes})
+
 
 class Merging:
     """What a tower is to merge. Nothing of a forward is kept in it but the trace, if one was asked for.
@@ -158,12 +162,12 @@ class Layer:
         Returns:
             The merged tokens, and ``norm`` of them (None without).
         """
-        x, size, source, position = tokens[:4]
+        x, size, source, position, *_ = tokens
         merging = self.merging
         r = capped(merging.rates[self.index], x.shape[1], merging.protected)
         if r == 0:
             x = x + residual
-            return tokens._replace(x=x), None if norm is None else norm(x)
+            return tokens.but(x=x), None if norm is None else norm(x)
         plan = match(keys, r, merging.protected)
         normed = None
         if norm is not None and _is_layer_norm(norm):
@@ -175,7 +179,7 @@ class Layer:
         if merging.positions:
             position = _moved(position, plan)
         source = dest if source is None else dest.gather(1, source)
-        return tokens._replace(x=x, size=size, source=source, position=position), normed
+        return tokens.but(x=x, size=size, source=source, position=position), normed
 
     def finish(self, tokens: Tokens) -> Tokens | Tensor:
         """What the block gives: tokens to the next block, a tensor to whoever follows the last."""
@@ -184,7 +188,7 @@ class Layer:
             source = tokens.source
             if source is None:
                 source = torch.arange(tokens.x.shape[1], device=tokens.x.device).repeat(tokens.x.shape[0], 1)
-            tokens = tokens._replace(layers=(*tokens.layers, source))
+            tokens = tokens.but(layers=(*tokens.layers, source))
             if self.last:
                 merging.keep(tokens.layers)
         if merging.every:

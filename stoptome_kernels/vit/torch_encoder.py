@@ -42,7 +42,7 @@ class _Layer(Block):
         norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, behind the attention's sum
         merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
         changed = block._ff_block(normed)
-        return merged._replace(x=merged.x + changed if first else block.norm2(normed + changed))
+        return merged.but(x=merged.x + changed if first else block.norm2(normed + changed))
 
 
 class _Turned:

@@ -22,7 +22,7 @@ class _EncoderBlock(Block):
         block: Any = self
         residual, keys = multihead.attention(block, block.self_attention, block.ln_1(tokens.x), tokens)
         merged, normed = block.tome.merge(tokens, block.dropout(residual), keys, block.ln_2)
-        return merged._replace(x=merged.x + block.mlp(normed))
+        return merged.but(x=merged.x + block.mlp(normed))
 
 
 def find(model: nn.Module) -> Vit | None:

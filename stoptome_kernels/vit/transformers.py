@@ -54,7 +54,7 @@ class _Layer(Block):
         _check_call(self, attn, attention_mask, options)
         residual, keys = _attention(self, attn, norm1(tokens.x), tokens)
         merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
-        return merged._replace(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
+        return merged.but(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
 
     def tome_branch(self, index: int, x: Tensor) -> Tensor:
         """What is done to the first (attention) or second branch (MLP) before it is added."""
@@ -89,7 +89,7 @@ class _Siglip2(_Clip):
                 real = _unmasked_keys(self, attention_mask, tokens.x)
                 size = torch.full_like(real, PADDING, dtype=torch.float32).masked_fill(real, 1.0)
                 x = tokens.x.masked_fill(~real[..., None], 0.0)
-                tokens = tokens._replace(x=x, size=size, padded=True)
+                tokens = tokens.but(x=x, size=size, padded=True)
             attention_mask = None  # it speaks of the original tokens; from here on the sizes know
         return super().tome_run(tokens, attention_mask, **options)
 
