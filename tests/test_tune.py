@@ -50,7 +50,8 @@ def run(bench, tmp_path):
 def limit(bench, monkeypatch, kernel, *changes):
     """Try these variants alone."""
     table = bench("variants").KERNELS
-    monkeypatch.setitem(table, kernel, replace(table[kernel], variants=lambda c: list(changes)))
+    monkeypatch.setattr(bench("variants"), "ORDERS", set())
+    monkeypatch.setitem(table, kernel, replace(table[kernel], variants=lambda c: list(changes), flags=()))
 
 
 KERNELS = {
@@ -58,7 +59,7 @@ KERNELS = {
     "norm_grad_rows": {"ROWS": 4, "num_warps": 8, "programs": 1},
     "reduce_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
     "match": {"BLOCK_C": 32, "num_warps": 2},
-    "attend": {"BLOCK_Q": 32},
+    "attend": {"BLOCK_Q": 32, "EARLY": True},
     "spread_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
     "grad_keys": {"BLOCK_Q": 32},
 }

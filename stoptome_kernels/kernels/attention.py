@@ -112,7 +112,7 @@ def attend(
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token,
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
-    TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (N, queries, H, D) and lse (N, H, queries); grid (N·H·blocks,)."""
     item, shared, head, block = _where(H, blocks, share)
@@ -130,6 +130,8 @@ def attend(
     for start in range(0, keys, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         key = _keys(k, k_token, prefix_k, key_first, pk_token, j, ahead, keys, D, BLOCK_D, PREFIX)
+        if EARLY:  # on their way while the scores are computed
+            value = _keys(v, v_token, prefix_v, value_first, pv_token, j, ahead, keys, D, BLOCK_D, PREFIX)
         bias = _bias(size, item * tokens, j, ahead, keys, SIZED)
         score = _dot(query, key, nothing, THIRDS, TYPE) * (scale * _LOG2E) + bias[None, :]
         higher = tl.maximum(largest, tl.max(score, 1))
@@ -137,7 +139,8 @@ def attend(
         fade = tl.exp2(largest - level)
         p = tl.exp2(score - level[:, None])
         total = total * fade + tl.sum(p, 1)
-        value = _keys(v, v_token, prefix_v, value_first, pv_token, j, ahead, keys, D, BLOCK_D, PREFIX)
+        if not EARLY:
+            value = _keys(v, v_token, prefix_v, value_first, pv_token, j, ahead, keys, D, BLOCK_D, PREFIX)
         result = _dot(_narrowed(p, query.dtype), tl.trans(value), result * fade[:, None], THIRDS, TYPE)
         largest = higher
     lse += (item * H + head) * queries
