@@ -145,8 +145,10 @@ def test_dry_run(tmp_path):
         rows = json.loads((files / f"{name}.json").read_text())
         assert rows
         assert {(row["device"], row["device_kind"]) for row in rows} == {("none", "none")}, name
-    for name in ("rows.png", "stop.png", "models.png", "test-gpu.xml", "report.txt"):
-        assert (files / name).stat().st_size > 1000
+    for name in ("rows", "stop", "models"):
+        assert (files / f"{name}.png").stat().st_size > 1000
+        assert (files / f"{name}.md").read_text().startswith("|") or name == "rows"
+    assert 'errors="0" failures="0" skipped="0" tests="5"' in (files / "test-gpu.xml").read_text()
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(plot.MARKERS))
     published = ["--readme", str(readme), "--png", str(tmp_path / "chart.png")]

@@ -105,11 +105,12 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
     two (of two tensors, four) accesses of 16 bytes; longer rows take more threads."""
     block = max(8, _pow2(dim))
     tile = max(block, 1024)
-    # the most registers a thread may have, where Triton 3.6 spills without a limit: rows of 513 to 4096 columns forward
-    # (56: 9 programs of 4 warps a multiprocessor) and tiles of several rows backward (80: 6 programs)
+    # the most registers a thread may have, where Triton 3.6 takes more than 3.9, or spills: rows of 513 to 4096 columns
+    # forward (48: 10 programs of 4 warps a multiprocessor under both; float32 spills at 48, so 56: 9) and tiles of
+    # several rows backward (80: 6 programs)
     limit = None
     if not backward and 1024 <= block <= 4096:
-        limit = 56
+        limit = 56 if dtype == torch.float32 else 48
     elif backward and not affine and block < 1024:
         limit = 80
     return {
@@ -120,7 +121,8 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
 
 def norm_programs(tiles: int) -> int:
     """Of the backward with the gradients of weight and bias: so few that the sums they write are little beside the
-    rows, at most what an H100 runs at once: 5 of some 95 registers on each of its 132 multiprocessors."""
+    rows, at most what an H100 runs at once: 5 of 90 to 96 registers (Triton 3.6 and 3.9) on each of its 132
+    multiprocessors."""
     return min(-(-tiles // 4), 5 * 132)
 
 
@@ -139,8 +141,9 @@ def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compil
     }
     rows, columns = (min(max(16, _pow2(n)), 64) for n in (queries, keys))
     full, long = dtype == torch.float32, channels > 64
-    # three programs of 4 warps fit a multiprocessor's registers (bench/aot_report.py); float32 takes so many of them
-    # that its gradients are left to FMAs
+    # three programs of 4 warps fit a multiprocessor's registers (bench/results/aot; of the gradient at STOP's shape two
+    # under Triton 3.6, which takes 190 registers for 3.9's 167); float32 takes so many of them that its gradients are
+    # left to FMAs
     attend = {**common, "BLOCK_Q": min(rows, (16 if full else 32) if long else 32 if full else 64)}
     attend["BLOCK_K"] = min(columns, 32 if full else 64)
     by_queries = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 32)}
