@@ -147,7 +147,7 @@ def test_dry_run(tmp_path):
         assert {(row["device"], row["device_kind"]) for row in rows} == {("none", "none")}, name
     for name in ("rows", "stop", "models"):
         assert (files / f"{name}.png").stat().st_size > 1000
-        assert (files / f"{name}.md").read_text().startswith("|") or name == "rows"
+        assert (files / f"{name}.md").stat().st_size > 100
     assert 'errors="0" failures="0" skipped="0" tests="5"' in (files / "test-gpu.xml").read_text()
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(plot.MARKERS))
