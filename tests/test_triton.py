@@ -106,6 +106,23 @@ def test_float32_attention_of_a_gpu(monkeypatch, tokens):
     assert errors[0] <= 2 * errors[1] + ROUNDOFF[torch.float32] * v.abs().max().item()
 
 
+@pytest.mark.parametrize("tokens", [40, 100])
+def test_early_values_change_no_bit(monkeypatch, tokens):
+    q, k, v = torch.randn(3, 2, 2, tokens, 16)
+    size = torch.rand(2, tokens) + 0.1
+    table, used, found = config.attention.__wrapped__, [], []
+    for early in (False, True):
+
+        def chosen(*arguments, early=early):
+            used.append(early)
+            return {**table(*arguments), "attend": {**table(*arguments)["attend"], "EARLY": early}}
+
+        monkeypatch.setattr(config, "attention", chosen)
+        found.append(stk.attention(q, k, v, size, backend="triton"))
+    assert used == [False, True]
+    assert torch.equal(*found)
+
+
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all keys, else two."""
     from stoptome_kernels.kernels import attention
