@@ -55,15 +55,15 @@ oldest: $(STAMP)
 OLDEST_TORCH := .oldest-torch
 COMPILING := library attention merge_norm_library merge sets compat stop_model tempme
 oldest-torch: $(OLDEST_TORCH)/.installed
-	$(OLDEST_TORCH)/bin/python -m pytest tests/test_by_hand.py tests/test_golden.py tests/test_old_compilers.py \
+	$(OLDEST_TORCH)/bin/python -m pytest -n 2 tests/test_by_hand.py tests/test_golden.py tests/test_old_compilers.py \
 		-k "not triton" $(ARGS)
-	$(OLDEST_TORCH)/bin/python -m pytest $(COMPILING:%=tests/test_%.py) -k "(compile or fullgraph or one_graph or \
-		any_batch or autocast) and not (mlp or triton or reference and inductor)" $(ARGS)
+	$(OLDEST_TORCH)/bin/python -m pytest -n 2 $(COMPILING:%=tests/test_%.py) -k "(compile or fullgraph or one_graph or \
+		any_batch or autocast) and not (mlp or triton or inductor and not (native-4 or native-auto-True))" $(ARGS)
 
 $(OLDEST_TORCH)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(OLDEST_TORCH)
 	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-compile torch==2.6.0 "numpy<2.3" "setuptools>=77" \
-		"pybind11>=2.13" "ninja>=1.11" pytest hypothesis
+		"pybind11>=2.13" "ninja>=1.11" pytest pytest-xdist hypothesis
 	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
