@@ -47,6 +47,7 @@ def pytest_terminal_summary(terminalreporter):
 SPREAD = {"test_vit.py"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name not in SPREAD:
