@@ -235,10 +235,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         file = FOLDER / f"{release}{suffix}"
         p.add_argument(
             name, type=Path, metavar="FILE", nargs="?", const=file,
-            help=f"write {what} to FILE (default: {file.relative_to(measure.ROOT)})",
+            help=f"write {what} to FILE, or into a folder (default: {file.relative_to(measure.ROOT)})",
         )  # fmt: skip
     p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name, suffix in (("json", ".json"), ("table", ".md")):
+        if (file := getattr(args, name)) and file.is_dir():
+            setattr(args, name, file / f"{release}{suffix}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
