@@ -62,8 +62,8 @@ def install(results: bool = True) -> Gpu:
     """Put the driver under Triton and let the package take CPU tensors for a GPU's; return what will be seen.
 
     Args:
-        results: return what the reference computes, and check that the launch path allocated outputs of its shapes,
-            dtypes and strides. False: return what the launch path allocated, for timing the host alone.
+        results: return what the reference computes, and check that the launch path allocated outputs of its shapes
+            and dtypes. False: return what the launch path allocated, for timing the host alone.
 
     Raises:
         RuntimeError: the kernels were imported under Triton's interpreter.
