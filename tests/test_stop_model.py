@@ -242,6 +242,22 @@ def test_compiled_and_patched_afterwards():
     torch.testing.assert_close(compiled(video()), before)
 
 
+@pytest.mark.parametrize("settings", SETTINGS[1:])
+def test_compiled_with_a_trace(settings):
+    """Every forward's trace is kept, whatever its batch."""
+    model = small()
+    stk.apply_tome_patch(model, **settings, trace_source=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.encode_video, fullgraph=True, backend="eager")
+    for batch in (2, 3, 4):
+        frames = torch.randn(batch, *video().shape[1:])
+        model.encode_video(frames)
+        want = stk.tome_trace(model).dest
+        model.encode_video(video())
+        compiled(frames)
+        assert torch.equal(stk.tome_trace(model).dest, want)
+
+
 @pytest.mark.parametrize("settings", SETTINGS[:2])
 def test_export_with_any_batch(settings):
     """torch.export with a dynamic batch; a trace that is kept is left alone."""

@@ -87,18 +87,16 @@ class Merging:
 
 
 def exporting() -> bool:
-    """An exported graph has no values that could be kept."""
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else _exporting()
-
-
-def _exporting() -> bool:
-    """What ``torch.compiler.is_exporting`` says, for torch 2.6, which doesn't have it."""
-    if torch.compiler._is_compiling_flag:  # which there torch.export alone sets
+    """An exported graph has no values that could be kept. Constant in a traced graph, see CONTRIBUTING.md."""
+    asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)  # the latter in torch 2.6
+    if asked():
         return True
     translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
-    tracing = translator and getattr(translator.tls, "current_tx", None)
-    # strict export takes torch's own modules as a whole, and runs them once more outside of the translator
-    return tracing.export if tracing else torch._guards.detect_fake_mode() is not None
+    tracing = getattr(getattr(translator, "tls", None), "current_tx", None)
+    if tracing is not None:
+        return tracing.export
+    # torch 2.6's strict export takes torch's own modules as a whole and runs them once more by itself
+    return not hasattr(torch.compiler, "is_exporting") and torch._guards.detect_fake_mode() is not None
 
 
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
