@@ -156,6 +156,6 @@ def dry() -> tuple[Stage, ...]:
         if stage.script != "pytest":
             found.setdefault(stage.script, stage)
     stages = list(found.values())
-    stages.insert(1, pytest("collect", 60, "-k", "triton or test_gpu", "--collect-only", "-q", "tests"))
+    stages.insert(1, pytest("collect", 60, "-k", "triton or test_gpu", "--collect-only", "-qq", "tests"))
     stages.insert(2, pytest("test-gpu", 60, *TEST_GPU, "-k", "video and dtype0"))
     return tuple(stages)

@@ -242,6 +242,14 @@ def parser(doc: str | None, folder: Path, table: bool = True) -> argparse.Argume
     return p
 
 
+def rows_in(files: list[Path], readme: Path | None) -> list[dict]:
+    """Return the rows of files; raise ValueError for those of a dry run that are to go into a README."""
+    rows = [row for file in files for row in read_rows(file)]
+    if readme and any(row["device_kind"] == "none" for row in rows):
+        raise ValueError("these rows are a dry run's, in which nothing was measured: they are not published")
+    return rows
+
+
 def publish(
     args: argparse.Namespace,
     folder: Path,
@@ -268,12 +276,10 @@ def publish(
         The exit status.
     """
     try:
-        rows = [row for file in args.files or sorted(folder.glob("*.json")) for row in read_rows(file)]
+        rows = rows_in(args.files or sorted(folder.glob("*.json")), args.readme)
         if not rows:
             raise ValueError(none)
         table, text = markdown(rows), ""
-        if args.readme and any(row["device_kind"] == "none" for row in rows):
-            raise ValueError("these rows are a dry run's, in which nothing was measured: they are not published")
         if args.readme:
             parts = [f"![{image}]({relative(args.png, args.readme)})", table, more()]
             block = "\n\n".join(part for part in parts if part)
@@ -301,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         files = args.files or sorted((ROOT / "bench/results").glob("*.json"))
         if not files:
             raise ValueError("no rows in bench/results: run `python bench/merge.py --json bench/results` first")
-        rows = [row for file in files for row in read_rows(file)]
+        rows = rows_in(files, args.readme)
         if not rows:
             raise ValueError(f"no rows in {', '.join(map(str, files))}")
         text = args.readme.read_text() if args.readme else ""

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import plot
-from measure import ROOT, read_rows
+from measure import ROOT
 
 MARKERS = ("<!-- stop:start -->", "<!-- stop:end -->")
 # what the ToMe guide for STOP promises, in per cent: less memory, less time
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     def operators() -> str:
-        return fused([row for file in args.fused or sorted(FUSED.glob("*.json")) for row in read_rows(file)])
+        return fused(plot.rows_in(args.fused or sorted(FUSED.glob("*.json")), args.readme))
 
     return plot.publish(
         args, FOLDER, "no rows: run `python bench/stop.py --json bench/results/stop` first", markdown, chart,
