@@ -88,7 +88,7 @@ class Merging:
 
 def exporting() -> bool:
     """An exported graph has no values that could be kept. Constant in a traced graph, see CONTRIBUTING.md."""
-    asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)  # the latter in torch 2.6
+    asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)  # in torch 2.6
     if asked():
         return True
     translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
