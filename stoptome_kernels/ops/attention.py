@@ -47,7 +47,7 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# torch's function can't be traced before torch 2.12 or so, and its answer is a constant
+# old compilers can't trace torch's function, see CONTRIBUTING.md; its answer is a constant
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
