@@ -148,7 +148,7 @@ def test_dry_run(tmp_path):
     for name in ("rows", "stop", "models"):
         assert (files / f"{name}.png").stat().st_size > 1000
         assert (files / f"{name}.md").stat().st_size > 100
-    assert 'errors="0" failures="0" skipped="0" tests="5"' in (files / "test-gpu.xml").read_text()
+    assert 'errors="0" failures="0" skipped="0" tests="4"' in (files / "test-gpu.xml").read_text()
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(plot.MARKERS))
     published = ["--readme", str(readme), "--png", str(tmp_path / "chart.png")]
