@@ -204,7 +204,7 @@ _COLUMNS = ("grid × warps", "registers", "shared", "blocks")
 
 
 def _cells(row: dict) -> tuple[str, ...]:
-    """What a table says of a kernel in one dtype, as in _COLUMNS."""
+    """Return the cells of a kernel in one dtype, as in _COLUMNS."""
     spill = f" + {row['spill']} B spilled" if row["spill"] else ""
     return f"{row['grid']} × {row['warps']}", f"{row['registers']}{spill}", str(row["shared"]), str(row["blocks"])
 
@@ -249,7 +249,7 @@ def table(rows: list[dict]) -> str:
 
 
 def differences(rows: list[dict], text: str) -> list[str]:
-    """What a table says otherwise of sm_90 than the rows do."""
+    """Return the lines of sm_90 in which a table differs from the rows."""
     section = text.partition("## sm_90\n")[2].partition("\n## ")[0]
     head, _, *lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     found = {}

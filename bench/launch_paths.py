@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU's tests and benchmarks launch, one job after the other, over no_gpu's driver: it costs only compiling.
+"""Launches of the GPU's tests and benchmarks, one job after the other, over no_gpu's driver: it costs only compiling.
 
 The kernels are not specialised for the number of items, so few are enough; tokens, widths, heads and strides are those
 of the real shapes. ``few=False`` takes the real number of items.

@@ -36,7 +36,7 @@ ENTRIES = ("match", "reduce", "spread", "merge_norm", "merge_norm_backward", "at
 
 @dataclass
 class Gpu:
-    """What reached the driver, in order, since :meth:`clear`."""
+    """Everything that reached the driver, in order, since :meth:`clear`."""
 
     launches: list[str] = field(default_factory=list)  # kernels by name
     grids: list[tuple[int, int, int]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _driver(gpu: Gpu) -> Any:
-    """What Triton asks of a driver (triton/runtime/jit.py, triton/compiler/compiler.py)."""
+    """Return all that Triton asks of a driver (triton/runtime/jit.py, triton/compiler/compiler.py)."""
     import triton
     from triton.backends.compiler import GPUTarget
 
