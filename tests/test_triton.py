@@ -123,6 +123,28 @@ def test_early_values_change_no_bit(monkeypatch, tokens):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, sized, affine):
+    x, residual = torch.randn(2, 2, 14, 24, requires_grad=True).unbind()
+    weight, bias = torch.randn(2, 24, requires_grad=affine).unbind()
+    size = torch.rand(2, 14) + 0.1 if sized else None
+    plan = stk.match(x.detach(), r=5)
+    table, used, found = config.norm.__wrapped__, [], []
+    for early in (False, True):
+
+        def chosen(*arguments, early=early, **named):
+            used.append(early)
+            return {**table(*arguments, **named), "EARLY": early}
+
+        monkeypatch.setattr(config, "norm", chosen)
+        y, normed, _ = stk.merge_norm(x, residual, plan, size, weight, bias, backend="triton")
+        wanted = [x, residual, weight, bias] if affine else [x, residual]
+        found.append([y, normed, *torch.autograd.grad((y.square() + normed.exp()).sum(), wanted)])
+    assert used == [False, False, True, True]
+    assert all(map(torch.equal, *found))
+
+
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all keys, else two."""
     from stoptome_kernels.kernels import attention

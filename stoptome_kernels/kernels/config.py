@@ -105,23 +105,25 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
     two (of two tensors, four) accesses of 16 bytes; longer rows take more threads."""
     block = max(8, _pow2(dim))
     tile = max(block, 1024)
-    # the most registers a thread may have, where Triton 3.6 takes more than 3.9, or spills: rows of 513 to 4096 columns
-    # forward (48: 10 programs of 4 warps a multiprocessor under both; float32 spills at 48, so 56: 9) and tiles of
-    # several rows backward (80: 6 programs)
+    # the most registers a thread may have, where Triton 3.6 takes more than 3.9, or one of them spills: forward rows of
+    # 513 to 4096 columns (48: 10 programs of 4 warps a multiprocessor under both; float32 spills at 48, so 56: 9);
+    # backward all but rows that don't fill their tile, without the gradients of weight and bias
     limit = None
     if not backward and 1024 <= block <= 4096:
         limit = 56 if dtype == torch.float32 else 48
-    elif backward and not affine and block < 1024:
-        limit = 80
+    elif backward and block <= 4096:
+        limit = 96 if affine else 80 if block < 1024 else 64 if dim == block else None
+    # EARLY: what the last step needs is loaded before the row's reductions, so that nothing waits for memory behind
+    # their barriers. Backward that takes fewer registers (up to 16 of 64), forward 16 more, two programs of ten.
     return {
-        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "maxnreg": limit,
+        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "EARLY": backward, "maxnreg": limit,
         "num_warps": min(16, max(4, tile // 256)), "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 def norm_programs(tiles: int) -> int:
     """Of the backward with the gradients of weight and bias: so few that the sums they write are little beside the
-    rows, at most what an H100 runs at once: 5 of 90 to 96 registers (Triton 3.6 and 3.9) on each of its 132
+    rows, at most what an H100 runs at once: 5 of at most 96 registers (Triton 3.6; of 80 under 3.9) on each of its 132
     multiprocessors."""
     return min(-(-tiles // 4), 5 * 132)
 

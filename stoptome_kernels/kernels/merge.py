@@ -17,19 +17,22 @@ from . import config
 
 
 @triton.jit
+def _span(offsets, inside, tokens):
+    """The first position and the length of groups, each within the item whatever a damaged plan holds."""
+    first = tl.load(offsets, mask=inside, other=0)
+    last = tl.load(offsets + 1, mask=inside, other=0)
+    first = tl.minimum(tl.maximum(first, 0), tokens)
+    return first, tl.minimum(tl.maximum(last, first), tokens) - first
+
+
+@triton.jit
 def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
     """Where this program works: item, chunk, its groups (ROWS,), their first position and length, its columns."""
     chunk = tl.program_id(0) % CHUNKS  # the chunks of a row follow each other, so that DRAM pages are read in a go
     block = tl.program_id(0) // CHUNKS
     item = (block // blocks).to(tl.int64)
     group = (block % blocks) * ROWS + tl.arange(0, ROWS)
-    inside = group < groups
-    offsets += item * (groups + 1)
-    first = tl.load(offsets + group, mask=inside, other=0)
-    last = tl.load(offsets + group + 1, mask=inside, other=0)
-    # whatever a damaged plan holds, no position leaves the item
-    first = tl.minimum(tl.maximum(first, 0), tokens)
-    length = tl.minimum(tl.maximum(last, first), tokens) - first
+    first, length = _span(offsets + item * (groups + 1) + group, group < groups, tokens)
     column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     return item, chunk, group, first, length, column
 

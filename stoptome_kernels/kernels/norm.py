@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import unit
 from . import config
-from .merge import _member, _narrowed, _rows, _tile, _totals
+from .merge import _member, _narrowed, _rows, _span, _tile, _totals
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def norm_rows(
     x, residual, members, offsets, size, weight, bias, y, normed, size_out, mean_out, rstd_out, eps,
     tokens, groups, blocks, x_item, x_token, residual_item, residual_token,
     D: tl.constexpr, SIZED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y and normed (N, groups, D) from x and residual (N, tokens, D); size, mean, rstd (N, groups)."""
     item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, 1)
@@ -41,6 +41,11 @@ def norm_rows(
     if SIZED:
         size += item * tokens
     row = item * groups + group
+    if EARLY:
+        if WEIGHT:
+            scale = tl.load(weight + column, mask=column < D, other=0.0)
+        if BIAS:
+            shift = tl.load(bias + column, mask=column < D, other=0.0)
 
     token, valid, total = _member(members, size, first, length > 0, tokens, "mean", SIZED)
     value = _sums(x, residual, token, x_token, residual_token, _rows(valid, column, D, BLOCK_D))
@@ -72,10 +77,15 @@ def norm_rows(
     centered = tl.where((column < D)[None, :], value - mean[:, None], 0.0)
     rstd = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), tl.sqrt_rn(tl.sum(centered * centered, 1) * (1.0 / D) + eps))
     value = centered * rstd[:, None]
+    if not EARLY:
+        if WEIGHT:
+            scale = tl.load(weight + column, mask=column < D, other=0.0)
+        if BIAS:
+            shift = tl.load(bias + column, mask=column < D, other=0.0)
     if WEIGHT:
-        value *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        value *= scale.to(tl.float32)[None, :]
     if BIAS:
-        value += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        value += shift.to(tl.float32)[None, :]
     tl.store(normed + place, _narrowed(value, y.dtype.element_ty), mask=mask)
     tl.store(size_out + row, total, mask=inside)
     tl.store(mean_out + row, mean, mask=inside)
@@ -87,7 +97,7 @@ def norm_grad_rows(
     grad_normed, grad_y, y, means, rstds, members, offsets, size, weight, out, partial,
     tokens, groups, blocks, tiles, normed_item, normed_token, y_item, y_token,
     D: tl.constexpr, SIZED: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (N, tokens, D) from grad_normed and, if GIVEN, grad_y (N, groups, D), and the parts of the gradients of
     weight and bias, partial (programs, 2, D), if AFFINE. Program p of P takes the tiles p, p + P, p + 2 P, …"""
@@ -107,8 +117,22 @@ def norm_grad_rows(
         mean = tl.load(means + row, mask=inside, other=0.0)
         rstd = tl.load(rstds + row, mask=inside, other=0.0)
         place = group.to(tl.int64)[:, None]
+        mine = members + item * tokens
+        sizes = size
+        if SIZED:
+            sizes = size + item * tokens
+        start = offsets + item * (groups + 1) + group
+        if EARLY:
+            first, length = _span(start, inside, tokens)
         value = tl.load(y + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         given = tl.load(grad_normed + item * normed_item + place * normed_token + column[None, :], mask=mask, other=0.0)
+        if GIVEN:
+            more = grad_y + item * y_item + place * y_token + column[None, :]
+        if EARLY:
+            if GIVEN:
+                direct = tl.load(more, mask=mask, other=0.0)
+            longest = tl.max(length, 0)
+            total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
         up = given.to(tl.float32)
         hat = tl.where(within[None, :], (value - mean[:, None]) * rstd[:, None], 0.0)
         if AFFINE:
@@ -120,22 +144,14 @@ def norm_grad_rows(
         slope = tl.sum(up * hat, 1) * (1.0 / D)
         grad = (up - shift[:, None] - hat * slope[:, None]) * rstd[:, None]
         if GIVEN:
-            grad += tl.load(
-                grad_y + item * y_item + place * y_token + column[None, :], mask=mask, other=0.0
-            ).to(tl.float32)  # fmt: skip
+            if not EARLY:
+                direct = tl.load(more, mask=mask, other=0.0)
+            grad += direct.to(tl.float32)
 
-        start = offsets + item * (groups + 1) + group
-        first = tl.load(start, mask=inside, other=0)
-        length = tl.load(start + 1, mask=inside, other=0)
-        # whatever a damaged plan holds, no position leaves the item
-        first = tl.minimum(tl.maximum(first, 0), tokens)
-        length = tl.minimum(tl.maximum(length, first), tokens) - first
-        longest = tl.max(length, 0)
-        mine = members + item * tokens
-        sizes = size
-        if SIZED:
-            sizes = size + item * tokens
-        total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
+        if not EARLY:
+            first, length = _span(start, inside, tokens)
+            longest = tl.max(length, 0)
+            total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
         for k in range(0, longest):
             token, valid, share = _member(mine, sizes, first + k, k < length, tokens, "mean", SIZED)
             share = tl.where(valid, tl.where(alone, 1.0, tl.div_rn(share, total)), 0.0)
