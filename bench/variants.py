@@ -287,8 +287,8 @@ def _only(found: dict) -> None:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("norm_rows", "norm", _only, norm_job, norm_variants),
-        Kernel("norm_grad_rows", "norm", _only, norm_grad_job, norm_grad_variants, direction="backward"),
+        Kernel("norm_rows", "norm", _only, norm_job, norm_variants, ("EARLY",)),
+        Kernel("norm_grad_rows", "norm", _only, norm_grad_job, norm_grad_variants, ("EARLY",), "backward"),
         Kernel("reduce_rows", "merge", _only, reduce_job, merge_variants),
         Kernel("match", "match", lambda found: "item" if found["item"] else "score", match_job, match_variants),
         Kernel("attend", "attention", lambda found: "attend", attend_job, attend_variants, ("EARLY",)),
@@ -315,11 +315,13 @@ def default_of(kernel: Kernel, job: Job) -> dict:
 
 
 def variants_of(kernel: Kernel, default: dict) -> tuple[dict[str, Changes], list[str]]:
-    """Return the configurations to try, by label, and the orders of loads that this build has no choice of."""
+    """Return the configurations to try, by label, and the orders of loads that this build has no choice of. A limit of
+    registers is the default's own: with it a larger tile or fewer warps would spill."""
     flags = dict.fromkeys((*kernel.flags, *(key for key in default if key in ORDERS)))
-    tried = [{flag: not default[flag]} for flag in flags if flag in default] + kernel.variants(default)
+    tried = [{flag: not default[flag]} for flag in flags if flag in default] + [{}] + kernel.variants(default)
     found = {}
     for changes in tried:
+        changes = {**changes, "maxnreg": changes.get("maxnreg")} if default.get("maxnreg") else changes
         different = {key: value for key, value in changes.items() if default.get(key) != value}
         if different:
             found[" ".join(f"{key}={value}" for key, value in different.items())] = different
