@@ -77,6 +77,7 @@ def sanitize(tool: str, seconds: int) -> Stage:
 
 
 VERSIONS = Stage("versions", 15, "versions.py")
+NO_GPU = 3  # the status of VERSIONS where torch finds no GPU: tests would all be skipped, and benchmarks measure a CPU
 TEST_GPU = ("tests/test_gpu.py",)
 TEST_BACKENDS = ("-k", "triton", "-m", "not slow", "tests")
 SEVEN = "match_item|reduce_rows|spread_rows|norm_rows|norm_grad_rows|attend|grad_keys"

@@ -10,9 +10,10 @@
     bench/gpu_suite.sh OUTDIR dry        every stage on a machine without a GPU: does it start, end, and write its rows?
 
 Needs a python3 with its own torch, Triton, pytest, hypothesis, matplotlib, numpy, tqdm; no network, no pip, and before
-the stage `native` no compiler but the one that Triton calls. The environment is left as it is. The stages and their
-boxes are in gpu_stages.py, the most important first; each is interrupted at the end of its box, and a benchmark then
-writes what it has. A stage that fails does not stop the next; the exit status is 1 if any failed.
+the stage `native` no compiler but the one that Triton calls. The environment is left as it is. Without a GPU all plans
+but `dry` end after their first stage. The stages and their boxes are in gpu_stages.py, the most important first; each
+is interrupted at the end of its box, and a benchmark then writes what it has. A stage that fails does not stop the
+next; the exit status is 1 if any failed.
 
 Leaves in OUTDIR `report.txt`, what every stage printed, and `suite.tar.gz`, of at most 16 MiB: the report, junit files,
 rows, charts, tables, versions, and what profiler and sanitizer wrote. `--cache` takes kernels that were compiled
@@ -22,6 +23,7 @@ elsewhere (bench/warm_cache.py). `--commit` names the commit in the rows where t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -59,6 +61,7 @@ class Suite:
         self.summary: list[str] = []
         self.left_out: set[str] = set()
         self.failed = False
+        self.no_gpu = False
 
     def say(self, text: str) -> None:
         """Write a line to the report and to the terminal."""
@@ -117,6 +120,8 @@ class Suite:
 
     def run(self, stage: Stage) -> None:
         """Run a stage within its box, and what is left of the whole run."""
+        if self.no_gpu:
+            return self.close(stage, "left out: no GPU here", 0.0)
         box = min(DRY_SECONDS if self.dry else stage.seconds, self.deadline - time.monotonic())
         if box < 5:
             return self.close(stage, "left out: no time", 0.0)
@@ -126,6 +131,11 @@ class Suite:
         self.say(f"\n===== {stage.name} (at most {box:.0f} s): {shlex.join(words)}")
         begin = time.monotonic()
         status, stopped = self.call(words, box)
+        if stage == gpu_stages.VERSIONS and status == gpu_stages.NO_GPU:
+            if self.dry:
+                status = 0
+            else:
+                self.no_gpu = True
         verdict = "stopped at its box" if stopped else "ok" if status == 0 else f"FAILED ({status})"
         # a benchmark that was stopped has written what it has; tests that were stopped have not passed
         self.failed |= status != 0 and not (stopped and stage.script != "pytest")
@@ -238,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         return build()
     if args.out is None:
         p.error("the following arguments are required: OUTDIR")
+    if importlib.util.find_spec("torch") is None:
+        p.error(f"{sys.executable} has no torch; put a python3 that has it first in PATH")
     args.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(args.out.resolve(), args.plan, args.commit, args.cache and args.cache.resolve())
     suite.copy_package()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import gpu_stages
 import torch
 
 import stoptome_kernels as stk
@@ -34,7 +35,7 @@ def main() -> int:
     print("package", stk.__file__, stk.backends())
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False")
-        return 0
+        return gpu_stages.NO_GPU
     print("cuda", torch.version.cuda, "device", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     return 0 if stk.backends()["triton"] is None else 1
 

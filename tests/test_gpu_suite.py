@@ -127,6 +127,26 @@ def test_wrong_arguments(capsys):
     assert "OUTDIR" in capsys.readouterr().err
 
 
+def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):
+    """Tests would all be skipped, and a benchmark would measure a CPU."""
+    versions = script(tmp_path, "versions.py", f"raise SystemExit({gpu_stages.NO_GPU})")
+    monkeypatch.setattr(gpu_stages, "VERSIONS", Stage("versions", 10, versions))
+    status, report, *_ = run(
+        tmp_path, monkeypatch, gpu_stages.VERSIONS, Stage("b", 10, script(tmp_path, "works.py", "print('measured')"))
+    )
+    assert status == 1
+    assert "left out: no GPU here" in report
+    assert "measured" not in report
+
+
+def test_without_torch_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        gpu_suite.main([str(tmp_path / "out"), "first"])
+    assert f"{sys.executable} has no torch" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     """Every stage of the plans starts here, ends, and writes its rows, which nobody can publish."""
