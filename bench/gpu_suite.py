@@ -68,12 +68,6 @@ class Suite:
         print(text, flush=True)
         print(text, file=self.report)
 
-    def copy_package(self) -> None:
-        """Put the Python files where the checkout, with its folders of other machines' builds, does not hide them."""
-        leave = shutil.ignore_patterns("*.so", "__pycache__", "reference")
-        shutil.copytree(ROOT / "stoptome_kernels", self.site / "stoptome_kernels", ignore=leave)
-        shutil.copytree(ROOT / "python_ref", self.site / "stoptome_kernels" / "reference", ignore=leave)
-
     def environment(self) -> dict[str, str]:
         """Return what every stage's process sees."""
         path = [str(self.site), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
@@ -223,6 +217,13 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
+def copy_package(site: Path) -> None:
+    """Put the Python files where the checkout, with its folders of other machines' builds, does not hide them."""
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "reference")
+    shutil.copytree(ROOT / "stoptome_kernels", site / "stoptome_kernels", ignore=leave)
+    shutil.copytree(ROOT / "python_ref", site / "stoptome_kernels" / "reference", ignore=leave)
+
+
 def build() -> int:
     """Build the native CPU kernels into the suite's copy of the package."""
     with tempfile.TemporaryDirectory() as temp:
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"{sys.executable} has no torch; put a python3 that has it first in PATH")
     args.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(args.out.resolve(), args.plan, args.commit, args.cache and args.cache.resolve())
-    suite.copy_package()
+    copy_package(suite.site)
     suite.use_cache()
     for stage in gpu_stages.dry() if suite.dry else gpu_stages.PLANS[args.plan]:
         suite.run(stage)

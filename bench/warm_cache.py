@@ -28,7 +28,10 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
+
+import gpu_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 40 << 20  # of a pack
@@ -92,8 +95,12 @@ def make(file: Path, only: list[str], processes: int) -> int:
     """Compile in ``processes`` and pack; 1 if a job failed or the pack is too large."""
     begin, failed = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(TRITON_CACHE_DIR=folder, TRITON_STORE_BINARY_ONLY="1")
+        cache, site = Path(folder, "cache"), Path(folder, "site")
+        os.environ.update(TRITON_CACHE_DIR=str(cache), TRITON_STORE_BINARY_ONLY="1")
         os.environ.pop("TRITON_CACHE_MANAGER", None)
+        if find_spec("stoptome_kernels") is None:  # that machine's Python and Triton, often without the package
+            gpu_suite.copy_package(site)
+            sys.path.insert(0, str(site))
         import launch_paths
 
         chosen = [job for job in launch_paths.jobs() if not only or any(job.startswith(text) for text in only)]
@@ -107,7 +114,7 @@ def make(file: Path, only: list[str], processes: int) -> int:
                 for job, seconds, wrong in pool.imap_unordered(_work, some):
                     failed += wrong is not None
                     print(f"{job}: {seconds:.1f} s{f', FAILED: {wrong}' if wrong else ''}", flush=True)
-        found = pack(Path(folder), file, key())
+        found = pack(cache, file, key())
     seconds, size = time.perf_counter() - begin, file.stat().st_size
     print(f"{found} kernels in {seconds:.0f} s, {size / 2**20:.1f} MiB packed")
     if size > MOST_BYTES:
