@@ -10,7 +10,7 @@ from ..layout import heads_last, joined, log_size, unit
 
 _missing: str | None = None
 try:
-    from stoptome_kernels import _native
+    import stoptome_kernels._native as _native  # "from … import" would blame a circular import
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
