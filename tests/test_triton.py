@@ -123,24 +123,28 @@ def test_early_values_change_no_bit(monkeypatch, tokens):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dim", [24, 32])
 @pytest.mark.parametrize("sized", [True, False])
-@pytest.mark.parametrize("affine", [True, False])
-def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, sized, affine):
-    x, residual = torch.randn(2, 2, 14, 24, requires_grad=True).unbind()
-    weight, bias = torch.randn(2, 24, requires_grad=affine).unbind()
+@pytest.mark.parametrize("affine", ["trained", "fixed", "none"])
+@pytest.mark.parametrize("outputs", ["both", "normed"])
+def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, dim, sized, affine, outputs):
+    x, residual = torch.randn(2, 2, 14, dim, requires_grad=True).unbind()
+    weight, bias = torch.randn(2, dim, requires_grad=affine == "trained").unbind()
     size = torch.rand(2, 14) + 0.1 if sized else None
     plan = stk.match(x.detach(), r=5)
     table, used, found = config.norm.__wrapped__, [], []
     for early in (False, True):
 
-        def chosen(*arguments, early=early, **named):
+        def chosen(*arguments, early=early):
             used.append(early)
-            return {**table(*arguments, **named), "EARLY": early}
+            return {**table(*arguments), "EARLY": early}
 
         monkeypatch.setattr(config, "norm", chosen)
-        y, normed, _ = stk.merge_norm(x, residual, plan, size, weight, bias, backend="triton")
-        wanted = [x, residual, weight, bias] if affine else [x, residual]
-        found.append([y, normed, *torch.autograd.grad((y.square() + normed.exp()).sum(), wanted)])
+        parameters = [None, None] if affine == "none" else [weight, bias]
+        y, normed, _ = stk.merge_norm(x, residual, plan, size, *parameters, backend="triton")
+        loss = normed.exp().sum() if outputs == "normed" else (y.square() + normed.exp()).sum()
+        wanted = [x, residual, weight, bias] if affine == "trained" else [x, residual]
+        found.append([y, normed, *torch.autograd.grad(loss, wanted)])
     assert used == [False, False, True, True]
     assert all(map(torch.equal, *found))
 

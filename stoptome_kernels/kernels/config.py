@@ -105,27 +105,27 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
     two (of two tensors, four) accesses of 16 bytes; longer rows take more threads."""
     block = max(8, _pow2(dim))
     tile = max(block, 1024)
-    # the most registers a thread may have, where Triton 3.6 takes more than 3.9, or one of them spills: forward rows of
-    # 513 to 4096 columns (48: 10 programs of 4 warps a multiprocessor under both; float32 spills at 48, so 56: 9);
-    # backward all but rows that don't fill their tile, without the gradients of weight and bias
-    limit = None
-    if not backward and 1024 <= block <= 4096:
-        limit = 56 if dtype == torch.float32 else 48
-    elif backward and block <= 4096:
-        limit = 96 if affine else 80 if block < 1024 else 64 if dim == block else None
-    # EARLY: what the last step needs is loaded before the row's reductions, so that nothing waits for memory behind
-    # their barriers. Backward that takes fewer registers (up to 16 of 64), forward 16 more, two programs of ten.
+    # the most registers a thread may have, without which Triton 3.6 or 3.9 takes more at some width or spills: rows of
+    # 513 to 4096 columns 48 (10 programs of 4 warps a multiprocessor; forward in float32 it spills, so 56: 9), and 80
+    # (6) with sums for the gradients of weight and bias; of shorter rows these sums alone, 96 (5), in float32 104 (4)
+    limit, full = None, dtype == torch.float32
+    if 1024 <= block <= 4096:
+        limit = 80 if affine else 56 if full and not backward else 48
+    elif affine and block < 1024:
+        limit = 104 if full else 96
+    # EARLY: what follows the row's reductions is loaded before them, so that nothing waits for memory behind their
+    # barriers. Backward that takes no more registers; forward, for weight and bias, 56 in place of 48.
     return {
         "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "EARLY": backward, "maxnreg": limit,
         "num_warps": min(16, max(4, tile // 256)), "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
-def norm_programs(tiles: int) -> int:
-    """Of the backward with the gradients of weight and bias: so few that the sums they write are little beside the
-    rows, at most what an H100 runs at once: 5 of at most 96 registers (Triton 3.6; of 80 under 3.9) on each of its 132
-    multiprocessors."""
-    return min(-(-tiles // 4), 5 * 132)
+def norm_programs(tiles: int, meta: dict) -> int:
+    """Return how many programs the backward with the gradients of weight and bias gets: so few that the sums they write
+    are little beside the rows, at most what an H100 with its 132 multiprocessors of 65536 registers runs at once."""
+    resident = 65536 // (32 * meta["num_warps"] * (meta["maxnreg"] or 128))
+    return min(-(-tiles // 4), 132 * resident)
 
 
 @cache

@@ -133,6 +133,7 @@ def norm_grad_rows(
                 direct = tl.load(more, mask=mask, other=0.0)
             longest = tl.max(length, 0)
             total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
+            token, valid, share = _member(mine, sizes, first, length > 0, tokens, "mean", SIZED)
         up = given.to(tl.float32)
         hat = tl.where(within[None, :], (value - mean[:, None]) * rstd[:, None], 0.0)
         if AFFINE:
@@ -153,14 +154,17 @@ def norm_grad_rows(
             longest = tl.max(length, 0)
             total, alone = _totals(mine, sizes, first, length, longest, tokens, ROWS, SIZED)
         for k in range(0, longest):
-            token, valid, share = _member(mine, sizes, first + k, k < length, tokens, "mean", SIZED)
-            share = tl.where(valid, tl.where(alone, 1.0, tl.div_rn(share, total)), 0.0)
-            spread = tl.where(valid[:, None], share[:, None] * grad, 0.0)  # 0 though the gradient be NaN
+            if not EARLY:
+                token, valid, share = _member(mine, sizes, first + k, k < length, tokens, "mean", SIZED)
+            part = tl.where(valid, tl.where(alone, 1.0, tl.div_rn(share, total)), 0.0)
+            spread = tl.where(valid[:, None], part[:, None] * grad, 0.0)  # 0 though the gradient be NaN
             tl.store(
                 out + item * tokens * D + token[:, None] * D + column[None, :],
                 _narrowed(spread, out.dtype.element_ty),
                 mask=_rows(k < length, column, D, BLOCK_D),
             )
+            if EARLY:
+                token, valid, share = _member(mine, sizes, first + k + 1, k + 1 < length, tokens, "mean", SIZED)
     if AFFINE:
         partial += tl.program_id(0).to(tl.int64) * 2 * D + column
         tl.store(partial, tl.sum(to_weight, 0), mask=within)
@@ -211,7 +215,7 @@ def norm_grad_launch(
     meta = config.norm(dim, groups, grad_normed.dtype, True, affine)
     blocks = triton.cdiv(groups, meta["ROWS"])
     tiles = n * blocks
-    programs = config.norm_programs(tiles) if affine else tiles
+    programs = config.norm_programs(tiles, meta) if affine else tiles
     partial = grad_normed.new_empty((programs, 2, dim), dtype=torch.float32) if affine else None
     strides = (*grad_normed.stride()[:2], *((0, 0) if grad_y is None else grad_y.stride()[:2]))
     arguments = (
