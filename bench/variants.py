@@ -230,14 +230,17 @@ def attend_grad_job(i: data.Inputs) -> Job:
 
 
 def norm_variants(c: dict) -> list[Changes]:
+    """Weight and bias loaded early too, which takes more registers (56 or 64: 9 or 8 programs of 4 warps)."""
     shapes = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8)]
-    return [{"ROWS": rows, "num_warps": warps} for rows, warps in shapes]
+    early: list[Changes] = [{"EARLY": True, "maxnreg": limit} for limit in (56, 64)]
+    return [*early, *({"ROWS": rows, "num_warps": warps} for rows, warps in shapes)]
 
 
 def norm_grad_variants(c: dict) -> list[Changes]:
     """With as many programs a multiprocessor as their registers let it hold, and with more."""
     shapes = [(1, 1, 16), (1, 2, 10), (1, 4, 4), (1, 4, 8), (2, 2, 8), (2, 4, 4), (2, 8, 2), (4, 4, 3), (4, 8, 2)]
-    return [{"ROWS": rows, "num_warps": warps, "programs": each} for rows, warps, each in shapes]
+    late: Changes = {"EARLY": False, "maxnreg": 96, "programs": 5}
+    return [late, *({"ROWS": rows, "num_warps": warps, "programs": each} for rows, warps, each in shapes)]
 
 
 def merge_variants(c: dict) -> list[Changes]:
@@ -315,14 +318,18 @@ def default_of(kernel: Kernel, job: Job) -> dict:
 
 
 def variants_of(kernel: Kernel, default: dict) -> tuple[dict[str, Changes], list[str]]:
-    """Return the configurations to try, by label, and the orders of loads that this build has no choice of. A limit of
-    registers is the default's own: with it a larger tile or fewer warps would spill."""
+    """Return the configurations to try, by label, and the orders of loads that this build has no choice of. Another
+    tile or number of warps is tried without the default's limit of registers, under which it might spill."""
     flags = dict.fromkeys((*kernel.flags, *(key for key in default if key in ORDERS)))
-    tried = [{flag: not default[flag]} for flag in flags if flag in default] + [{}] + kernel.variants(default)
+    tried = [{flag: not default[flag]} for flag in flags if flag in default]
+    if default.get("maxnreg"):
+        tried.append({"maxnreg": None})
+    tried += kernel.variants(default)
     found = {}
     for changes in tried:
-        changes = {**changes, "maxnreg": changes.get("maxnreg")} if default.get("maxnreg") else changes
         different = {key: value for key, value in changes.items() if default.get(key) != value}
+        if default.get("maxnreg") and {*different} - {"programs", "maxnreg", *flags}:
+            different.setdefault("maxnreg", None)
         if different:
             found[" ".join(f"{key}={value}" for key, value in different.items())] = different
     return found, [flag for flag in flags if flag not in default]
@@ -341,7 +348,7 @@ def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
     with _replaced(kernel.config, changed):
         each, original = changes.get("programs"), config.norm_programs
         if each is not None:
-            config.norm_programs = lambda tiles: min(-(-tiles // 4), each * MULTIPROCESSORS)
+            config.norm_programs = lambda tiles, meta: min(-(-tiles // 4), each * MULTIPROCESSORS)
         try:
             yield
         finally:
