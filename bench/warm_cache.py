@@ -28,7 +28,6 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import gpu_suite
@@ -98,9 +97,8 @@ def make(file: Path, only: list[str], processes: int) -> int:
         cache, site = Path(folder, "cache"), Path(folder, "site")
         os.environ.update(TRITON_CACHE_DIR=str(cache), TRITON_STORE_BINARY_ONLY="1")
         os.environ.pop("TRITON_CACHE_MANAGER", None)
-        if find_spec("stoptome_kernels") is None:  # that machine's Python and Triton, often without the package
-            gpu_suite.copy_package(site)
-            sys.path.insert(0, str(site))
+        gpu_suite.copy_package(site)  # whether this Python has the package or not, and whichever
+        sys.path.insert(0, str(site))
         import launch_paths
 
         chosen = [job for job in launch_paths.jobs() if not only or any(job.startswith(text) for text in only)]
