@@ -37,6 +37,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+from xml.etree import ElementTree
 
 import gpu_stages
 from gpu_stages import Stage
@@ -126,14 +127,21 @@ class Suite:
         begin = time.monotonic()
         status, stopped = self.call(words, box)
         if stage == gpu_stages.VERSIONS and status == gpu_stages.NO_GPU:
-            if self.dry:
-                status = 0
-            else:
-                self.no_gpu = True
-        verdict = "stopped at its box" if stopped else "ok" if status == 0 else f"FAILED ({status})"
+            self.no_gpu = not self.dry
+            status = int(self.no_gpu)
+        empty = status == 0 and stage.script == "pytest" and not self.any_passed(stage)
+        verdict = "FAILED (no test passed)" if empty else "ok" if status == 0 else f"FAILED ({status})"
+        verdict = "stopped at its box" if stopped else verdict
         # a benchmark that was stopped has written what it has; tests that were stopped have not passed
-        self.failed |= status != 0 and not (stopped and stage.script != "pytest")
+        self.failed |= empty or (status != 0 and not (stopped and stage.script != "pytest"))
         self.close(stage, verdict, time.monotonic() - begin)
+
+    def any_passed(self, stage: Stage) -> bool:
+        """Return whether a stage of tests has one that passed: without a GPU, all are skipped."""
+        if "--collect-only" in stage.arguments:
+            return True
+        counts = ElementTree.parse(self.files / f"{stage.name}.xml").getroot()[0]
+        return int(counts.get("tests", 0)) > int(counts.get("skipped", 0))
 
     def call(self, words: list[str], box: float) -> tuple[int, bool]:
         """Run a command in a process group of its own: interrupted before the end of its box, killed at it."""

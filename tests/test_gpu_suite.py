@@ -13,6 +13,7 @@ import gpu_stages
 import gpu_suite
 import plot
 import pytest
+import torch
 from gpu_stages import PLANS, Stage
 
 SUITE = Path(gpu_suite.__file__)
@@ -74,25 +75,41 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 
 
 def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
-    """Interrupted before the end of it, and killed at it, with all that it started."""
+    """Interrupted before the end of it, and killed at it, with all that it started. The first of a stage's two waits
+    ends here as soon as the stage is ready for it, so that no slow start of Python is part of the box."""
+    waits = {}
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:
+                waits.setdefault(self.pid, []).append(timeout)
+                if len(waits[self.pid]) == 1:
+                    while not (tmp_path / f"ready-{self.pid}").exists() and self.poll() is None:
+                        time.sleep(0.01)
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "Popen", Process)
+    ready = f"open({str(tmp_path / 'ready-')!r} + str(os.getpid()), 'w').close()\n"
     deaf = script(
         tmp_path, "deaf.py",
-        "import signal, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print('child', child.pid, flush=True)\n"
+        f"print('child', child.pid, flush=True)\n{ready}"
         "time.sleep(60); time.sleep(60)",
     )  # fmt: skip
     polite = script(
         tmp_path, "polite.py",
-        "import time\ntry:\n    time.sleep(60)\n"
+        f"import os, time\ntry:\n    {ready}    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('wrote what there is')\n    exit(130)",
     )  # fmt: skip
-    status, report, _, seconds = run(tmp_path, monkeypatch, Stage("deaf", 5, deaf), Stage("polite", 5, polite))
+    status, report, _, seconds = run(tmp_path, monkeypatch, Stage("deaf", 12, deaf), Stage("polite", 40, polite))
+    assert [*waits.values()] == [[9, 3], [30, 10]]
     assert "heard" in report
     assert "wrote what there is" in report
     assert report.count("stopped at its box") == 2
-    assert seconds < 14
+    assert seconds < 30, "neither slept for its 60 seconds"
     assert status == 0, "a benchmark that was stopped is no failure"
     child = int(report.split("child ")[1].split()[0])
     time.sleep(0.2)
@@ -139,7 +156,26 @@ def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):
     assert "measured" not in report
 
 
+def test_tests_that_were_all_skipped_have_not_passed(tmp_path, monkeypatch):
+    """As they would be if torch lost the GPU between two stages."""
+    test = tmp_path / "test_none.py"
+    test.write_text("import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass\n")
+    status, report, *_ = run(
+        tmp_path, monkeypatch, Stage("a", 60, "pytest", ("--confcutdir", str(tmp_path), str(test)))
+    )
+    assert status == 1
+    assert "FAILED (no test passed)" in report
+
+
+def test_versions_says_that_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, str(SUITE.with_name("versions.py"))], capture_output=True, text=True)
+    assert done.returncode == gpu_stages.NO_GPU, done.stdout + done.stderr
+
+
 def test_without_torch_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite.Suite, "run", lambda *_: None)
     monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         gpu_suite.main([str(tmp_path / "out"), "first"])
