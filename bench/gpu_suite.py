@@ -148,7 +148,7 @@ class Suite:
         grace = min(10.0, box / 4)
         process = subprocess.Popen(
             words, cwd=self.work, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
+            errors="replace", start_new_session=True, preexec_fn=_heed_interrupts,
         )  # fmt: skip
         printed = threading.Thread(target=self.copy_output, args=(process.stdout,), daemon=True)
         printed.start()
@@ -218,6 +218,11 @@ class Suite:
         self.report.close()
         shutil.rmtree(self.work, ignore_errors=True)
         return 1 if self.failed else 0
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to a suite that it starts in the background, whose stages would ignore interrupts too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -75,8 +76,9 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 
 
 def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
-    """Interrupted before the end of it, and killed at it, with all that it started. The first of a stage's two waits
-    ends here as soon as the stage is ready for it, so that no slow start of Python is part of the box."""
+    """Interrupted before the end of it, and killed at it, with all that it started; also where the suite itself ignores
+    interrupts, as a shell's background job does. The first of a stage's two waits ends here as soon as the stage is
+    ready for it, so that no slow start of Python is part of the box."""
     waits = {}
 
     class Process(subprocess.Popen):
@@ -104,7 +106,11 @@ def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
         f"import os, time\ntry:\n    {ready}    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('wrote what there is')\n    exit(130)",
     )  # fmt: skip
-    status, report, _, seconds = run(tmp_path, monkeypatch, Stage("deaf", 12, deaf), Stage("polite", 40, polite))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status, report, _, seconds = run(tmp_path, monkeypatch, Stage("deaf", 12, deaf), Stage("polite", 40, polite))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [*waits.values()] == [[9, 3], [30, 10]]
     assert "heard" in report
     assert "wrote what there is" in report
