@@ -17,7 +17,6 @@ from stoptome_kernels.layout import empty_heads_last
 
 SINGLE = torch.finfo(torch.float32).eps / 2
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
-MULTIPROCESSORS = 132  # of an H100, as in config.norm_programs
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # the compiler's: every build has them
 Changes = dict[str, object]  # of a configuration: constants and options
 
@@ -345,18 +344,12 @@ def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
         part = kernel.part(found)
         return {**found, **constants} if part is None else {**found, part: {**found[part], **constants}}
 
-    with _replaced(kernel.config, changed):
-        each, original = changes.get("programs"), config.norm_programs
-        if each is not None:
-            config.norm_programs = lambda tiles, meta: min(-(-tiles // 4), each * MULTIPROCESSORS)
-        try:
-            yield
-        finally:
-            config.norm_programs = original
+    with _replaced(kernel.config, changed), _replaced("norm_resident", lambda fits: changes.get("programs", fits)):
+        yield
 
 
 @contextmanager
-def _replaced(name: str, change: Callable[[dict], dict]) -> Iterator[None]:
+def _replaced(name: str, change: Callable) -> Iterator[None]:
     """Put what ``change`` makes of it in place of what a function of kernels.config returns."""
     original = getattr(config, name)
     setattr(config, name, lambda *args: change(original(*args)))

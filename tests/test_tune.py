@@ -85,11 +85,11 @@ def test_a_variant_changes_what_is_launched(bench):
     data, variants = bench("data"), bench("variants")
     kernel = variants.KERNELS["norm_grad_rows"]
     job = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=2), "cpu", torch.float32))
-    before = variants.config.norm, variants.config.norm_programs
+    before = variants.config.norm, variants.config.norm_programs, variants.config.norm_resident
     with variants.configured(kernel, {"ROWS": 2, "num_warps": 8, "programs": 1}):
         ((_, grid, _, meta),) = job.launches()
     assert (grid, meta["ROWS"], meta["num_warps"]) == ((2,), 2, 8)  # 2 items of 3 tiles, 4 of them a program
-    assert before == (variants.config.norm, variants.config.norm_programs)
+    assert before == (variants.config.norm, variants.config.norm_programs, variants.config.norm_resident)
     assert job.launches()[0][3]["ROWS"] == variants.default_of(kernel, job)["ROWS"] == 8
 
 

@@ -121,11 +121,15 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
     }  # fmt: skip
 
 
+def norm_resident(meta: dict) -> int:
+    """Return how many programs of a configuration the 65536 registers of a multiprocessor hold."""
+    return 65536 // (32 * meta["num_warps"] * (meta["maxnreg"] or 128))
+
+
 def norm_programs(tiles: int, meta: dict) -> int:
     """Return how many programs the backward with the gradients of weight and bias gets: so few that the sums they write
-    are little beside the rows, at most what an H100 with its 132 multiprocessors of 65536 registers runs at once."""
-    resident = 65536 // (32 * meta["num_warps"] * (meta["maxnreg"] or 128))
-    return min(-(-tiles // 4), 132 * resident)
+    are little beside the rows, at most what the 132 multiprocessors of an H100 run at once."""
+    return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 
 @cache
