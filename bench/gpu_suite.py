@@ -130,10 +130,10 @@ class Suite:
             self.no_gpu = not self.dry
             status = int(self.no_gpu)
         empty = status == 0 and stage.script == "pytest" and not self.any_passed(stage)
-        verdict = "FAILED (no test passed)" if empty else "ok" if status == 0 else f"FAILED ({status})"
-        verdict = "stopped at its box" if stopped else verdict
+        failed = "no test passed" if empty else status
+        verdict = "stopped at its box" if stopped else f"FAILED ({failed})" if failed else "ok"
         # a benchmark that was stopped has written what it has; tests that were stopped have not passed
-        self.failed |= empty or (status != 0 and not (stopped and stage.script != "pytest"))
+        self.failed |= bool(failed) and not (stopped and stage.script != "pytest")
         self.close(stage, verdict, time.monotonic() - begin)
 
     def any_passed(self, stage: Stage) -> bool:

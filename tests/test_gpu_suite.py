@@ -165,6 +165,8 @@ def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path, monkeypatch):
     """As they would be if torch lost the GPU between two stages."""
     test = tmp_path / "test_none.py"
+    no_xdist = subprocess.CompletedProcess([], 1)  # four workers take seconds to start
+    monkeypatch.setattr(gpu_suite.subprocess, "run", lambda *_, **__: no_xdist)
     test.write_text("import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass\n")
     status, report, *_ = run(
         tmp_path, monkeypatch, Stage("a", 60, "pytest", ("--confcutdir", str(tmp_path), str(test)))
