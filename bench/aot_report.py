@@ -26,10 +26,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't b
 
 import torch
 import triton
+from stoptome_kernels.kernels import attention, match, merge, norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from stoptome_kernels.kernels import attention, match, merge, norm
 
 # name: (N, T, D, heads, protected, r); heads 0: the metric is x itself
 SHAPES = {

@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import measure
 import no_gpu
-import torch
 
 
 def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:

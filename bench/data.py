@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-import no_gpu
 import torch
 import torch.nn.functional as F
+from stoptome_kernels import reference
 from torch import Tensor
 
-from stoptome_kernels import reference
+import no_gpu
 
 PATCH = 16  # pixels a side: 3 · 16 · 16 = 768 numbers a patch, as wide as ViT-B
 HEAD_DIM = 64

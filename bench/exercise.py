@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+import stoptome_kernels as stk
+import torch
+
 import command
 import data
-import torch
 from fused import attention_sides, norm_sides
-
-import stoptome_kernels as stk
 
 
 def run(inputs: data.Inputs) -> list[torch.Tensor]:

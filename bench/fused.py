@@ -12,15 +12,15 @@ import argparse
 import sys
 from collections.abc import Callable
 
-import command
-import data
-import measure
+import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from verify import WrongResult
 
-import stoptome_kernels as stk
+import command
+import data
+import measure
+from verify import WrongResult
 
 SHAPES = ("stop-b32-train", "stop-b32-video-r2", "vit-b16-r16", "clip-b16")
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video

@@ -19,13 +19,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import command
-import measure
+import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import stoptome_kernels as stk
+import command
+import measure
 
 FOLDER = measure.ROOT / "bench/results/host"
 BACKENDS = ("native", "triton")

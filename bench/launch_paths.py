@@ -11,6 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
+import stoptome_kernels as stk
+import torch
+from stoptome_kernels.compat import bipartite_soft_matching_random2d
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
 import aot_report
 import data
 import fused
@@ -18,14 +24,8 @@ import merge
 import no_gpu
 import peers
 import stop
-import torch
 import tune
 import variants
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-
-import stoptome_kernels as stk
-from stoptome_kernels.compat import bipartite_soft_matching_random2d
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALONE = ("stop-b32-train", "stop-b32-video", "clip-b16", "tempme-68", "tempme-88", "tempme-168", "vit-l16-384", "long")
@@ -34,8 +34,8 @@ RESULTS = ("stop", "model")  # jobs in which torch's own operations read plans: 
 
 
 def alone(name: str, dtype: str, few: bool) -> None:
-    """As tests/test_gpu.py: every mode with its gradient, merge_norm with and without gradients of its weights, and a
-    second matching behind the first."""
+    """As tests/ops/test_gpu.py: every mode with its gradient, merge_norm with and without gradients of its weights, and
+    a second matching behind the first."""
     n, tokens, dim, heads, protected, r = aot_report.SHAPES[name]
     n = min(n, ITEMS) if few else n
     x, size = torch.zeros(n, tokens, dim, dtype=DTYPES[dtype]), torch.ones(n, tokens)
@@ -66,7 +66,7 @@ def image(side: str, dtype: str, few: bool) -> None:
 
 
 def sets(few: bool) -> None:
-    """Of tests/test_gpu.py: sets by index, and rows too many for 32 bits."""
+    """Of tests/ops/test_gpu.py: sets by index, and rows too many for 32 bits."""
     metric = torch.zeros(2, 3000, 64)
     stk.merge(metric, stk.match(metric, 900, sets=(torch.arange(2000), torch.arange(2000, 2500))))
 
@@ -146,7 +146,7 @@ def bench_stop(few: bool) -> None:
 
 
 def model(dtype: str, few: bool) -> None:
-    """The tower of tests/test_gpu.py, inference and training."""
+    """The tower of tests/ops/test_gpu.py, inference and training."""
     from stoptome_kernels.stop import StopConfig, StopModel
 
     config = StopConfig(layers=3, prompt_layers=3, text_layers=1, vocab_size=64, temporal_prompt="DGL")

@@ -23,15 +23,15 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
-import measure
-import models
-import no_gpu
+import stoptome_kernels as stk
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import stoptome_kernels as stk
+import measure
+import models
+import no_gpu
 
 FOLDER = measure.ROOT / "bench/results/launches"
 DIRECTIONS = ("inference", "training")
@@ -130,9 +130,9 @@ def count(gpu: no_gpu.Gpu, model: Model, n: int, direction: str) -> tuple[no_gpu
 
 def stop_models(layers: int = 12) -> list[Model]:
     """STOP with each of the settings; one module, patched when its turn has come."""
-    import stop
-
     from stoptome_kernels.stop import StopModel
+
+    import stop
 
     config = stop.model_config(SimpleNamespace(layers=layers))
     built = StopModel(config)

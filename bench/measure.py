@@ -19,8 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-import no_gpu
 import torch
+
+import no_gpu
 from data import HEAD_DIM, Shape
 
 ROOT = Path(__file__).resolve().parent.parent

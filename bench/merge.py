@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import command
 import data
 import measure
 import no_gpu
 import peers
-import torch
 import verify
-from tqdm import tqdm
 
 CELLS = (  # what is measured of every shape
     ("match", "forward"),

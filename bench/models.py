@@ -20,16 +20,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import command
-import eager_vit
-import measure
-import torch
-from plot_models import table
-from torch import Tensor, nn
-from verify import WrongResult
-
 import stoptome_kernels as stk
+import torch
 from stoptome_kernels.tome import plan_layers
+from torch import Tensor, nn
+
+import command
+import measure
+from peers import eager_vit
+from plot_models import table
+from verify import WrongResult
 
 IMPLS = ("unpatched", "package", "eager")
 MODES = ("plain", "compiled")

@@ -70,11 +70,10 @@ def install(results: bool = True) -> Gpu:
     """
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
-    from triton.runtime import driver
-
     from stoptome_kernels import dispatch
     from stoptome_kernels.kernels import merge
     from stoptome_kernels.tome import stream
+    from triton.runtime import driver
 
     if not isinstance(merge.reduce_rows, triton.runtime.JITFunction):
         raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: install() in a process without it")

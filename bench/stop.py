@@ -16,22 +16,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import command
-import data
-import measure
+import stoptome_kernels as stk
 import torch
-import upstream
-from plot_stop import GUIDE, table
+from stoptome_kernels.stop import StopConfig, StopModel
+from stoptome_kernels.tome import Schedule
+from stoptome_kernels.tome.stream import Stream, run_block
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from verify import WrongResult
 
-import stoptome_kernels as stk
-from stoptome_kernels.stop import StopConfig, StopModel
-from stoptome_kernels.tome import Schedule
-from stoptome_kernels.tome.stream import Stream, run_block
+import command
+import data
+import measure
+from peers import upstream
+from plot_stop import GUIDE, table
+from verify import WrongResult
 
 SETTINGS = {
     "r=0": stk.ToMeConfig(0),

@@ -15,18 +15,18 @@ import gc
 import os
 import sys
 
+import torch
+from stoptome_kernels import reference
+from torch import Tensor
+
 import command
 import data
 import measure
 import no_gpu
-import torch
 import variants
 import verify
 from merge import input_sets
-from torch import Tensor
 from variants import Job, Kernel
-
-from stoptome_kernels import reference
 
 STOP, VIT = "stop-b32-train", "vit-b16-r16"
 ORDER = (  # what is measured if no shape is named

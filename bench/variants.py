@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import data
 import torch
-from torch import Tensor
-
 from stoptome_kernels import reference
 from stoptome_kernels.kernels import attention, config, match, merge, norm
 from stoptome_kernels.layout import empty_heads_last
+from torch import Tensor
+
+import data
 
 SINGLE = torch.finfo(torch.float32).eps / 2
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from data import Inputs, sets
-from peers import Peer
+from stoptome_kernels import reference
 from torch import Tensor
 
-from stoptome_kernels import reference
+from data import Inputs, sets
+from peers import Peer
 
 SINGLE = torch.finfo(torch.float32).eps / 2  # unit roundoff
 FLIPPED = 0.01  # at most this share of the decisions may fall otherwise than in float64

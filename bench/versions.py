@@ -11,10 +11,10 @@ import shutil
 import subprocess
 import sys
 
-import gpu_stages
+import stoptome_kernels as stk
 import torch
 
-import stoptome_kernels as stk
+import gpu_stages
 
 PACKAGES = ("torch", "triton", "numpy", "matplotlib", "pytest", "pytest-xdist", "hypothesis", "timm", "transformers")
 TOOLS = ("ncu", "compute-sanitizer", "nvcc", "gcc")

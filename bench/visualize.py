@@ -14,13 +14,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import data
+import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
-from command import positive
 from torch import Tensor
 
-import stoptome_kernels as stk
+import data
+from command import positive
 
 PIXELS = 224
 PROTECTED = 1  # a class token; nothing reads it here, but it shows that it stays where it is

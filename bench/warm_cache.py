@@ -69,8 +69,9 @@ _gpu = None  # of a process that compiles
 
 def _start(results: bool, first: str) -> None:
     global _gpu
-    import no_gpu
     import torch
+
+    import no_gpu
 
     torch.set_num_threads(1)
     _gpu = no_gpu.install(results=results)

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import stoptome_kernels as stk
 import torch
+
 from retrieval import baselines, model, options, recipes, run, synthetic
 from retrieval.errors import UsageError
-
-import stoptome_kernels as stk
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch import Tensor
-
 from stoptome_kernels import MergePlan, reference
 from stoptome_kernels.tome import stream
+from torch import Tensor
 
 
 class RandomDrop:

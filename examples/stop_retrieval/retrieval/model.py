@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import stoptome_kernels as stk
 from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.stop import checkpoint as weights
 from stoptome_kernels.visualize import CLIP
+from torch import Tensor, nn
 
 from . import recipes
 from .errors import UsageError

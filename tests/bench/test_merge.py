@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs, its rows hold what they promise, it refuses wrong results, and the README is made from rows."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import ROOT
+
+BENCH = ROOT / "bench"
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+NUMBERS = ("p20_us", "p50_us", "p80_us", "gb_per_s", "copy_gb_per_s", "share_of_copy", "speedup_vs_eager")
+KEYS = {
+    *("device", "device_kind", "driver", "cuda", "cpu", "cpus", "threads", "torch", "triton", "python", "package"),
+    *(
+        "commit",
+        "dirty",
+        "date",
+        "pages",
+        "shape",
+        "n",
+        "tokens",
+        "dim",
+        "heads",
+        "channels",
+        "protected",
+        "r",
+        "dtype",
+    ),
+    *("metric_form", "op", "direction", "impl", "backend", "runs", "input_sets", "bytes", "wall_us", "graph_us"),
+    *(
+        "times_copy_of_result",
+        "times_clone_of_result",
+        "check_plan_decisions",
+        "check_plan_differences",
+        "check_merge_max_error",
+    ),
+    *("check_merge_of_bound", "check_grad_max_error", "check_grad_of_bound", *NUMBERS),
+}
+
+
+def run(script: str, *args: object) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCH / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=BENCH.parent.parent)
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("bench") / "rows.json"
+    done = run(
+        "merge.py", "--quick", "--shapes", "stop-b32-video-r2", "--seconds", "0.5", "--threads", 1, "--json", file
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of copy speed" in done.stdout
+    return file
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of the bench folder."""
+    monkeypatch.syspath_prepend(BENCH)
+    yield importlib.import_module
+    for name in ("data", "measure", "merge", "peers", "plot", "verify"):
+        sys.modules.pop(name, None)
+
+
+def test_rows_are_complete(rows_file):
+    rows = json.loads(rows_file.read_text())
+    assert {row["impl"] for row in rows} >= {"eager"}
+    assert {(row["op"], row["direction"]) for row in rows} == {
+        *(("match", "forward"), ("unmerge", "forward")),
+        *(("merge", direction) for direction in ("forward", "forward, out=", "backward", "forward+backward")),
+        *(("match+merge", direction) for direction in ("forward", "forward+backward")),
+    }
+    for row in rows:
+        assert set(row) == KEYS
+        assert all(row[key] > 0 for key in NUMBERS)
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["runs"] >= 5
+        assert row["check_merge_of_bound"] <= 1
+        assert (row["times_copy_of_result"] is not None) == (
+            row["op"] == "merge" and row["direction"] != "forward+backward"
+        )
+
+
+def test_a_second_run_replaces_its_rows_and_keeps_others(bench, rows_file, tmp_path):
+    measure = bench("measure")
+    rows, file = measure.read_rows(rows_file), tmp_path / "copy.json"
+    measure.write_rows(file, rows)
+    newer = [rows[0] | {"p50_us": 1.0}, rows[1] | {"device": "another"}]
+    measure.write_rows(file, newer)
+    assert measure.read_rows(file) == [newer[0], *rows[1:], newer[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.json"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--shapes", "nonsense"], "choose from stop-b32-train"),
+        (["--dtype", "int8"], "float16"),
+        (["--backend", "cuda"], "choose from triton, native, reference"),
+        (["--threads", "0"], "positive"),
+        (["--plot", "chart.gif"], ".png"),
+    ],
+)
+def test_bad_arguments_name_the_good_ones(bench, capsys, args, says):
+    with pytest.raises(SystemExit) as stopped:
+        bench("merge").arguments(args)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_shapes_are_listed(bench, capsys):
+    assert bench("merge").main(["--shapes", "list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(bench("data").SHAPES)
+
+
+def small(bench, dtype=torch.float32, metric="keys", protected=5):
+    data = bench("data")
+    return data.make(data.Shape("small", 3, 3, 25, 96, 2, protected, 4, metric), "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("metric", "protected"), [("keys", 0), ("keys", 1), ("keys", 5), ("x", 4)])
+def test_peers_pass_the_check(bench, dtype, metric, protected):
+    peers, verify = bench("peers"), bench("verify")
+    truth = verify.Truth(small(bench, dtype, metric, protected))
+    for peer in (peers.eager(), peers.package("reference"), peers.package("auto")):
+        assert verify.check(peer, truth).merge_of_bound <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("side", "cell"), [(8, 2), (7, 3)])
+def test_peers_of_an_image_pass_the_check(bench, dtype, side, cell):
+    from dataclasses import replace
+
+    data, peers, verify = bench("data"), bench("peers"), bench("verify")
+    shape = data.Shape("image", 2, 2, side * side, 24, 0, 0, side * side // 2, "x", cell=cell)
+    truth = verify.Truth(data.make(shape, "cpu", dtype))
+    for peer in (peers.eager(True), peers.package("reference", image=True), peers.package("auto", image=True)):
+        assert verify.check(peer, truth).merge_of_bound <= 1
+    good = peers.package("reference", image=True)
+    assert peers.tome(truth.inputs) is None
+    with pytest.raises(verify.WrongResult):  # even and odd tokens
+        verify.check(replace(good, match=peers.package("reference").match), truth)
+    with pytest.raises(verify.WrongResult):
+        verify.check(replace(good, merge=lambda i, x, plan: (good.merge(i, x, plan)[0] * (1 + 1e-2), None)), truth)
+
+
+def test_large_images_are_measured_when_named(bench):
+    merge = bench("merge")
+    assert "sd-512" not in {shape.name for shape in merge.chosen_shapes(merge.arguments([]))}
+    assert [shape.name for shape in merge.chosen_shapes(merge.arguments(["--shapes", "sd-512"]))] == ["sd-512"]
+
+
+def test_wrong_results_are_refused(bench):
+    from dataclasses import replace
+
+    peers, verify = bench("peers"), bench("verify")
+    truth, good = verify.Truth(small(bench)), peers.package("reference")
+
+    def refused(**broken):
+        with pytest.raises(verify.WrongResult):
+            verify.check(replace(good, **broken), truth)
+
+    other = small(bench)
+    refused(match=lambda i: good.match(replace(other, metric=other.metric.flip(-2))))  # matched by other tokens
+    refused(merge=lambda i, x, plan: (good.merge(i, x, plan)[0] * (1 + 1e-5), good.merge(i, x, plan)[1]))
+    refused(merge=lambda i, x, plan: (good.merge(i, x, plan)[0], good.merge(i, x, plan)[1] + 1))
+    refused(merge=lambda i, x, plan: good.merge(i, x.detach() + 0 * x, plan))  # the right rows, a wrong gradient
+    refused(unmerge=lambda i, y, plan: good.unmerge(i, y.roll(1, 1), plan))
+    refused(both=lambda i, x: good.merge(i, x.roll(1, 0), good.match(i)))
+
+
+def test_real_input_merges_alike_tokens(bench):
+    i = small(bench)
+    assert i.metric.shape == (3, 2, 25, 64)
+    assert not i.metric.is_contiguous()
+    assert i.x.shape == (3, 25, 96)
+    assert (i.size >= 1).all()
+    assert (i.size[:, :5] == 1).all()
+    assert i.size.max() > 1
+    again = small(bench)
+    assert torch.equal(i.x, again.x)
+    # neighbouring patches of a picture are alike, random tokens are not
+    assert bench("verify").Truth(i).best.mean() > 0.5
+
+
+def test_chart_and_readme_are_made_from_rows(rows_file, tmp_path):
+    readme, chart, table = tmp_path / "README.md", tmp_path / "img" / "chart.png", tmp_path / "table.md"
+    readme.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        done = run("plot.py", rows_file, "--png", chart, "--readme", readme, "--table", table)
+        assert done.returncode == 0, done.stderr
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- bench:start -->\n")
+        assert text.endswith("\n<!-- bench:end -->\nafter\n")
+        assert "old" not in text
+        assert "(img/chart.png)" in text
+        assert "stop-b32-video-r2" in text
+        assert table.read_text().strip() in text
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows"])
+def test_plot_says_what_is_missing(bench, rows_file, tmp_path, monkeypatch, capsys, case):
+    plot, readme = bench("plot"), tmp_path / "README.md"
+    start, end = plot.MARKERS
+    readme.write_text({"no marker": "nothing here", "swapped": end + start}.get(case, start + end))
+    before = readme.read_text()
+    args = ["--png", str(tmp_path / "chart.png"), "--readme", str(readme), str(rows_file)]
+    if case == "no rows":
+        monkeypatch.setattr(plot, "ROOT", tmp_path)
+        args.pop()
+    if case == "not rows":
+        (tmp_path / "rows.json").write_text("{}")
+        args[-1] = str(tmp_path / "rows.json")
+    assert plot.main(args) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert readme.read_text() == before
+    assert not (tmp_path / "chart.png").exists()

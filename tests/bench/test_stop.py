@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/stop.py runs, its rows hold what they promise, and it refuses wrong results."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from support import ROOT
+
+BENCH = ROOT / "bench"
+SMALL = ("--layers", "2", "--videos", "1", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run from the shell, as a user starts it, and its file."""
+    file = tmp_path_factory.mktemp("bench") / "rows.json"
+    run = subprocess.run(
+        [sys.executable, str(BENCH / "stop.py"), *SMALL, "--json", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, file
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of the bench folder."""
+    monkeypatch.syspath_prepend(BENCH)
+    return __import__
+
+
+def test_rows(done):
+    output, file = done
+    rows = {(r["op"], r["direction"], r["shape"], r["impl"]): r for r in json.loads(file.read_text())}
+    assert set(rows) == {
+        (op, direction, shape, impl)
+        for direction in ("inference", "training")
+        for op, shape, impl in (
+            ("block", "r=0", "package"), ("block", "r=0", "upstream"), ("blocks", "r=0", "package"),
+            ("blocks", "r=4", "package"), ("blocks", "r=0", "upstream"), ("blocks", "r=4", "eager"),
+        )
+    }  # fmt: skip
+    for (_, direction, shape, _impl), row in rows.items():
+        assert row["tokens"] == ([54, 54] if shape == "r=0" else [50, 46])
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["runs"] >= 5
+        assert row["eta"] == pytest.approx(row["speedup_vs_r0"] / row["speedup_ideal"], abs=2e-4)
+        assert (row["saved_bytes"] is not None) == (direction == "training")
+        assert 0 < row["largest_bytes"] <= row["peak_bytes"]
+        assert row["commit"] is None or len(row["commit"]) == 40
+    zero, merged = (rows["blocks", "training", shape, "package"] for shape in ("r=0", "r=4"))
+    assert zero["speedup_vs_r0"] == zero["memory_vs_r0"] == zero["speedup_ideal"] == 1
+    # bytes are counted, not timed: fewer tokens keep less, and upstream keeps more than the package
+    assert 0.8 < merged["memory_vs_r0"] < 0.97
+    assert rows["blocks", "training", "r=0", "upstream"]["saved_bytes"] > 1.5 * zero["saved_bytes"]
+    assert merged["guide"] == [[25, 30], [20, 25]]
+    assert "12 × 46" in output
+
+
+def test_chart_and_table(done, bench, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- stop:start -->\nold\n<!-- stop:end -->\nafter\n")
+    plot = bench("plot_stop")
+    assert plot.main([str(done[1]), "--png", str(tmp_path / "chart.png"), "--readme", str(page)]) == 0
+    text = page.read_text()
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+    assert text.startswith("before\n<!-- stop:start -->\n\n![")
+    assert text.endswith("<!-- stop:end -->\nafter\n")
+    assert "old" not in text
+    assert text.count("| blocks |") == 8
+    assert "20–25 %, 25–30 %" in text
+    assert plot.main([str(tmp_path / "none.json")]) == 2
+
+
+@pytest.mark.parametrize("forgotten", ["sizes", "prompts"])
+def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
+    """A peer that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
+    stop = bench("stop")
+    from peers import upstream
+
+    masked = upstream.MergingStopBlock.masked
+
+    def forgetful(self, q, k, weights):
+        if forgotten == "sizes":
+            return masked(self, q, k, None)
+        own = 0 if len(k) < 100 else self.visual_prompt_length  # of each frame the prompts stand in front
+        return masked(self, q, k[self.visual_prompt_length - own :], None)
+
+    monkeypatch.setattr(upstream.MergingStopBlock, "masked", forgetful)
+    monkeypatch.setattr(stop.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(stop.measure, "settle_heap", lambda pages: pages)
+    assert stop.main(["--layers", "3", "--videos", "1", "--settings", "r=0", "r=8", "--scope", "blocks"]) == 1
+    assert "eager at r=8: a row's cosine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--videos", "0"], "positive int"),
+        (["--layers", "3"], "leave them out"),
+        (["--settings", "r=3"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(bench, capsys, arguments, says):
+    with pytest.raises(SystemExit) as stopped:
+        bench("stop").arguments(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_live_bytes_counts_what_lives(bench):
+    live = bench("stop").LiveBytes()
+    kept = torch.zeros(100)
+    with live:
+        a = kept + 1  # 400 bytes
+        b = torch.cat([a, a])  # 800 more
+        del a
+        c = b[:50].clone()  # 200: 1000 live
+    assert (live.peak, live.largest) == (1200, 800)
+    del b, c
+
+
+def test_fused_operators_are_measured(tmp_path):
+    """bench/fused.py from the shell: rows for both operators, each with what it is compared with."""
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCH / "fused.py"), "--shapes", "stop-b32-video-r2", "--seconds", "0.05"]
+    run = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(file.read_text())
+    assert {(row["op"], row["impl"]) for row in rows} == {
+        ("merge_norm", "merge_norm"), ("merge_norm", "add, merge, layer_norm"), ("merge_norm", "add + layer_norm"),
+        ("attention", "attention"), ("attention", "attention, sizes alone"), ("attention", "concatenated, mask"),
+        ("attention", "sdpa, no sizes"),
+    }  # fmt: skip
+    assert all(row["times_base"] == 1 for row in rows if row["impl"] == row["against"])
+    assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
+
+
+def test_fused_refuses_wrong_results(bench, monkeypatch, capsys):
+    """A merge_norm that forgets the residual is found out before a clock runs."""
+    fused = bench("fused")
+    right = fused.stk.merge_norm
+
+    def forgetful(x, residual, *rest, **options):
+        return right(x, residual * (options["backend"] == "reference"), *rest, **options)
+
+    monkeypatch.setattr(fused.stk, "merge_norm", forgetful)
+    monkeypatch.setattr(fused.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(fused.measure, "settle_heap", lambda pages: pages)
+    assert fused.main(["--shapes", "stop-b32-video-r2"]) == 1
+    assert "merge_norm: result 0 is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["stop", "fused"])
+def test_a_file_of_something_else_is_not_overwritten(bench, monkeypatch, tmp_path, capsys, command):
+    """Said before anything is measured, not after minutes."""
+    module = bench(command)
+    monkeypatch.setattr(module.measure, "settle_heap", lambda pages: pages)
+    monkeypatch.setattr(module.measure, "measure", lambda *_: pytest.fail("measured"))
+    other = tmp_path / "other.json"
+    other.write_text('{"mine": 1}')
+    assert module.main(["--json", str(other)]) == 2
+    assert "--json: " in capsys.readouterr().err
+    assert other.read_text() == '{"mine": 1}'

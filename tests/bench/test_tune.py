@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of configurations: every variant that is timed was right, and each one that was not is named."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from support import ROOT
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("triton")
+BENCH = ROOT / "bench"
+MODULES = ("command", "data", "measure", "merge", "peers", "tune", "variants", "verify")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of the bench folder; a tiny shape, and a clock that runs every side once."""
+    monkeypatch.syspath_prepend(BENCH)
+    data, measure = importlib.import_module("data"), importlib.import_module("measure")
+    monkeypatch.setitem(data.SHAPES, "tiny", data.Shape("tiny", 1, 1, 9, 24, 1, 1, 3))
+
+    def once(sides, device, seconds, graph):
+        for calls in sides.values():
+            calls[0]()
+        return {name: measure.Times(samples=[10.0 + len(name)]) for name in sides}
+
+    monkeypatch.setattr(measure, "measure", once)
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(bench, tmp_path):
+    """Run the command on the tiny shape: its status and its rows."""
+
+    def run(kernel: str, *more: str) -> tuple[int, list[dict]]:
+        file = tmp_path / "rows.json"
+        status = bench("tune").main(["--shapes", "tiny", "--kernels", kernel, "--json", str(file), *more])
+        return status, json.loads(file.read_text()) if file.exists() else []
+
+    return run
+
+
+def limit(bench, monkeypatch, kernel, *changes):
+    """Try these variants alone."""
+    table = bench("variants").KERNELS
+    monkeypatch.setattr(bench("variants"), "ORDERS", set())
+    monkeypatch.setitem(table, kernel, replace(table[kernel], variants=lambda c: list(changes), flags=()))
+
+
+KERNELS = {
+    "norm_rows": {"ROWS": 4, "num_warps": 8, "EARLY": True},
+    "norm_grad_rows": {"ROWS": 4, "num_warps": 8, "EARLY": False, "programs": 1, "maxnreg": None},
+    "reduce_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
+    "match": {"BLOCK_C": 32, "num_warps": 2},
+    "attend": {"BLOCK_Q": 32, "EARLY": True},
+    "spread_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
+    "grad_keys": {"BLOCK_Q": 32},
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_right_variants_are_timed(bench, run, monkeypatch, capsys, kernel):
+    limit(bench, monkeypatch, kernel, KERNELS[kernel])
+    status, rows = run(kernel)
+    assert status == 0, capsys.readouterr().err
+    timed = {row["impl"]: row for row in rows if row["p50_us"]}
+    label = " ".join(f"{key}={value}" for key, value in KERNELS[kernel].items())
+    assert timed.keys() - {"maxnreg=None"} == {"default", label}
+    assert timed["default"]["share_of_copy"] == round(14 / 17, 4)
+    assert timed[label]["gain"] == round(17 / (10 + len(label)), 4)
+    assert {key: timed[label]["config"][key] for key in KERNELS[kernel]} == KERNELS[kernel]
+    assert all(row["op"] == kernel and row["bytes"] > 0 and "commit" in row for row in rows)
+    assert label in capsys.readouterr().out or timed[label]["p50_us"] > 17
+
+
+def test_a_variant_changes_what_is_launched(bench):
+    """Rows of a tile and the grid made of them; afterwards everything is as before."""
+    data, variants = bench("data"), bench("variants")
+    kernel = variants.KERNELS["norm_grad_rows"]
+    job = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=2), "cpu", torch.float32))
+    before = variants.config.norm, variants.config.norm_programs, variants.config.norm_resident
+    with variants.configured(kernel, {"ROWS": 2, "num_warps": 8, "programs": 1}):
+        ((_, grid, _, meta),) = job.launches()
+    assert (grid, meta["ROWS"], meta["num_warps"]) == ((2,), 2, 8)  # 2 items of 3 tiles, 4 of them a program
+    many = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=200), "cpu", torch.float32))
+    for programs in (1, 2):  # on each of 132 multiprocessors; the 1200 tiles would let them be more
+        with variants.configured(kernel, {"ROWS": 1, "programs": programs}):
+            assert many.launches()[0][1] == (132 * programs,)
+    assert before == (variants.config.norm, variants.config.norm_programs, variants.config.norm_resident)
+    assert job.launches()[0][3]["ROWS"] == variants.default_of(kernel, job)["ROWS"] == 8
+
+
+def test_a_wrong_variant_is_refused(bench, run, monkeypatch, capsys):
+    limit(bench, monkeypatch, "reduce_rows", {"D": 16}, {"ROWS": 2})
+    status, rows = run("reduce_rows")
+    assert status == 1
+    assert [row["impl"] for row in rows if row["p50_us"]] == ["default", "ROWS=2"]
+    assert rows[1]["impl"] == "D=16"
+    assert rows[1]["reason"].startswith("wrong: reduce_rows, D=16: y differs")
+    assert "reduce_rows, D=16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel", ["match", "attend", "norm_grad_rows"])
+def test_a_wrong_default_is_not_timed(bench, run, monkeypatch, capsys, kernel):
+    limit(bench, monkeypatch, kernel)
+    tune, launch = bench("tune"), bench("tune").launch
+
+    def broken(steps):
+        """Add 1 to the outputs that are there from the start."""
+        found = launch(steps)
+        for tensor in steps[0][2]:
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() in outputs:
+                tensor.add_(1)
+        return found
+
+    table = bench("variants").KERNELS
+    outputs = set()
+    make = table[kernel].job
+
+    def watched(inputs):
+        job = make(inputs)
+        outputs.update(t.data_ptr() for t in job.written(job.launches()).values())
+        return job
+
+    monkeypatch.setitem(table, kernel, replace(table[kernel], job=watched))
+    monkeypatch.setattr(tune, "launch", broken)
+    status, rows = run(kernel)
+    assert (status, rows) == (1, [])
+    assert f"wrong result, not timed: {kernel}, default" in capsys.readouterr().err
+
+
+def test_a_variant_that_can_not_run_is_a_row(bench, run, monkeypatch, capsys):
+    limit(bench, monkeypatch, "reduce_rows", {"BLOCK_D": 24}, {"NONE": 1}, {"ROWS": 2})
+    status, rows = run("reduce_rows")
+    assert status == 0
+    assert [bool(row["p50_us"]) for row in rows] == [True, False, False, True]
+    assert "power of 2" in rows[1]["reason"]
+    assert rows[2]["reason"] == "this build has no NONE"
+    assert "BLOCK_D=24" in capsys.readouterr().out
+
+
+def test_orders_of_loads(bench):
+    """A flag is tried the other way round where a configuration has it; where it is missing, that is said."""
+    variants = bench("variants")
+    default = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+    attend = variants.KERNELS["attend"]
+    tried, missing = variants.variants_of(attend, default)
+    assert missing == ["EARLY"]
+    assert "EARLY=True" not in tried
+    tried, missing = variants.variants_of(attend, {**default, "EARLY": False})
+    assert missing == []
+    assert next(iter(tried.items())) == ("EARLY=True", {"EARLY": True})
+    norm = variants.KERNELS["norm_rows"]
+    tried, missing = variants.variants_of(norm, {"ROWS": 1, "num_warps": 4, "EARLY": True})
+    assert missing == []
+    assert {"EARLY": False} in tried.values()
+    assert {"num_warps": 2} in tried.values()
+    assert {} not in tried.values()
+
+
+def test_the_limit_of_registers_is_the_defaults(bench):
+    """Fewer warps under it would spill, and be judged by that; what leaves the tile as it is keeps it."""
+    variants = bench("variants")
+    default = {"ROWS": 1, "num_warps": 4, "EARLY": True, "maxnreg": 80}
+    tried, _ = variants.variants_of(variants.KERNELS["norm_grad_rows"], default)
+    assert {"ROWS": 2, "num_warps": 8, "programs": 2, "maxnreg": None} in tried.values()
+    assert {"maxnreg": None} in tried.values()
+    assert {"programs": 8} in tried.values()
+    assert {"EARLY": False} in tried.values()
+    assert {"EARLY": False, "maxnreg": 96, "programs": 5} in tried.values()
+    default |= {"BLOCK_A": 128, "BLOCK_B": 16, "BLOCK_C": 64}
+    tried, _ = variants.variants_of(variants.KERNELS["match"], default)
+    assert {"maxnreg": 128} in tried.values()  # a variant's own
+    assert {"BLOCK_B": 32, "maxnreg": None} in tried.values()
+
+
+def test_stopping_keeps_what_was_measured(bench, run, monkeypatch, capsys):
+    measure = bench("measure")
+    for kernel in ("reduce_rows", "spread_rows"):
+        limit(bench, monkeypatch, kernel)
+    once, turns = measure.measure, []
+
+    def stopped(*args):
+        turns.append(1)
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+        return once(*args)
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    status, rows = run("reduce_rows,spread_rows")
+    assert status == 130
+    assert [row["op"] for row in rows] == ["reduce_rows"]
+    assert "reduce_rows" in capsys.readouterr().out
+
+
+def test_bytes_are_the_least(bench):
+    data, measure, variants = bench("data"), bench("measure"), bench("variants")
+    shape = data.SHAPES["tiny"]
+    shape = replace(shape, heads=2)
+    inputs = data.make(shape, "cpu", torch.float32)
+    for kernel, cell in (
+        ("reduce_rows", ("merge", "forward")), ("spread_rows", ("merge", "backward")), ("match", ("match", "forward")),
+    ):  # fmt: skip
+        assert variants.KERNELS[kernel].job(inputs).nbytes == measure.least_bytes(shape, 1, 4, *cell), kernel
+
+
+def test_the_order_of_importance(bench):
+    tune = bench("tune")
+    found = [(kernel.name, shape.name) for kernel, shape in tune.cases(tune.arguments([]))]
+    assert found[:3] == [(name, "stop-b32-train") for name in ("norm_rows", "norm_grad_rows", "reduce_rows")]
+    assert {name for name, _ in found} == set(bench("variants").KERNELS)
+    only = tune.cases(tune.arguments(["--kernels", "match", "--shapes", "vit-b16-r16"]))
+    assert [(kernel.name, shape.name) for kernel, shape in only] == [("match", "vit-b16-r16")]
+
+
+def test_without_a_gpu_or_the_interpreter(bench, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        bench("tune").arguments([])
+    assert stopped.value.code == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/stop_retrieval/accuracy.py: that it learns, what it writes down, and the table and chart made of that."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import accuracy
+import plot_accuracy
+from support import ROOT
+
+SCRIPT = ROOT / "examples/stop_retrieval/accuracy.py"
+
+
+def start(*argv) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, "--quick", *argv]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900, env=env)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Rows of a quick run, and what it said."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    done = start("--work", folder / "work", "--json", folder / "rows.json", "--seconds", 1)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "rows.json").read_text())
+    return {(row["shape"], row["direction"], row["impl"]): row for row in rows}, done.stdout, folder
+
+
+@pytest.mark.slow
+def test_the_small_model_learns_the_synthetic_set(quick):
+    """R@1 of ten times chance after about 150 steps; chance is 0.5 % among 200 videos."""
+    rows, _, _ = quick
+    for when in ("inference", "training"):
+        row = rows["r=0", when, "merge"]
+        assert row["n"] == 200
+        assert row["r1_mean"] > 10 * 100 / row["n"]
+        assert row["median_rank"][0] < 30
+
+
+@pytest.mark.slow
+def test_a_row_holds_what_the_table_says(quick):
+    rows, said, folder = quick
+    merged, base = rows["r=4", "inference", "merge"], rows["r=0", "inference", "merge"]
+    assert set(rows) == {(c.setting, c.when, c.by) for c in accuracy.cases(quick=True)}
+    assert merged["lost_mean"] == pytest.approx(base["r1_mean"] - merged["r1_mean"])
+    assert merged["r1_spread"] is None, "one seed has no spread"
+    assert merged["guide"] == "1–3 %"
+    assert merged["tokens"][-1] < base["tokens"][-1]
+    assert merged["speedup_ideal"] > 1
+    assert merged["training_bytes"] < base["training_bytes"]
+    assert all(row[key] for row in rows.values() for key in ("device", "torch", "date", "threads", "seeds"))
+    assert f"{merged['r1_mean']:.1f}" in said
+    # the runs of the study differ in how tokens were chosen, not in how many there are
+    four = [row for (setting, when, _), row in rows.items() if setting == "r=4" and when == "inference"]
+    assert len({row["mean_rank"][0] for row in four}) == len(four) == 4
+    assert "training_us" not in rows["r=4", "inference", "drop"], "no timing that was not measured"
+    again = start("--work", folder / "work", "--seconds", 0.2)
+    assert again.returncode == 0, again.stderr
+    assert " s\n" not in again.stdout.split("setting")[0], "what is done is not run again"
+
+
+@pytest.mark.slow
+def test_chart_and_table_are_made_of_rows(quick, tmp_path, capsys):
+    rows, _, folder = quick
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- accuracy:start -->\nold\n<!-- accuracy:end -->\nafter\n")
+    png = tmp_path / "chart.png"
+    assert plot_accuracy.main([str(folder / "rows.json"), "--png", str(png), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert png.stat().st_size > 10_000
+    assert "old" not in text
+    assert text.startswith("before")
+    assert f"| {rows['r=4', 'training', 'merge']['r1_mean']:.1f} |" in text
+    assert "synthetic set" in text
+    capsys.readouterr()
+    readme.write_text("no markers")
+    assert plot_accuracy.main([str(folder / "rows.json"), "--png", str(png), "--readme", str(readme)]) == 2
+    assert "markers" in capsys.readouterr().err
+
+
+def test_the_study_compares_what_it_says():
+    found = list(accuracy.cases(quick=False))
+    assert len(set(found)) == len(found) == 2 * (1 + 4 * 4)
+    assert len({case.name for case in found}) == len(found), "each has a folder of its own"
+    for case in found:
+        assert case.config.prop_attn == (case.by != "merge, sizes off")
+    flags = accuracy.flags(accuracy.SETTINGS["clips"])
+    from retrieval import options
+
+    args = options.complete(options.read(["--output_dir", "o", *flags]))
+    assert options.tome_config(args) == accuracy.SETTINGS["clips"]
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    file.write_text("{}")
+    assert accuracy.main(["--json", str(file), "--work", str(tmp_path / "work")]) == 2
+    assert "--json" in capsys.readouterr().err
+    assert file.read_text() == "{}"

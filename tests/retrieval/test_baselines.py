@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropping and pooling in place of merging, the comparisons of accuracy.py."""
+
+import pytest
+import stoptome_kernels as stk
+import torch
+from stoptome_kernels.stop import StopConfig, StopModel
+
+from retrieval.baselines import RandomDrop, average_pool, matching
+from support.helpers import assert_valid
+
+
+@pytest.mark.parametrize("by", [RandomDrop(), average_pool])
+@pytest.mark.parametrize(("tokens", "protected", "r"), [(9, 1, 2), (54, 5, 8), (13, 4, 99), (6, 1, 0)])
+def test_the_plans_have_the_shape_of_a_matching(by, tokens, protected, r):
+    metric = torch.randn(3, 2, tokens, 8)
+    plan, like = by(metric, r, protected), stk.match(metric, r, protected)
+    assert_valid(plan)
+    assert (plan.tokens_in, plan.tokens_out, plan.protected) == (like.tokens_in, like.tokens_out, protected)
+
+
+def test_dropped_tokens_leave_no_trace_in_those_that_stay():
+    x = torch.randn(4, 20, 3)
+    plan = RandomDrop(1)(x, 6, 2)
+    y, size = stk.merge(x, plan)
+    assert (size == 1).all()
+    for item in range(4):
+        kept = [row for row in x[item].tolist() if row in y[item].tolist()]
+        assert kept == y[item].tolist(), "the rows that stay, in their order"
+    assert not torch.equal(plan.dest[0], plan.dest[1]), "other tokens in each item"
+    again, other = RandomDrop(1)(x, 6, 2), RandomDrop(2)(x, 6, 2)
+    assert torch.equal(again.dest, plan.dest)
+    assert not torch.equal(other.dest, plan.dest)
+
+
+def test_every_token_is_dropped_as_often():
+    members = RandomDrop(0)(torch.zeros(4000, 11, 1), 4, 1).members
+    dropped = ~members[members < 0]  # weight-0 members stand as ~i
+    share = torch.bincount(dropped, minlength=11) / 4000
+    assert share[0] == 0, "the protected token"
+    torch.testing.assert_close(share[1:], torch.full((10,), 0.4), atol=0.03, rtol=0)
+
+
+def test_pooling_takes_the_mean_of_neighbours():
+    x = torch.arange(10.0)[None, :, None]
+    y, size = stk.merge(x, average_pool(x, 2, 2))
+    assert y[0, :, 0].tolist() == [0, 1, 2.5, 4, 5, 6.5, 8, 9]
+    assert size[0].tolist() == [1, 1, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_tower_matches_by_them_and_then_by_similarity_again():
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "embed_dim": 32, "text_width": 64,
+             "text_heads": 1, "text_layers": 1, "frames": 2}  # fmt: skip
+    model = StopModel(StopConfig(**sizes, temporal_prompt="DGL")).eval()
+    stk.apply_tome_patch(model, tome_r=4)
+    video = torch.randn(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        before = model.encode_video(video)
+        with matching(average_pool):
+            pooled = model.encode_video(video)
+        with matching(None):
+            same = model.encode_video(video)
+    assert not torch.allclose(pooled, before, atol=1e-4)
+    assert torch.equal(same, before)
