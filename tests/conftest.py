@@ -15,6 +15,10 @@ from support import GOLDEN, GPU
 
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    if find_spec("triton"):
+        from support import old_triton
+
+        old_triton.mend()
 
 import hypothesis
 import numpy as np
