@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# On a fresh machine with Python and a C++ compiler: `make test`, `make bench`, `make bench-stop`, `make bench-models`;
-# all set up .venv first.
+# On a fresh machine with Python and a C++ compiler: `make check`, `make test`, `make bench`, `make bench-stop`,
+# `make bench-models`; all set up .venv first.
 # In an environment that has its own torch: `make test VENV= PYTHON=python` uses that and installs nothing but this package.
 
 PYTHON ?= python3
@@ -16,8 +16,11 @@ else
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
+# Processes of tests side by side, a thread each; ARGS="-n 0" is one, for a debugger
+PROCESSES := -n auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest $(PROCESSES)
 
-.PHONY: bench bench-stop bench-models accuracy test oldest oldest-torch triton-3.6 lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -31,39 +34,54 @@ bench-models: $(STAMP)
 accuracy: $(STAMP)
 	$(RUN) examples/stop_retrieval/accuracy.py $(ARGS)
 
-test: $(STAMP)
+# Before a commit, some three minutes on two cores: everything that is not marked slow, of every file of tests
+check: types
+	$(PYTEST) -m "not slow and not full" $(ARGS)
+
+# All that protects a user
+test: types
+	$(PYTEST) $(ARGS)
+
+# The rest of the combinations too, those that are marked full; the reason why one of them says little stands beside it
+test-full: types
+	$(PYTEST) -m "" $(ARGS)
+
+types: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	MYPYPATH=examples/stop_retrieval $(RUN) -m mypy -p retrieval
-	$(RUN) -m pytest $(ARGS)
 
-# the vision transformers of the oldest versions of their libraries that vit/ claims to know, beside the newest ones
+# The vision transformers of the oldest versions of their libraries that vit/ claims to know, beside the newest ones
 # that $(RUN) has; transformers checks the versions of those that it stands on
 OLDEST ?= .oldest
 OLDEST_VERSIONS := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.8.0 timm==1.0.3 open_clip_torch==3.0.0
-oldest: $(STAMP)
+OLDEST_TESTS := every_model timm open_clip transformers recording masks
+oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(OLDEST_TESTS:%=tests/vit/test_%.py) -k "not every_model or \
+		(timm or open_clip or transformers) and (slow_way or r_0 or compiled)" $(ARGS)
+
+$(OLDEST)/.installed: $(STAMP)
 	rm -rf $(OLDEST)
 	$(RUN) -m pip install --quiet --target $(OLDEST) --no-deps $(OLDEST_VERSIONS)
 	$(RUN) -m pip install --quiet "httpx<1"  # which huggingface_hub 1 uses and 2 doesn't
-	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit_timm.py tests/test_vit_open_clip.py \
-		tests/test_vit_transformers.py tests/test_vit_recording.py tests/test_vit_masks.py $(ARGS)
-	PYTHONPATH=$(OLDEST) $(RUN) -m pytest tests/test_vit.py -k "(timm or open_clip or transformers) and (slow_way or r_0 or compiled)" $(ARGS)
+	touch $@
 
-# a short selection with the oldest torch that is promised: operators, and whatever compiles, native and reference; PyPI
-# has it with CUDA alone, some 2.7 GB
+# The oldest Python, torch and Triton that are promised: what make check runs of the operators, and whatever
+# compiles. PyPI has this torch with CUDA alone, some 2.7 GB.
 OLDEST_TORCH := .oldest-torch
-COMPILING := library attention merge_norm_library merge sets compat stop_model tempme
+OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(shell command -v python3.10) $(PYTHON))
 oldest-torch: $(OLDEST_TORCH)/.installed
-	$(OLDEST_TORCH)/bin/python -m pytest -n 2 tests/test_by_hand.py tests/test_golden.py tests/test_old_compilers.py \
-		-k "not triton" $(ARGS)
-	$(OLDEST_TORCH)/bin/python -m pytest -n 2 $(COMPILING:%=tests/test_%.py) -k "(compile or fullgraph or one_graph or \
-		any_batch or autocast) and not (mlp or triton or inductor and not (native-4 or native-auto-True))" $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST_TORCH)/bin/python -m pytest $(PROCESSES) -m "not full and (compiled or not slow)" \
+		tests/ops tests/models/test_stop_model.py tests/models/test_tempme.py tests/build/test_old_compilers.py $(ARGS)
 
-$(OLDEST_TORCH)/.installed: $(SOURCES)
-	$(PYTHON) -m venv $(OLDEST_TORCH)
+$(OLDEST_TORCH)/.dependencies:
+	$(OLDEST_PYTHON) -m venv $(OLDEST_TORCH)
 	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-compile torch==2.6.0 "numpy<2.3" "setuptools>=77" \
 		"pybind11>=2.13" "ninja>=1.11" pytest pytest-xdist hypothesis
+	touch $@
+
+$(OLDEST_TORCH)/.installed: $(OLDEST_TORCH)/.dependencies $(SOURCES)
 	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -78,13 +96,16 @@ gpu:
 	bench/gpu_suite.sh $(OUT) $(PLAN)
 
 # the Triton of torch 2.11, which the ahead-of-time tests compile with too where STOPTOME_TRITON_36 names this folder
-triton-3.6: $(STAMP)
+triton-3.6: .triton-3.6/.installed
+
+.triton-3.6/.installed: $(STAMP)
 	rm -rf .triton-3.6
 	$(RUN) -m pip install --quiet --target .triton-3.6 --no-deps triton==3.6.0
+	touch $@
 
 # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 asan: $(STAMP)
-	PYTHON=$(RUN) tests/asan.sh
+	PYTHON=$(RUN) tests/build/asan.sh
 
 # torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
 # gigabytes of CUDA to a machine without a GPU

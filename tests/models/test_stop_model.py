@@ -210,6 +210,7 @@ def test_half_weights(settings):
 # -- compilation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("settings", SETTINGS[:2] + SETTINGS[3:])
 def test_fullgraph(settings):
     """One graph, forward and backward, with the numbers of eager."""
@@ -228,6 +229,7 @@ def test_fullgraph(settings):
             torch.testing.assert_close(p.grad, grads[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.compiled
 def test_compiled_and_patched_afterwards():
     """A patch put in after torch.compile takes effect, and so does its removal."""
     model = small()
@@ -241,6 +243,7 @@ def test_compiled_and_patched_afterwards():
     torch.testing.assert_close(compiled(video()), before)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("settings", SETTINGS[1:])
 def test_compiled_with_a_trace(settings):
     """Every forward's trace is kept, whatever its batch."""
@@ -257,6 +260,7 @@ def test_compiled_with_a_trace(settings):
         assert torch.equal(stk.tome_trace(model).dest, want)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("settings", SETTINGS[:2])
 def test_export_with_any_batch(settings):
     """torch.export with a dynamic batch; a trace that is kept is left alone."""

@@ -361,6 +361,7 @@ def layer(metric, x, backend):
     return unmerge(y.sin()), size, merge_source(merge, x), back(image(x, mode="max")), merge
 
 
+@pytest.mark.compiled
 def test_compile_fullgraph(backend, device):
     torch._dynamo.reset()
     metric, x = torch.randn(2, 24, 6, device=device), torch.randn(2, 24, 5, device=device)
@@ -373,6 +374,7 @@ def test_compile_fullgraph(backend, device):
     assert torch.equal(again(got[-1], x)[0], merge_wavg(want[-1], x)[0])
 
 
+@pytest.mark.compiled
 def test_compile_with_a_random_choice():
     torch._dynamo.reset()
     metric = torch.randn(2, 24, 6)

@@ -33,7 +33,8 @@ def two_layers(x, keys, size, backend):
     return z, size, trace, stk.unmerge(z, trace, backend)
 
 
-@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+# a sum has the schema, the fake kernels and the saved tensors of a mean
+@pytest.mark.parametrize("mode", ["mean", "max", pytest.param("sum", marks=pytest.mark.full)])
 @pytest.mark.parametrize("sized", [False, True])
 def test_opcheck(backend, device, mode, sized):
     x, keys, size = inputs(backend, device)
@@ -89,6 +90,7 @@ def test_no_gradient_for_metric_and_size(backend, device):
     assert size.grad is None
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend, device, compiler):
     torch._dynamo.reset()
@@ -106,6 +108,7 @@ def test_compile_fullgraph(backend, device, compiler):
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
     compiles = 0
@@ -116,7 +119,7 @@ def test_compile_with_dynamic_batch_compiles_once(backend, device):
         return graph
 
     compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend=counting)
-    for n in (4, 7, 2, 31):
+    for n in (4, 7, 2, 9):
         arguments = inputs(backend, device, n)
         assert torch.equal(compiled(*arguments, backend)[0], two_layers(*arguments, backend)[0])
     assert compiles == 1
@@ -131,6 +134,7 @@ class Layer(torch.nn.Module):
         return two_layers(x, keys, size, self.backend)
 
 
+@pytest.mark.compiled
 def test_export_with_dynamic_batch(backend, device):
     n = torch.export.Dim("n", min=2, max=100)
     layer, arguments = Layer(backend), inputs(backend, device)
@@ -144,6 +148,7 @@ def test_export_with_dynamic_batch(backend, device):
         assert torch.equal(got[2].dest, want[2].dest)
 
 
+@pytest.mark.compiled
 def test_tokens_may_be_dynamic_too(backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend="aot_eager")

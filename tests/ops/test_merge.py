@@ -279,6 +279,7 @@ def test_out(backend, device, r):
                 assert torch.equal(out[1], size)
 
 
+@pytest.mark.compiled
 def test_out_in_compiled_code(backend, device):
     torch._dynamo.reset()
     x = torch.randn(3, 20, 24, device=device)

@@ -97,7 +97,7 @@ def test_gradients_agree_with_the_reference(backend, device):
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
 def test_gradcheck(backend, sized, affine):
-    shape = SHAPE | {"n": 2, "dim": 5, "sized": sized, "weight": affine[0], "bias": affine[1]}
+    shape = SHAPE | {"n": 2, "tokens": 12, "r": 3, "dim": 4, "sized": sized, "weight": affine[0], "bias": affine[1]}
     plan, inputs = make(shape, "cpu", torch.float64, lost=True)
     assert (plan.members < 0).any()
     inputs = leaves(inputs)

@@ -48,6 +48,7 @@ def block(x, residual, keys, size, weight, bias, r, backend):
     return y + normed.sin(), size
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("r", [4, 0])
 def test_compile_fullgraph(backend, device, compiler, r):
@@ -65,6 +66,7 @@ def test_compile_fullgraph(backend, device, compiler, r):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
     compiles = 0

@@ -333,6 +333,7 @@ class Layer(torch.nn.Module):
         return stk.unmerge(y.sin(), plan, self.backend), size, plan
 
 
+@pytest.mark.compiled
 def test_compile_and_export(backend, device):
     torch._dynamo.reset()
     layer = Layer(backend)
@@ -348,6 +349,7 @@ def test_compile_and_export(backend, device):
     assert program.module()(x[:2], src, dst)[1].shape == (2, 16)
 
 
+@pytest.mark.compiled
 def test_compile_with_lists(backend, device):
     torch._dynamo.reset()
     x = torch.randn(3, 20, 8, device=device)

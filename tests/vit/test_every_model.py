@@ -115,6 +115,7 @@ def test_reentrant_checkpointing_is_refused(case):
         run(case, model, case.inputs(2))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_compiled(case):
     """One graph, for all batches: the first size is compiled as it is, the second for any."""
@@ -129,6 +130,7 @@ def test_compiled(case):
     assert counter.frame_count == 2
 
 
+@pytest.mark.compiled
 def test_compiled_for_any_size_at_once():
     """With dynamic=True numbers that modules hold, a scale for instance, are symbols too."""
     case = next(case for case in CASES if case.name == "transformers-vit")
@@ -145,6 +147,7 @@ def test_patched_under_autocast(case):
         stk.apply_tome_patch(build(case), 5)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_exported(case):
     model, inputs = stk.apply_tome_patch(build(case), 5), case.inputs(2)
@@ -153,6 +156,7 @@ def test_exported(case):
     torch.testing.assert_close(run(case, program.module(), inputs), run(case, model, inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own exporter
 def test_onnx(case, tmp_path, monkeypatch):
