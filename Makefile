@@ -20,7 +20,8 @@ endif
 PROCESSES := -n auto --maxprocesses 8
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest $(PROCESSES)
 
-.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan clean
+.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
+.PHONY: wheel wheels clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -107,6 +108,24 @@ triton-3.6: .triton-3.6/.installed
 asan: $(STAMP)
 	PYTHON=$(RUN) tests/build/asan.sh
 
+# an sdist, and from it a wheel for $(PYTHON), with the manylinux tag that this machine's compiler and glibc allow
+RELEASE := .release
+wheel: $(RELEASE)/.installed
+	rm -rf build/wheel
+	STOPTOME_REQUIRE_NATIVE=1 $(RELEASE)/bin/python -m build --outdir build/wheel
+	PATH="$(abspath $(RELEASE))/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# the wheels of a release, each tested where it was built: every Python and manylinux_2_28, in containers
+wheels: $(RELEASE)/.installed
+	$(RELEASE)/bin/python -m cibuildwheel --output-dir dist
+
+# tools alone, not the package, so that torch stays out
+$(RELEASE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip  # dependency groups take pip 25.1
+	$(RELEASE)/bin/python -m pip install --quiet --group release
+	touch $@
+
 # torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
 # gigabytes of CUDA to a machine without a GPU
 $(STAMP): $(SOURCES)
@@ -122,4 +141,5 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .oldest .oldest-torch .triton-3.6 .installed gpu-results build dist *.egg-info stoptome_kernels/*.so
+	rm -rf .venv .oldest .oldest-torch .triton-3.6 .release .installed gpu-results build dist *.egg-info
+	rm -f stoptome_kernels/*.so
