@@ -21,7 +21,7 @@ PROCESSES := -n auto --maxprocesses 8
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest $(PROCESSES)
 
 .PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
-.PHONY: wheel wheels clean
+.PHONY: wheel wheels docs clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -126,6 +126,12 @@ $(RELEASE)/.installed: pyproject.toml
 	$(RELEASE)/bin/python -m pip install --quiet --group release
 	touch $@
 
+# API pages from the docstrings of the modules that users import; a warning is an error
+DOCUMENTED := stoptome_kernels $(addprefix stoptome_kernels.,compat stop tome vit)
+docs: $(STAMP)
+	rm -rf site
+	$(RUN) -W error::UserWarning -m pdoc --output-directory site $(DOCUMENTED)
+
 # torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
 # gigabytes of CUDA to a machine without a GPU
 $(STAMP): $(SOURCES)
@@ -141,5 +147,5 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .oldest .oldest-torch .triton-3.6 .release .installed gpu-results build dist *.egg-info
+	rm -rf .venv .oldest .oldest-torch .triton-3.6 .release .installed gpu-results build dist site *.egg-info
 	rm -f stoptome_kernels/*.so
