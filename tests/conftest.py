@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test body runs on every backend; outputs start as NaN, so that an element nobody writes is seen."""
 
-import fcntl
 import os
 import platform
 import sys
-import zlib
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from support import GOLDEN, GPU
+from support.lanes import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+    pytest_xdist_make_scheduler,
+)
 
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -45,52 +49,6 @@ collect_ignore_glob = [files for files, names in MISSING.items() if names]
 def pytest_terminal_summary(terminalreporter):
     for files in collect_ignore_glob:
         terminalreporter.write_line(f"left out: tests/{files}, for want of {', '.join(MISSING[files])}")
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--share", type=share, metavar="K/N",
-        help="run the K-th of N shares, counted from 0, of the tests that are marked full, and all others",
-    )  # fmt: skip
-
-
-def share(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise pytest.UsageError(f"--share={text} is not K/N with 0 <= K < N")
-    return int(part), int(parts)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects, and before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    if chosen := config.getoption("--share"):
-        part, parts = chosen
-        rest = [
-            item
-            for item in items
-            if item.get_closest_marker("full") and zlib.crc32(item.nodeid.encode()) % parts != part
-        ]
-        config.hook.pytest_deselected(items=rest)
-        left = {*items} - {*rest}
-        items[:] = [item for item in items if item in left]
-    for item in items:
-        # under `pytest -n 2 --dist loadgroup`, tests that share what their file sets up share a process
-        fixtures = (fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found)
-        if any(fixture.scope == "module" for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Run a test that is marked alone with no other beside it, under ``pytest -n`` too."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    folder = item.config.cache.mkdir("alone")
-    with open(folder / "queue", "w") as queue, open(folder / "running", "w") as running:
-        fcntl.flock(queue, fcntl.LOCK_EX)  # kept by whoever waits to be alone, so that no other test begins
-        fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(queue, fcntl.LOCK_UN)
-        return (yield)
 
 
 @pytest.fixture(params=["reference", "native", "triton"])

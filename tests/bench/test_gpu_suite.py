@@ -192,7 +192,7 @@ def test_without_torch_it_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full  # a minute and a half, of which each script's own tests see the most
 def test_dry_run(tmp_path):
     """Every stage of the plans starts here, ends, and writes its rows, which nobody can publish."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

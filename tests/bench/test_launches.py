@@ -25,12 +25,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """The answers of support/launches.py; Triton's own cache keeps what it compiled from run to run."""
+    """The answers of support/launch_path.py; Triton's own cache keeps what it compiled from run to run."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [ROOT, ROOT / "bench", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/support/launches.py")],
+        [sys.executable, str(ROOT / "tests/support/launch_path.py")],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/stop_retrieval/accuracy.py: that it learns, what it writes down, and the table and chart made of that."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 
 import accuracy
 import plot_accuracy
+from retrieval import options, recipes
 from support import ROOT
 
 SCRIPT = ROOT / "examples/stop_retrieval/accuracy.py"
@@ -21,20 +24,17 @@ def start(*argv) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900, env=env)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """Rows of a quick run, and what it said."""
-    folder = tmp_path_factory.mktemp("accuracy")
-    done = start("--work", folder / "work", "--json", folder / "rows.json", "--seconds", 1)
-    assert done.returncode == 0, done.stderr
+def rows_of(folder) -> dict:
     rows = json.loads((folder / "rows.json").read_text())
-    return {(row["shape"], row["direction"], row["impl"]): row for row in rows}, done.stdout, folder
+    return {(row["shape"], row["direction"], row["impl"]): row for row in rows}
 
 
-@pytest.mark.slow
-def test_the_small_model_learns_the_synthetic_set(quick):
+@pytest.mark.full  # two minutes, for which the steps are needed; test_training sees each of its parts
+def test_the_small_model_learns_the_synthetic_set(tmp_path):
     """R@1 of ten times chance after about 150 steps; chance is 0.5 % among 200 videos."""
-    rows, _, _ = quick
+    done = start("--work", tmp_path / "work", "--json", tmp_path / "rows.json", "--seconds", 1)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path)
     for when in ("inference", "training"):
         row = rows["r=0", when, "merge"]
         assert row["n"] == 200
@@ -42,9 +42,32 @@ def test_the_small_model_learns_the_synthetic_set(quick):
         assert row["median_rank"][0] < 30
 
 
+def shortly(folder) -> str:
+    """Return what the quick study says, of fewer videos and steps."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        argv = ["--quick", "--work", folder / "work", "--json", folder / "rows.json", "--seconds", 0.2]
+        assert accuracy.main([str(part) for part in argv]) == 0
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Rows of a short study, what it said, and its folder."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    quick = recipes.STUDY["quick"]
+    fewer = {"train": 64, "val": 100, "base": quick["base"] | {"epochs": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.STUDY, "quick", quick | fewer)
+        said = shortly(folder)
+        again = shortly(folder)
+    assert " s\n" not in again.split("setting")[0], "what is done is not run again"
+    return rows_of(folder), said, folder
+
+
 @pytest.mark.slow
-def test_a_row_holds_what_the_table_says(quick):
-    rows, said, folder = quick
+def test_a_row_holds_what_the_table_says(study):
+    rows, said, _ = study
     merged, base = rows["r=4", "inference", "merge"], rows["r=0", "inference", "merge"]
     assert set(rows) == {(c.setting, c.when, c.by) for c in accuracy.cases(quick=True)}
     assert merged["lost_mean"] == pytest.approx(base["r1_mean"] - merged["r1_mean"])
@@ -59,14 +82,11 @@ def test_a_row_holds_what_the_table_says(quick):
     four = [row for (setting, when, _), row in rows.items() if setting == "r=4" and when == "inference"]
     assert len({row["mean_rank"][0] for row in four}) == len(four) == 4
     assert "training_us" not in rows["r=4", "inference", "drop"], "no timing that was not measured"
-    again = start("--work", folder / "work", "--seconds", 0.2)
-    assert again.returncode == 0, again.stderr
-    assert " s\n" not in again.stdout.split("setting")[0], "what is done is not run again"
 
 
 @pytest.mark.slow
-def test_chart_and_table_are_made_of_rows(quick, tmp_path, capsys):
-    rows, _, folder = quick
+def test_chart_and_table_are_made_of_rows(study, tmp_path, capsys):
+    rows, _, folder = study
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- accuracy:start -->\nold\n<!-- accuracy:end -->\nafter\n")
     png = tmp_path / "chart.png"
@@ -90,8 +110,6 @@ def test_the_study_compares_what_it_says():
     for case in found:
         assert case.config.prop_attn == (case.by != "merge, sizes off")
     flags = accuracy.flags(accuracy.SETTINGS["clips"])
-    from retrieval import options
-
     args = options.complete(options.read(["--output_dir", "o", *flags]))
     assert options.tome_config(args) == accuracy.SETTINGS["clips"]
 

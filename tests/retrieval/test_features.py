@@ -351,9 +351,9 @@ def fill_at_once(folder: Path) -> None:
 def disturbed(tmp_path_factory) -> Path:
     """A folder of stores that were written under both; in a process of its own, which forks as it has no threads."""
     folder = tmp_path_factory.mktemp("disturbed")
-    script = "import sys, test_retrieval_features as t; f = t.Path(sys.argv[1])\n"
+    script = "import sys, test_features as t; f = t.Path(sys.argv[1])\n"
     script += "t.kill_at_every_step(f / 'killed'); t.fill_at_once(f / 'at once')"
-    path = os.pathsep.join(str(ROOT / name) for name in ("tests", "examples/stop_retrieval"))
+    path = os.pathsep.join(str(ROOT / name) for name in ("tests/retrieval", "tests", "examples/stop_retrieval"))
     subprocess.run(
         [sys.executable, "-c", script, str(folder)], check=True, timeout=120, env=os.environ | {"PYTHONPATH": path}
     )

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import torchvision's operators before any test imports timm, open_clip or transformers."""
+"""Import support.vit before any test imports timm, open_clip or transformers, and they torchvision."""
 
-import libraries  # noqa: F401
+import support.vit  # noqa: F401

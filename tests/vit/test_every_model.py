@@ -124,7 +124,7 @@ def test_compiled(case):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
-        for batch in (2, 2, 3, 4, 6):
+        for batch in (2, 2, 3, 5):
             inputs = case.inputs(batch)
             torch.testing.assert_close(run(case, compiled, inputs), run(case, model, inputs), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2
@@ -156,8 +156,17 @@ def test_exported(case):
     torch.testing.assert_close(run(case, program.module(), inputs), run(case, model, inputs), rtol=1e-4, atol=1e-5)
 
 
+# the operators of a graph in ONNX are the same for all, but for what moves with the tokens: positions, padding, frames
+CONVERTED = ("timm-avg", "timm-eva02", "torch-sequence-first-pre-norm", "transformers-siglip2-padded",
+             "transformers-videomae")  # fmt: skip
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in CONVERTED else pytest.param(case, marks=pytest.mark.full) for case in CASES if case.traced],
+    ids=lambda case: case.name,
+)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own exporter
 def test_onnx(case, tmp_path, monkeypatch):
     """Without an operator of this package in it, and the same results from another runtime."""

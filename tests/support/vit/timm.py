@@ -126,7 +126,7 @@ EVA = {"kind": Eva, "use_rot_pos_emb": True}
 REGISTERS = {} if older("timm", (1, 0, 17)) else {"num_reg_tokens": 4}  # Eva's own forward failed with them
 CASES = [
     case("vit", 1),
-    case("registers", 5, compiled=True, reg_tokens=4, init_values=0.1, qk_norm=True),
+    case("registers", 5, reg_tokens=4, init_values=0.1, qk_norm=True),
     case("distilled", 2, VisionTransformerDistilled),
     case("avg", 1, compiled=True, global_pool="avg", scale_attn_norm=True, pre_norm=True),
     case("avg-prefix", 1, global_pool="avg", fc_norm=False, pool_include_prefix=True),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What test_launches.py asks of Triton's launch path, as JSON on stdout: a process of its own, since the tests' has
-Triton's interpreter. ``python tests/support/launches.py`` with bench/ on PYTHONPATH."""
+Triton's interpreter. ``python tests/support/launch_path.py`` with bench/ on PYTHONPATH."""
 
 import json
 import os
