@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 endif
 # Processes of tests side by side, a thread each; ARGS="-n 0" is one, for a debugger
 PROCESSES := -n auto --maxprocesses 8
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest $(PROCESSES)
+PYTEST := $(RUN) -m pytest $(PROCESSES)
 
 .PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
 .PHONY: wheel wheels docs clean
@@ -73,7 +73,7 @@ $(OLDEST)/.installed: $(STAMP)
 OLDEST_TORCH := .oldest-torch
 OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(shell command -v python3.10) $(PYTHON))
 oldest-torch: $(OLDEST_TORCH)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST_TORCH)/bin/python -m pytest $(PROCESSES) -m "not full and (compiled or not slow)" \
+	$(OLDEST_TORCH)/bin/python -m pytest $(PROCESSES) -m "not full and (compiled or not slow)" \
 		tests/ops tests/models/test_stop_model.py tests/models/test_tempme.py tests/build/test_old_compilers.py $(ARGS)
 
 $(OLDEST_TORCH)/.dependencies:

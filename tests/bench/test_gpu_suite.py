@@ -76,6 +76,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     assert files["report.txt"].decode() == report
 
 
+@pytest.mark.alone
 def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
     """Interrupted before the end of it, and killed at it, with all that it started; also where the suite itself ignores
     interrupts, as a shell's background job does. The first of a stage's two waits ends here as soon as the stage is

@@ -207,6 +207,7 @@ def test_layouts():
     assert torch.equal(merged[10:, :8], drawn(video(), PAIR)[0])
 
 
+@pytest.mark.alone
 def test_a_picture_of_a_real_video_takes_no_time():
     from time import perf_counter
 

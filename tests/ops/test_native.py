@@ -110,6 +110,7 @@ def test_instruction_sets_give_the_same_merged_rows(dtype):
         torch.testing.assert_close(normed_rows, found[0][1])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("shape", SHAPES)
 def test_threads_and_runs_do_not_show(shape):
     before = torch.get_num_threads()
@@ -143,6 +144,7 @@ def test_one_pool_of_threads():
     assert _native.use_openmp_of(torch._C.__file__)
 
 
+@pytest.mark.alone
 def test_the_gil_is_released():
     """Another Python thread goes on while a kernel runs."""
     metric = torch.randn(1, 12001, 256)
