@@ -76,6 +76,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     assert files["report.txt"].decode() == report
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
     """Interrupted before the end of it, and killed at it, with all that it started; also where the suite itself ignores
@@ -125,6 +126,7 @@ def test_a_stage_keeps_its_box(tmp_path, monkeypatch):
     assert not alive
 
 
+@pytest.mark.slow
 def test_tests_that_were_stopped_have_not_passed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite.Suite, "pytest", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
     status, report, *_ = run(tmp_path, monkeypatch, gpu_stages.pytest("tests", 5))
@@ -164,6 +166,7 @@ def test_without_a_gpu_nothing_passes(tmp_path, monkeypatch):
     assert "measured" not in report
 
 
+@pytest.mark.slow
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path, monkeypatch):
     """As they would be if torch lost the GPU between two stages."""
     test = tmp_path / "test_none.py"
@@ -177,6 +180,7 @@ def test_tests_that_were_all_skipped_have_not_passed(tmp_path, monkeypatch):
     assert "FAILED (no test passed)" in report
 
 
+@pytest.mark.slow
 def test_versions_says_that_there_is_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

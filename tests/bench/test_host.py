@@ -13,7 +13,6 @@ import pytest
 import host
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None or sys.platform != "linux", reason="needs Triton's compiler"),
 ]
 WAYS = ("forward", "with gradient", "backward")
@@ -27,6 +26,7 @@ OPS = {
 TIMM = {("timm ViT block, r = 2", way) for way in WAYS}
 
 
+@pytest.mark.slow
 def test_both_backends(tmp_path):
     """A process each, a file of rows each, a table each."""
     paths = [str(Path(host.__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -73,6 +73,7 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_rows_are_complete(rows_file):
     rows = json.loads(rows_file.read_text())
     assert {row["impl"] for row in rows} >= {"eager"}
@@ -195,6 +196,7 @@ def test_real_input_merges_alike_tokens(bench):
     assert bench("verify").Truth(i).best.mean() > 0.5
 
 
+@pytest.mark.slow
 def test_chart_and_readme_are_made_from_rows(rows_file, tmp_path):
     readme, chart, table = tmp_path / "README.md", tmp_path / "img" / "chart.png", tmp_path / "table.md"
     readme.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")

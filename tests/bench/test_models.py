@@ -12,7 +12,6 @@ from peers import eager_vit
 from verify import WrongResult
 
 SMALL = ["--layers", "2", "--batch", "1", "--seconds", "0.1", "--modes", "plain"]
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -22,6 +21,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_rows_chart_and_table(tmp_path, capsys, threads):
     file, page = tmp_path / "rows.json", tmp_path / "README.md"
     names = ["ViT-S/16", "CLIP ViT-B/32 (open_clip)"]
@@ -59,6 +59,7 @@ def test_rows_chart_and_table(tmp_path, capsys, threads):
     assert plot_models.main([str(tmp_path / "none.json")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP ViT-B/32 (transformers)", "VideoMAE-B"])
 def test_sides_are_the_same_model(name):
     """VideoMAE's head is a mean: the eager side has to weigh, or it is another model than the package's."""

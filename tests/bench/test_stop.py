@@ -13,8 +13,6 @@ from support import ROOT
 BENCH = ROOT / "bench"
 SMALL = ("--layers", "2", "--videos", "1", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
@@ -37,6 +35,7 @@ def bench(monkeypatch):
     return __import__
 
 
+@pytest.mark.slow
 def test_rows(done):
     output, file = done
     rows = {(r["op"], r["direction"], r["shape"], r["impl"]): r for r in json.loads(file.read_text())}
@@ -65,6 +64,7 @@ def test_rows(done):
     assert "12 × 46" in output
 
 
+@pytest.mark.slow
 def test_chart_and_table(done, bench, tmp_path):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- stop:start -->\nold\n<!-- stop:end -->\nafter\n")
@@ -80,6 +80,7 @@ def test_chart_and_table(done, bench, tmp_path):
     assert plot.main([str(tmp_path / "none.json")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["sizes", "prompts"])
 def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
     """A peer that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
@@ -128,6 +129,7 @@ def test_live_bytes_counts_what_lives(bench):
     del b, c
 
 
+@pytest.mark.slow
 def test_fused_operators_are_measured(tmp_path):
     """bench/fused.py from the shell: rows for both operators, each with what it is compared with."""
     file = tmp_path / "rows.json"

@@ -18,7 +18,6 @@ REPORT, TABLES = ROOT / "bench" / "aot_report.py", ROOT / "bench" / "results" / 
 TRITON_36 = os.environ.get("STOPTOME_TRITON_36")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux"),
 ]
@@ -46,6 +45,7 @@ def report(triton: str, tmp_path: Path, *arguments: str) -> list[dict]:
     return json.loads(out.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_no_merge_spills(triton, tmp_path):
     """Forward and backward of every mode, in a half and a full precision, on the oldest and the newest architecture."""
     what = ("--what", "match", "merge m", "merge sum", "unmerge", "grad of mean", "grad of sum", "grad of max")
@@ -56,6 +56,7 @@ def test_no_merge_spills(triton, tmp_path):
     report(triton, tmp_path, "--arch", "90", "--dtype", "fp16", "--shape", "vit-l16-384", "--what", "grad of unmerge")
 
 
+@pytest.mark.slow
 def test_no_matching_spills(triton, tmp_path):
     """One launch and two, keys and x as metric, even and odd tokens and given sets."""
     shapes = ("stop-b32-train", "clip-b16", "tempme-168", "vit-l16-384", "sd-64")
@@ -72,6 +73,7 @@ def test_no_matching_spills(triton, tmp_path):
     report(triton, tmp_path, "--arch", "90", "--dtype", "fp16", "--what", "match", "--shape", "few-tokens")
 
 
+@pytest.mark.slow
 def test_no_merge_norm_spills(triton, tmp_path):
     """A row of 768 or 1024 stays in registers, with and without the gradients of weight and bias."""
     rows = report(
@@ -86,6 +88,7 @@ def test_no_merge_norm_spills(triton, tmp_path):
             assert row["stores128"] >= 2, row
 
 
+@pytest.mark.slow
 def test_no_attention_spills(triton, tmp_path):
     """One block of keys and several, with a prefix and without, its gradient in one launch and in two."""
     shapes = ("stop-b32-train", "clip-b16", "tempme-68", "tempme-168")
@@ -124,6 +127,7 @@ def test_rows_move_in_128_bit_accesses(triton, tmp_path):
         assert row["stores128"] >= 2, row
 
 
+@pytest.mark.slow
 def test_committed_tables_hold(triton, tmp_path):
     """bench/results/aot says of STOP's kernels on an H100 what is compiled today."""
     installed = "3.6" if triton else ".".join(version("triton").split(".")[:2])

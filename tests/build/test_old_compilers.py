@@ -12,6 +12,7 @@ from support.vit.torch_encoder import CASES
 RATES = (4, 9, 3, 5)  # in each layer: of torch's own fast path torch 2.11 makes no graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_graph(case):
     """For all batches: the first size is compiled as it is, the second for any."""
@@ -41,6 +42,7 @@ def test_an_export_leaves_the_trace_alone(strict):
     torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_its_trace():
     torch._dynamo.reset()
     case = CASES[0]

@@ -75,11 +75,13 @@ def build_and_install(source, tmp_path, no_torch, **environment) -> tuple[Path, 
     return site, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_wheel(source, tmp_path, no_torch):
     site, _ = build_and_install(source, tmp_path, no_torch, STOPTOME_REQUIRE_NATIVE="1")
     run(sys.executable, "-c", CHECK, site, "native", cwd=tmp_path, PYTHONPATH=str(site))
 
 
+@pytest.mark.slow
 def test_wheel_without_a_compiler(source, tmp_path, no_torch):
     site, output = build_and_install(source, tmp_path, no_torch, CXX="/no/such/compiler")
     lines = [line for line in output.splitlines() if "without the native CPU kernels" in line]
@@ -109,6 +111,7 @@ def test_sdist_is_complete(sdist):
             assert name in names, name
 
 
+@pytest.mark.slow
 def test_a_source_tree_that_was_not_installed_says_so(source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1:]; import stoptome_kernels",

@@ -210,6 +210,7 @@ def test_half_weights(settings):
 # -- compilation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.full), SETTINGS[1], SETTINGS[3]])
 def test_fullgraph(settings):
@@ -229,6 +230,7 @@ def test_fullgraph(settings):
             torch.testing.assert_close(p.grad, grads[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compiled_and_patched_afterwards():
     """A patch put in after torch.compile takes effect, and so does its removal."""
@@ -243,6 +245,7 @@ def test_compiled_and_patched_afterwards():
     torch.testing.assert_close(compiled(video()), before)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     "settings", [SETTINGS[1], SETTINGS[3]]
@@ -262,6 +265,7 @@ def test_compiled_with_a_trace(settings):
         assert torch.equal(stk.tome_trace(model).dest, want)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("settings", SETTINGS[:2])
 def test_export_with_any_batch(settings):
@@ -453,6 +457,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """DistributedDataParallel over gloo: the mean of the halves' gradients is the gradient of the whole batch."""
     with socket.socket() as free:

@@ -320,6 +320,7 @@ def test_reentrant_checkpoints_are_refused():
         whole.get_video_feat(*video())
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize(("apply", "given"), [(None, {}), (slow.merge_eagerly, {"tome_r": [0, 2]})])
 def test_compiles_in_one_graph(apply, given):
@@ -331,6 +332,7 @@ def test_compiles_in_one_graph(apply, given):
     assert whole.clip._tome_info["token_num"] == (22 if apply is None else 15)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_mlp(training):

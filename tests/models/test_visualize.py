@@ -385,6 +385,7 @@ def test_without_pillow_it_says_what_to_install(monkeypatch):
         stk.visualize(video(), PAIR)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_pillow_and_drawing_needs_no_numpy(tmp_path):
     code = """
 import sys, warnings
@@ -419,6 +420,7 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_script_draws(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, ROOT / "bench" / "visualize.py", "--frames", 4, "--patch", 56, "--r", 3, "--layers", 2]

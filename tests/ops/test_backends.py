@@ -26,10 +26,12 @@ def _clean() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "STOPTOME_BACKEND")}
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing_and_loads_no_triton():
     assert run("import sys, stoptome_kernels; assert not any('triton' == m.split('.')[0] for m in sys.modules)") == ""
 
 
+@pytest.mark.slow
 def test_cpu_work_loads_no_triton():
     code = """
 import sys, torch, stoptome_kernels as stk
@@ -43,6 +45,7 @@ def test_auto_on_the_cpu_is_native():
     assert dispatch.choose("auto", METRIC).__name__.endswith("native")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_told():
     found = stk.backends()
     assert set(found) == {"triton", "native", "reference"}
@@ -69,6 +72,7 @@ def test_environment_variable_is_checked(monkeypatch):
     stk.match(METRIC, 2)
 
 
+@pytest.mark.slow
 def test_explicit_backend_that_can_not_run_says_why():
     code = """
 import torch, stoptome_kernels as stk
@@ -89,6 +93,7 @@ def test_float64_on_triton_says_why():
         stk.match(METRIC.double().to(device), 2, backend="triton")
 
 
+@pytest.mark.slow
 def test_without_native_kernels_the_reference_runs():
     code = """
 import sys

@@ -91,6 +91,7 @@ def test_tome_form(backend, device, class_token, distill_token, tokens, r):
     assert torch.equal(unmerge(y).cpu(), y.cpu().gather(1, dest[..., None].expand_as(x)))
 
 
+@pytest.mark.interpreted
 def test_both_forms_are_told_apart(backend, device):
     metric = torch.randn(2, 15, 6, device=device)
 

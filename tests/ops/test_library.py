@@ -34,6 +34,7 @@ def two_layers(x, keys, size, backend):
 
 
 # a sum has the schema, the fake kernels and the saved tensors of a mean
+@pytest.mark.interpreted
 @pytest.mark.parametrize("mode", ["mean", "max", pytest.param("sum", marks=pytest.mark.full)])
 @pytest.mark.parametrize("sized", [False, True])
 def test_opcheck(backend, device, mode, sized):
@@ -90,6 +91,7 @@ def test_no_gradient_for_metric_and_size(backend, device):
     assert size.grad is None
 
 
+@pytest.mark.interpreted
 @pytest.mark.compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend, device, compiler):
@@ -108,6 +110,7 @@ def test_compile_fullgraph(backend, device, compiler):
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.interpreted
 @pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
@@ -134,6 +137,7 @@ class Layer(torch.nn.Module):
         return two_layers(x, keys, size, self.backend)
 
 
+@pytest.mark.interpreted
 @pytest.mark.compiled
 def test_export_with_dynamic_batch(backend, device):
     n = torch.export.Dim("n", min=2, max=100)
@@ -148,6 +152,7 @@ def test_export_with_dynamic_batch(backend, device):
         assert torch.equal(got[2].dest, want[2].dest)
 
 
+@pytest.mark.interpreted
 @pytest.mark.compiled
 def test_tokens_may_be_dynamic_too(backend, device):
     torch._dynamo.reset()
@@ -215,6 +220,7 @@ def test_a_plan_can_not_be_changed():
     assert "2 items, 9 -> 7 tokens, r=2, protected=1" in repr(plan)
 
 
+@pytest.mark.interpreted
 def test_checkpointing_and_two_forwards_before_backward(backend, device):
     x, keys, size = inputs(backend, device)
     x.requires_grad_()

@@ -91,6 +91,7 @@ def test_items_are_independent(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_protected_tokens_are_not_looked_at(backend, device):
     @examples(backend, shape=shapes)
     def check(shape):
@@ -157,6 +158,7 @@ def strided_views(dtype, device):
     yield keys[:1].expand(4, -1, -1, -1).contiguous(), keys[:1].expand(4, -1, -1, -1)
 
 
+@pytest.mark.interpreted
 def test_strides(backend, device):
     for dtype in dtypes_of(backend):
         for contiguous, view in strided_views(dtype, device):
@@ -214,6 +216,7 @@ def test_r_is_an_upper_bound(backend, device):
     assert torch.equal(stk.match(metric, 9, 1, backend).members, stk.match(metric, 10**9, 1, backend).members)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("tokens", [515, 700])
 def test_many_tokens(backend, device, tokens):
     """More than one tile of sources on every backend."""

@@ -32,6 +32,7 @@ def make(shape, device, dtype=torch.float32):
     return stk.match(metric, shape["r"], shape["protected"], "reference"), x, size
 
 
+@pytest.mark.interpreted
 def test_bit_for_bit_the_reference(backend, device):
     """Every product, sum and quotient is rounded once, in the same order, on every backend."""
 
@@ -61,6 +62,7 @@ def test_bit_for_bit_the_reference(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_as_exact_as_eager(backend, device):
     @examples(backend, shape=shapes)
     def check(shape):
@@ -95,6 +97,7 @@ def test_mass_is_conserved(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_single_tokens_are_copied_bit_for_bit(backend, device):
     @examples(backend, shape=shapes)
     def check(shape):
@@ -116,6 +119,7 @@ def test_single_tokens_are_copied_bit_for_bit(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_merging_again_what_was_unmerged_changes_nothing(backend, device):
     @examples(backend, shape=shapes)
     def check(shape):
@@ -128,6 +132,7 @@ def test_merging_again_what_was_unmerged_changes_nothing(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_composed_plan_equals_composed_merges(backend, device):
     @examples(backend, shape=shapes, r=st.integers(1, 6))
     def check(shape, r):
@@ -196,6 +201,7 @@ def views(x):
     yield torch.zeros(n, t, 2 * d, dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
 
 
+@pytest.mark.interpreted
 def test_strides(backend, device):
     for dtype in dtypes_of(backend):
         plan, x, size = make(

@@ -13,8 +13,9 @@ from support.merge_norm import SHAPE, call, grads, leaves, make, plain, run, sha
 # -- values and gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 def test_as_exact_as_eager(backend, device):
-    @examples(backend, shape=shapes, eps=st.sampled_from([1e-5, 0.1]))
+    @examples(backend, shape=shapes(backend), eps=st.sampled_from([1e-5, 0.1]))
     def check(shape, eps):
         for dtype in dtypes_of("triton"):  # float64 is what they are measured by: see test_float64 and test_gradcheck
             plan, inputs = make(shape, device, dtype)
@@ -37,7 +38,7 @@ def test_as_exact_as_eager(backend, device):
 def test_float64(backend):
     """Nothing of it runs in float32 on the way."""
 
-    @examples(backend, shape=shapes)
+    @examples(backend, shape=shapes(backend))
     def check(shape):
         plan, inputs = make(shape, "cpu", torch.float64)
         ours, theirs = leaves(inputs), leaves(inputs)
@@ -51,10 +52,11 @@ def test_float64(backend):
     check()
 
 
+@pytest.mark.interpreted
 def test_y_is_the_reference_bit_for_bit(backend, device):
     """Of y every sum, product and quotient is rounded once, in the same order; normed differs by the order of sums."""
 
-    @examples(backend, shape=shapes, lost=st.booleans(), other=st.sampled_from(dtypes_of("triton")))
+    @examples(backend, shape=shapes(backend), lost=st.booleans(), other=st.sampled_from(dtypes_of("triton")))
     def check(shape, lost, other):
         for dtype in dtypes_of(backend):
             plan, (x, residual, *rest) = make(shape, device, dtype, lost)
@@ -75,10 +77,11 @@ def test_y_is_the_reference_bit_for_bit(backend, device):
     check()
 
 
+@pytest.mark.interpreted
 def test_gradients_agree_with_the_reference(backend, device):
     """Also where eager code can't follow: tokens of weight 0, residuals of another dtype."""
 
-    @examples(backend, shape=shapes, lost=st.booleans(), other=st.sampled_from(dtypes_of("triton")))
+    @examples(backend, shape=shapes(backend), lost=st.booleans(), other=st.sampled_from(dtypes_of("triton")))
     def check(shape, lost, other):
         shape |= {"dim": max(16, shape["dim"])}  # as above
         for dtype in dtypes_of(backend):
@@ -93,6 +96,7 @@ def test_gradients_agree_with_the_reference(backend, device):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "native"])  # Triton has no float64: see the tests above
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
@@ -105,6 +109,7 @@ def test_gradcheck(backend, sized, affine):
         assert torch.autograd.gradcheck(lambda *inputs, s=chosen: call(plan, inputs, backend)[s], inputs)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dim", [1, 31, 200, 768, 1000, 1024])
 def test_widths(backend, device, dim):
     for dtype in dtypes_of(backend):
@@ -136,6 +141,7 @@ def test_rows_that_do_not_vary(backend, device):
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.interpreted
 def test_many_rows(backend, device):
     """More rows than there are parts of the gradients of weight and bias: programs and blocks take several in turn."""
     shape = SHAPE | ({"n": 12, "dim": 600} if backend == "triton" else {"n": 300, "dim": 40})
@@ -234,6 +240,7 @@ def test_parameters_of_different_dtypes(backend, device, kinds):
 # -- which gradients --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 def test_only_one_output_used(backend, device):
     for dtype in dtypes_of(backend):
         plan, inputs = make(SHAPE, device, dtype)
@@ -321,6 +328,7 @@ def views(x):
     yield torch.zeros(n, t, 2 * d, dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
 
 
+@pytest.mark.interpreted
 def test_strides(backend, device):
     for dtype in dtypes_of(backend):
         plan, inputs = make(SHAPE, device, dtype)
@@ -383,6 +391,7 @@ def test_nothing_to_merge(backend, device, sized):
                 assert torch.equal(one, two)
 
 
+@pytest.mark.interpreted
 def test_deterministic(backend, device):
     for dtype in dtypes_of(backend):
         plan, inputs = make(SHAPE | {"dim": 200}, device, dtype)

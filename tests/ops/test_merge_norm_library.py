@@ -12,6 +12,7 @@ OPS = torch.ops.stoptome
 # -- inside PyTorch ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("affine", [False, True])
 def test_opcheck(backend, device, affine):
     plan, (x, residual, size, weight, bias) = make(SHAPE, device)
@@ -48,6 +49,7 @@ def block(x, residual, keys, size, weight, bias, r, backend):
     return y + normed.sin(), size
 
 
+@pytest.mark.interpreted
 @pytest.mark.compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("r", [4, 0])
@@ -66,6 +68,7 @@ def test_compile_fullgraph(backend, device, compiler, r):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
@@ -93,6 +96,7 @@ class Block(torch.nn.Module):
         return block(x, residual, keys, size, self.norm.weight, self.norm.bias, 4, self.backend)
 
 
+@pytest.mark.interpreted
 def test_export_with_dynamic_batch(backend, device):
     def arguments(n):
         _, (x, residual, size, _, _) = make(SHAPE | {"n": n}, device)

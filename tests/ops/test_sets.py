@@ -121,6 +121,7 @@ def test_sets_of_more_than_one_tile(backend, device, sources, destinations):
     assert torch.equal(plan.offsets, reference.offsets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [4096, 16384])
 def test_images(tokens):
     """A quarter of an image's tokens as destinations: native and reference agree but for near ties."""
@@ -209,6 +210,7 @@ def test_no_items(backend, device):
     assert plan.r == 2
 
 
+@pytest.mark.interpreted
 def test_bad_tokens_are_removed_with_weight_0(backend, device):
     metric = torch.randn(1, 8, 4, device=device)
     metric[0, [1, 5]] = torch.inf

@@ -62,6 +62,7 @@ def test_products_of_a_gpu(configure, dtype, heads, tokens, channels, product):
     compare(metric, tokens // 4, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "channels"), [(4, 16), (1, 100)])
 @pytest.mark.parametrize(("tokens", "protected"), [(9, 1), (40, 0), (83, 5), (150, 2)])
 def test_two_launches(configure, heads, channels, tokens, protected):
@@ -71,6 +72,7 @@ def test_two_launches(configure, heads, channels, tokens, protected):
         compare(metric, r, protected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [16, 64])
 def test_more_sources_than_a_span(configure, span):
     """The r-th best of all is searched over several spans; ties across them go to the lowest source."""
@@ -84,6 +86,7 @@ def test_more_sources_than_a_span(configure, span):
     assert torch.equal(plan.offsets, reference.offsets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [40, 100])
 def test_float32_attention_of_a_gpu(monkeypatch, tokens):
     """On a GPU float32 rows are multiplied as three bfloat16 on tensor cores: as exact as in one piece."""

@@ -360,6 +360,7 @@ def disturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_store_killed_at_any_step_resumes_to_the_same(disturbed, whole):
     left_behind, pending = 0, []
     for step in range(STEPS):

@@ -57,6 +57,7 @@ def test_a_run_leaves_what_stop_leaves(trained, data):
     assert found["best_acc1"] == told["text_to_video"]["r1"]
 
 
+@pytest.mark.slow
 def test_training_changed_the_weights_by_the_two_rates(trained, data, clip, tmp_path):
     """coef_lr 0 leaves CLIP's own weights alone, freeze_clip keeps them out of the optimizer."""
     before = torch.load(clip / "ViT-B-32.pt", weights_only=True)
@@ -72,6 +73,7 @@ def test_training_changed_the_weights_by_the_two_rates(trained, data, clip, tmp_
         assert moments["clip.visual.prompt_embeddings"]["exp_avg"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_stop_proper_learns_its_dynamic_prompts(tmp_path):
     """group2-2, made for frames of 224 pixels: one step of a tower of its width but one layer."""
     clip = clip_weights(tmp_path / "clip", image_size=224, patch_size=32, width=768, layers=1)
@@ -132,6 +134,7 @@ def test_nothing_but_a_folder_trains_on_synthetic_videos(tmp_path):
     assert read.clip.config == dataclasses.replace(ours, prompt_layers=ours.deep)
 
 
+@pytest.mark.slow
 def test_index_and_query(trained, data, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -180,6 +183,7 @@ def test_the_video_found_for_a_caption_is_the_one_that_evaluation_ranks_first(tr
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(data, clip, tmp_path):
     more = [
         "--epochs",
@@ -234,6 +238,7 @@ def in_one_process(data, clip, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_are_one(data, clip, in_one_process, tmp_path, capsys, how):
     shard = ["--fsdp"] if how == "fsdp" else []
@@ -257,6 +262,7 @@ def test_accumulation_takes_every_part_and_the_same_number_of_steps(data, clip, 
     assert found["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_as_it_was_begun(data, clip, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run.main(msrvtt(data, clip, whole, "--tome_r", "3", "--do_train", "1")) == 0
@@ -277,6 +283,7 @@ def test_going_on_in_another_folder_leaves_the_run_there_alone(trained, data, cl
     assert (new / "hparams_train.json").exists()
 
 
+@pytest.mark.slow
 def test_training_and_indexing_in_one_call_can_be_searched(data, clip, tmp_path, capsys):
     more = ["--epochs", "3", "--do_train", "1", "--index", "--lr", "0.02"]  # so large that the best is not the last
     assert run.main(msrvtt(data, clip, tmp_path / "out", *more)) == 0
@@ -343,6 +350,7 @@ def test_a_checkpoint_of_another_size(trained, data, clip, tmp_path, capsys):
     assert "--init_model" in said
 
 
+@pytest.mark.slow
 def test_searching_without_an_index_or_in_that_of_another_model(trained, data, clip, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)

@@ -239,6 +239,7 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 def test_two_openmp_runtimes_in_one_process(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "examples" / "stop_retrieval"), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "error", "-c", BOTH, str(tmp_path)]

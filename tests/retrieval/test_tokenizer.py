@@ -96,6 +96,7 @@ def test_plain_text_needs_no_mending(text):
     assert clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
+@pytest.mark.slow
 def test_open_clip_is_not_imported():
     code = (
         "import sys; from retrieval.tokenizer import Tokenizer; Tokenizer(); print('open_clip' in sys.modules, end='')"

@@ -196,6 +196,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read off Linux's /proc")
 def test_memory_of_the_loader_is_flat_over_many_epochs(tmp_path):

@@ -115,6 +115,7 @@ def test_reentrant_checkpointing_is_refused(case):
         run(case, model, case.inputs(2))
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_compiled(case):
@@ -130,6 +131,7 @@ def test_compiled(case):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_compiled_for_any_size_at_once():
     """With dynamic=True numbers that modules hold, a scale for instance, are symbols too."""
@@ -147,6 +149,7 @@ def test_patched_under_autocast(case):
         stk.apply_tome_patch(build(case), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 def test_exported(case):
@@ -161,6 +164,7 @@ CONVERTED = ("timm-avg", "timm-eva02", "torch-sequence-first-pre-norm", "transfo
              "transformers-videomae")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     "case",

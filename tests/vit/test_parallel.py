@@ -64,6 +64,7 @@ def compare(name: str, got: dict, want: dict) -> None:
 
 
 # gradients meet in hooks on parameters and on blocks: one case for each way in which blocks are written
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_two_processes(tmp_path, compiled):
     chosen = [case.name for case in CASES if case.compiled == compiled]

@@ -221,6 +221,7 @@ def test_no_batch(case):
     assert torch.equal(stk.apply_tome_patch(model, 0)(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [ENCODERS[0], ENCODERS[3]], ids=lambda case: case.name)
 def test_wrapped_models(case):
     model, inputs = build(case), case.inputs(2)
