@@ -50,8 +50,7 @@ test-full: types
 types: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
-	MYPYPATH=examples/stop_retrieval $(RUN) -m mypy -p retrieval
+	MYPYPATH=examples/stop_retrieval $(RUN) -m mypy -p stoptome_kernels -p retrieval
 
 # The vision transformers of the oldest versions of their libraries that vit/ claims to know, beside the newest ones
 # that $(RUN) has; transformers checks the versions of those that it stands on

@@ -12,6 +12,7 @@ from support.vit.torch_encoder import CASES
 RATES = (4, 9, 3, 5)  # in each layer: of torch's own fast path torch 2.11 makes no graph
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_graph(case):
@@ -28,7 +29,8 @@ def test_one_graph(case):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.compiled
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_export_leaves_the_trace_alone(strict):
     """The trace of the last forward; also while a graph for any batch is made."""
     case = CASES[0]
@@ -42,6 +44,7 @@ def test_an_export_leaves_the_trace_alone(strict):
     torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_a_compiled_model_keeps_its_trace():
     torch._dynamo.reset()

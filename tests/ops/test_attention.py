@@ -295,7 +295,7 @@ def test_no_gradient_for_size(backend, device):
     assert not stk.attention(q.detach(), k.detach(), v.detach(), size, backend=backend).requires_grad
 
 
-@pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("ahead", [3, 0])
 def test_opcheck(backend, device, sized, ahead):

@@ -34,7 +34,7 @@ def two_layers(x, keys, size, backend):
 
 
 # a sum has the schema, the fake kernels and the saved tensors of a mean
-@pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mean", "max", pytest.param("sum", marks=pytest.mark.full)])
 @pytest.mark.parametrize("sized", [False, True])
 def test_opcheck(backend, device, mode, sized):
@@ -91,7 +91,7 @@ def test_no_gradient_for_metric_and_size(backend, device):
     assert size.grad is None
 
 
-@pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend, device, compiler):
@@ -152,7 +152,7 @@ def test_export_with_dynamic_batch(backend, device):
         assert torch.equal(got[2].dest, want[2].dest)
 
 
-@pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_tokens_may_be_dynamic_too(backend, device):
     torch._dynamo.reset()

@@ -32,7 +32,7 @@ def make(shape, device, dtype=torch.float32):
     return stk.match(metric, shape["r"], shape["protected"], "reference"), x, size
 
 
-@pytest.mark.interpreted
+@pytest.mark.slow
 def test_bit_for_bit_the_reference(backend, device):
     """Every product, sum and quotient is rounded once, in the same order, on every backend."""
 
@@ -177,6 +177,7 @@ def test_nan_in_one_item_leaves_the_others_alone(backend, device):
         assert z[2].isnan().all()
 
 
+@pytest.mark.interpreted
 def test_nan_stays_in_its_group(backend, device):
     plan, x, _ = make({"n": 1, "tokens": 20, "dim": 8, "protected": 1, "r": 6, "sized": False, "seed": 2}, device)
     clean = {mode: stk.merge(x, plan, None, mode, backend)[0] for mode in MODES}

@@ -151,6 +151,7 @@ def test_many_rows(backend, device):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * two.abs().max().item())
 
 
+@pytest.mark.interpreted
 def test_weight_0_members(backend, device):
     """What they hold shows nowhere, and they get no gradient; who is alone without them is copied, not rescaled."""
     for dtype in dtypes_of(backend):

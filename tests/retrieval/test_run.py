@@ -117,6 +117,7 @@ def test_the_package_reads_the_checkpoint(trained):
     assert model.config.frames == FRAMES
 
 
+@pytest.mark.slow
 def test_nothing_but_a_folder_trains_on_synthetic_videos(tmp_path):
     """The default, with few videos; and a checkpoint of it is the model that was trained."""
     few = ["--synthetic_train", "6", "--synthetic_val", "4", "--epochs", "1", "--batch_size", "3"]
@@ -157,6 +158,7 @@ def test_index_and_query(trained, data, tmp_path, capsys):
     assert [s.stat().st_mtime_ns == t for s, t in zip(shards, times, strict=True)] == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_the_video_found_for_a_caption_is_the_one_that_evaluation_ranks_first(trained, data, tmp_path, capsys):
     """Index and evaluation are two ways to the same order."""
     out = tmp_path / "out"

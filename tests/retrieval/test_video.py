@@ -518,6 +518,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @linux
 def test_frames_that_are_not_wanted_are_not_held(tmp_path, monkeypatch):
     """120 frames of 1280 × 720 are 166 MB, or 332 MB as RGB."""
