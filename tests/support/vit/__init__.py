@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import stoptome_kernels as stk
@@ -45,7 +47,17 @@ class Case:
 
 
 def build(case: Case, seed: int = 0) -> Any:
-    """The case's model with parameters large enough that all parts of it matter (libraries start with tiny ones)."""
+    """Return the case's model, with parameters so large that all parts of it matter (libraries start with tiny ones).
+
+    Each is built once in a process, and copied; random numbers go on as after building it.
+    """
+    model, state = _built(case, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _built(case: Case, seed: int) -> tuple[Any, Tensor]:
     torch.manual_seed(seed)
     model = case.make().eval()
     with torch.no_grad():
@@ -55,7 +67,7 @@ def build(case: Case, seed: int = 0) -> Any:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if "bias" in name else 1.0))
-    return model
+    return model, torch.get_rng_state()
 
 
 class Slow:
