@@ -9,6 +9,7 @@ from importlib.util import find_spec
 # Of the tests, and of what they start. Threads that wait for a core spin: beside two busy processes on two cores, work
 # of bench/stop.py that takes 11 s with two threads and 17 s with one takes 60 s with two and 26 s with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else torch 2.6 starts a process for each core
 
 import pytest
 import torch

@@ -3,7 +3,7 @@
 """Where the minutes of a test run are: a table of files on stdout, and a line for every test in a CSV file.
 
 python -m pytest -n 2 -m "" --junitxml=results.xml
-python tests/support/durations.py results.xml tests/durations.csv
+python tests/support/durations.py tests/durations.csv results.xml
 """
 
 import csv
@@ -13,12 +13,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 
-def main(results: str, table: str) -> None:
+def main(table: str, *results: str) -> None:
     """Read pytest's results in JUnit's format, write the CSV file and print the table."""
     cases: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for case in ElementTree.parse(results).getroot().iter("testcase"):
-        file = case.attrib["classname"].removeprefix("tests.").replace(".", "/") + ".py"
-        cases[file, case.attrib["name"].partition("[")[0]].append(float(case.attrib["time"]))
+    for case in (case for file in results for case in ElementTree.parse(file).getroot().iter("testcase")):
+        name = case.attrib["classname"].removeprefix("tests.").replace(".", "/") + ".py"
+        cases[name, case.attrib["name"].partition("[")[0]].append(float(case.attrib["time"]))
     with Path(table).open("w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("file", "test", "cases", "seconds", "longest"))
