@@ -17,8 +17,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 # Processes of tests side by side, a thread each; ARGS="-n 0" is one, for a debugger
-PROCESSES := -n auto --maxprocesses 8
-PYTEST := $(RUN) -m pytest $(PROCESSES)
+PROCESSES = $(if $(shell $(RUN) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 8)
+PYTEST = $(RUN) -m pytest $(PROCESSES)
 
 .PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
 .PHONY: wheel wheels docs clean
@@ -35,7 +35,7 @@ bench-models: $(STAMP)
 accuracy: $(STAMP)
 	$(RUN) examples/stop_retrieval/accuracy.py $(ARGS)
 
-# Before a commit, some three minutes on two cores: everything that is not marked slow, of every file of tests
+# Before a commit, three minutes on two cores: what is marked neither slow nor full, of all files but test_launches.py
 check: types
 	$(PYTEST) -m "not slow and not full" $(ARGS)
 
@@ -59,9 +59,9 @@ OLDEST_VERSIONS := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.8.0
 OLDEST_TESTS := every_model timm open_clip transformers recording masks
 oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(OLDEST_TESTS:%=tests/vit/test_%.py) -k "not every_model or \
-		(timm or open_clip or transformers) and (slow_way or r_0 or compiled)" $(ARGS)
+		(timm or open_clip or transformers) and (slow_way or r_0 or test_compiled)" $(ARGS)
 
-$(OLDEST)/.installed: $(STAMP)
+$(OLDEST)/.installed: $(STAMP) Makefile
 	rm -rf $(OLDEST)
 	$(RUN) -m pip install --quiet --target $(OLDEST) --no-deps $(OLDEST_VERSIONS)
 	$(RUN) -m pip install --quiet "httpx<1"  # which huggingface_hub 1 uses and 2 doesn't
@@ -70,12 +70,13 @@ $(OLDEST)/.installed: $(STAMP)
 # The oldest Python, torch and Triton that are promised: what make check runs of the operators, and whatever
 # compiles. PyPI has this torch with CUDA alone, some 2.7 GB.
 OLDEST_TORCH := .oldest-torch
-OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(shell command -v python3.10) $(PYTHON))
+PYENV := $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
+OLDEST_PYTHON ?= $(firstword $(PYENV) $(shell command -v python3.10) $(PYTHON))
 oldest-torch: $(OLDEST_TORCH)/.installed
 	$(OLDEST_TORCH)/bin/python -m pytest $(PROCESSES) -m "not full and (compiled or not slow)" \
 		tests/ops tests/models/test_stop_model.py tests/models/test_tempme.py tests/build/test_old_compilers.py $(ARGS)
 
-$(OLDEST_TORCH)/.dependencies:
+$(OLDEST_TORCH)/.dependencies: Makefile
 	$(OLDEST_PYTHON) -m venv $(OLDEST_TORCH)
 	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-compile torch==2.6.0 "numpy<2.3" "setuptools>=77" \
 		"pybind11>=2.13" "ninja>=1.11" pytest pytest-xdist hypothesis
@@ -98,7 +99,7 @@ gpu:
 # the Triton of torch 2.11, which the ahead-of-time tests compile with too where STOPTOME_TRITON_36 names this folder
 triton-3.6: .triton-3.6/.installed
 
-.triton-3.6/.installed: $(STAMP)
+.triton-3.6/.installed: $(STAMP) Makefile
 	rm -rf .triton-3.6
 	$(RUN) -m pip install --quiet --target .triton-3.6 --no-deps triton==3.6.0
 	touch $@
@@ -107,16 +108,17 @@ triton-3.6: .triton-3.6/.installed
 asan: $(STAMP)
 	PYTHON=$(RUN) tests/build/asan.sh
 
-# an sdist, and from it a wheel for $(PYTHON), with the manylinux tag that this machine's compiler and glibc allow
+# On Linux: an sdist, and from it a wheel for $(PYTHON), with the manylinux tag that this machine's compiler and glibc allow
 RELEASE := .release
 wheel: $(RELEASE)/.installed
 	rm -rf build/wheel
 	STOPTOME_REQUIRE_NATIVE=1 $(RELEASE)/bin/python -m build --outdir build/wheel
 	PATH="$(abspath $(RELEASE))/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
 
-# the wheels of a release, each tested where it was built: every Python and manylinux_2_28, in containers
+# The wheels of a release, each tested where it was built: every Python and manylinux_2_28, in containers, into which the
+# whole folder is copied: in a clean clone
 wheels: $(RELEASE)/.installed
-	$(RELEASE)/bin/python -m cibuildwheel --output-dir dist
+	$(RELEASE)/bin/python -m cibuildwheel --platform linux --output-dir dist
 
 # tools alone, not the package, so that torch stays out
 $(RELEASE)/.installed: pyproject.toml

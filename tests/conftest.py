@@ -18,6 +18,7 @@ from support import GOLDEN, GPU
 from support.lanes import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
+    pytest_configure_node,
     pytest_runtest_protocol,
     pytest_xdist_make_scheduler,
 )

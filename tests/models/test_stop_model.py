@@ -247,9 +247,8 @@ def test_compiled_and_patched_afterwards():
 
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize(
-    "settings", [SETTINGS[1], SETTINGS[3]]
-)  # whether sizes count in attention is nothing to a trace
+# whether sizes count in attention is nothing to a trace
+@pytest.mark.parametrize("settings", [SETTINGS[1], pytest.param(SETTINGS[2], marks=pytest.mark.full), SETTINGS[3]])
 def test_compiled_with_a_trace(settings):
     """Every forward's trace is kept, whatever its batch."""
     model = small()

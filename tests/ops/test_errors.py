@@ -96,6 +96,7 @@ def test_then():
         plan.then(plan)
 
 
+@pytest.mark.compiled
 def test_errors_while_tracing():
     """The fake kernels check the same arguments as the real ones."""
     torch._dynamo.reset()

@@ -96,6 +96,7 @@ class Block(torch.nn.Module):
         return block(x, residual, keys, size, self.norm.weight, self.norm.bias, 4, self.backend)
 
 
+@pytest.mark.compiled
 @pytest.mark.interpreted
 def test_export_with_dynamic_batch(backend, device):
     def arguments(n):

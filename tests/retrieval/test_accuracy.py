@@ -25,6 +25,7 @@ def start(*argv) -> subprocess.CompletedProcess:
 
 
 def rows_of(folder) -> dict:
+    """Return the rows of a study by setting, direction and how tokens were chosen."""
     rows = json.loads((folder / "rows.json").read_text())
     return {(row["shape"], row["direction"], row["impl"]): row for row in rows}
 
@@ -43,7 +44,7 @@ def test_the_small_model_learns_the_synthetic_set(tmp_path):
 
 
 def shortly(folder) -> str:
-    """Return what the quick study says, of fewer videos and steps."""
+    """Run the quick study in this process; return what it says."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         argv = ["--quick", "--work", folder / "work", "--json", folder / "rows.json", "--seconds", 0.2]
@@ -114,9 +115,12 @@ def test_the_study_compares_what_it_says():
     assert options.tome_config(args) == accuracy.SETTINGS["clips"]
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    """By the program as a user starts it."""
     file = tmp_path / "rows.json"
     file.write_text("{}")
-    assert accuracy.main(["--json", str(file), "--work", str(tmp_path / "work")]) == 2
-    assert "--json" in capsys.readouterr().err
+    done = start("--json", file, "--work", tmp_path / "work")
+    assert done.returncode == 2
+    assert "--json" in done.stderr
     assert file.read_text() == "{}"

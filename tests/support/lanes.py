@@ -7,15 +7,17 @@ The hooks are those of tests/conftest.py; README.md of this folder's parent says
 from __future__ import annotations
 
 import fcntl
+import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 
 # The tests of a file share a process, where they share what they set up, but for those of these long files.
 SPREAD = tuple(
     f"tests/{name}.py" for name in (
-        "ops/test_attention", "ops/test_library", "ops/test_merge", "ops/test_merge_norm", "ops/test_triton",
-        "vit/test_every_model",
+        "ops/test_attention", "ops/test_gpu", "ops/test_library", "ops/test_merge", "ops/test_merge_norm",
+        "ops/test_triton", "vit/test_every_model",
     )
 )  # fmt: skip
 # Few tests that take long: begun last, they would leave the other processes idle.
@@ -56,13 +58,19 @@ def pytest_collection_modifyitems(config, items):
         rest = {item for item in items if item.get_closest_marker("full") and not in_share(item.nodeid, *chosen)}
         config.hook.pytest_deselected(items=[*rest])
         items[:] = [item for item in items if item not in rest]
-    order = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(FIRST)))
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(FIRST)}
+        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Send files to processes, in the order above. xdist's own groups do nothing under pytest 9.2 (xdist 3.8)."""
+    """Send files to processes, in the order above, where nothing else is asked for.
+
+    xdist's own groups (``--dist loadgroup``, version 3.8) do nothing under pytest 9.2.
+    """
+    if config.getoption("dist") != "load" or config.getoption("maxschedchunk"):
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -79,14 +87,29 @@ def scope(nodeid: str) -> str:
     return nodeid if file in SPREAD else file
 
 
+LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell each of xdist's processes the folder of this run's locks."""
+    if LOCKS not in node.config.stash:
+        node.config.stash[LOCKS] = folder = tempfile.TemporaryDirectory(prefix="pytest-locks-")
+        node.config.add_cleanup(folder.cleanup)
+    node.workerinput["locks"] = node.config.stash[LOCKS].name
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Run a test that is marked alone with no other beside it, under ``pytest -n`` too."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    folder = item.config.cache.mkdir("alone")
+    folder = Path(item.config.workerinput["locks"])
     with open(folder / "queue", "w") as queue, open(folder / "running", "w") as running:
         fcntl.flock(queue, fcntl.LOCK_EX)  # kept by whoever waits to be alone, so that no other test begins
         fcntl.flock(running, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(queue, fcntl.LOCK_UN)
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # also for a process that the test has left behind

@@ -10,7 +10,7 @@ from support.helpers import eager_merge
 
 
 def shapes(backend):
-    """A strategy for shapes; those for Triton's interpreter, which takes a while for every row, have fewer rows."""
+    """Return a strategy for shapes, of fewer rows for Triton's interpreter, which takes a while for each."""
     n, tokens = (3, 24) if backend == "triton" else (5, 40)
     return st.fixed_dictionaries(
         {

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from support.vit import Case, build, cases
 
 CASES = list(cases())
-# What is compiled, exported or converted is the patched code of blocks and of pooling: one case for each way in which
-# it is written. Other cases differ in what their library does around it, and run in eager mode like these.
+# What is compiled or exported is the patched code of blocks, and pooling by sizes or by attention: a case for each
+# class of blocks. Other cases differ in a block's options, or around it, and run in eager mode like these.
 TRACED = [case if case.compiled else pytest.param(case, marks=pytest.mark.full) for case in CASES if case.traced]
 
 

@@ -29,6 +29,7 @@ def test_masks_are_refused():
             case.blocks(model)[1](torch.randn(2, 65, 48), None, is_causal=True)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_siglip2_of_full_and_padded_images():
     case = BY_NAME["siglip2"]

@@ -63,7 +63,7 @@ def compare(name: str, got: dict, want: dict) -> None:
         )
 
 
-# gradients meet in hooks on parameters and on blocks: one case for each way in which blocks are written
+# gradients meet in hooks on parameters and on blocks: a case for each class of blocks
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_two_processes(tmp_path, compiled):

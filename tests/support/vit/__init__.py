@@ -30,7 +30,7 @@ class Case:
             block, written without anything of stoptome_kernels but the reference matching.
         answer: the tensor of a forward's result that is compared.
         tokens: of an image.
-        compiled: stands for others in tests that compile or export: its blocks are written in a way of their own.
+        compiled: stands for others in tests that compile or export: its blocks or pooling are of a class of their own.
         traced: the unpatched model is one graph for compile and export, whatever the batch.
     """
 
@@ -114,7 +114,7 @@ def recorded(module: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, Ten
 
 
 def cases() -> Iterator[Case]:
-    """All cases."""
+    """Yield all cases."""
     from support.vit import open_clip, timm, torch_encoder, torchvision, transformers
 
     for family in (timm, open_clip, torchvision, torch_encoder, transformers):

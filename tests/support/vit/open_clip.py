@@ -100,7 +100,7 @@ def resblocks(model: Any) -> list:
 
 
 CASES = [
-    clip("clip"),
+    clip("clip", compiled=True),
     clip("custom-text", open_clip.CustomTextCLIP, ls_init_value=0.5, qk_norm=True),
     Case("open_clip-coca", coca, timm_cases.images, lambda model: resblocks(model.visual), 1, slow_caption, both),
     tower("vit", ls_init_value=0.5, final_ln_after_pool=True, no_ln_pre=True),

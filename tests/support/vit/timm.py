@@ -131,7 +131,7 @@ CASES = [
     case("avg", 1, compiled=True, global_pool="avg", scale_attn_norm=True, pre_norm=True),
     case("avg-prefix", 1, global_pool="avg", fc_norm=False, pool_include_prefix=True),
     case("avgmax", 1, global_pool="avgmax"),
-    case("map", 0, class_token=False, global_pool="map"),
+    case("map", 0, compiled=True, class_token=False, global_pool="map"),
     case("res-post", 1, compiled=True, block_fn=ResPostBlock, init_values=0.5),
     case("deit3", 1, no_embed_class=True, init_values=1e-2),
     case("eva", 1 + len(REGISTERS) * 4, init_values=0.1, **REGISTERS, **EVA),

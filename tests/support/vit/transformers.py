@@ -257,7 +257,7 @@ CASES = [
         "siglip2-padded", "model.encoder.layers", 0, Flexible, hf.Siglip2VisionModel, attrgetter("pooler_output"),
         compiled=True, inputs=padded,
     ),
-    case("vit", "vit.layers", 1, vit, hf.ViTForImageClassification),
+    case("vit", "vit.layers", 1, vit, hf.ViTForImageClassification, compiled=True),
     case(
         "dinov2", "dinov2.encoder.layer", 1, dinov2, hf.Dinov2ForImageClassification, compiled=True,
         use_swiglu_ffn=True, **EAGER,
