@@ -140,3 +140,13 @@ def test_composition(backend, device):
     assert_valid(both)
     assert both.dest.tolist() == [[0, 1, 1, 2, 1]]
     assert groups(both, 0) == [[0], [1, 2, 4], [3]]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
+def test_what_two_plans_protect_is_protected_by_both(backend, device, before, after):
+    """A token that the second protects may be one that the first merged others into."""
+    first = plan_of([[9, 9], [1, 0], [1, 0.1], [0, 1], [0.6, 0.8]], 1, before, backend, device)
+    second = plan_of([[9, 9], [1, 0], [1, 0.1], [0, 1]], 1, after, backend, device)
+    both = first.then(second)
+    assert both.protected == min(before, after)
+    assert_valid(both)
