@@ -182,6 +182,20 @@ def test_wrong_results_are_refused(bench):
     refused(both=lambda i, x: good.merge(i, x.roll(1, 0), good.match(i)))
 
 
+def test_one_wrong_match_is_refused(bench):
+    """Of all decisions, one: so few might differ by rounding, but not by as much."""
+    peers, verify = bench("peers"), bench("verify")
+    truth, good = verify.Truth(small(bench)), peers.package("reference")
+    dest = good.dest(truth.inputs, good.match(truth.inputs))
+    assert truth.differences(dest, "good") <= 2
+    merged, _ = truth.decisions(dest, "good")
+    item, source = merged.nonzero()[0].tolist()
+    worst = truth.scores[item, source].argmin().int()
+    dest[item, torch.arange(25)[truth.a][source]] = truth.inputs.shape.tokens_out - truth.scores.shape[2] + worst
+    with pytest.raises(verify.WrongResult, match="1 tokens matched otherwise than rounding explains"):
+        truth.differences(dest, "bad")
+
+
 def test_real_input_merges_alike_tokens(bench):
     i = small(bench)
     assert i.metric.shape == (3, 2, 25, 64)
