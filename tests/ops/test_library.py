@@ -122,7 +122,7 @@ def test_compile_with_dynamic_batch_compiles_once(backend, device):
         return graph
 
     compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend=counting)
-    for n in (4, 7, 2, 9):
+    for n in (4, 7, 2, 9 if backend == "triton" else 31):
         arguments = inputs(backend, device, n)
         assert torch.equal(compiled(*arguments, backend)[0], two_layers(*arguments, backend)[0])
     assert compiles == 1
