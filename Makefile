@@ -17,7 +17,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 # Processes of tests side by side, a thread each; ARGS="-n 0" is one, for a debugger
-PROCESSES = $(if $(shell $(RUN) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 8)
+SIDE_BY_SIDE := -n auto --maxprocesses 8
+PROCESSES = $(if $(shell $(RUN) -c "import xdist" 2>/dev/null && echo yes),$(SIDE_BY_SIDE))
 PYTEST = $(RUN) -m pytest $(PROCESSES)
 
 .PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
@@ -73,7 +74,7 @@ OLDEST_TORCH := .oldest-torch
 PYENV := $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
 OLDEST_PYTHON ?= $(firstword $(PYENV) $(shell command -v python3.10) $(PYTHON))
 oldest-torch: $(OLDEST_TORCH)/.installed
-	$(OLDEST_TORCH)/bin/python -m pytest $(PROCESSES) -m "not full and (compiled or not slow)" \
+	$(OLDEST_TORCH)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not full and (compiled or not slow)" \
 		tests/ops tests/models/test_stop_model.py tests/models/test_tempme.py tests/build/test_old_compilers.py $(ARGS)
 
 $(OLDEST_TORCH)/.dependencies: Makefile
