@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark runs, its rows hold what they promise, it refuses wrong results, and the README is made from rows."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -62,15 +61,6 @@ def rows_file(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "of copy speed" in done.stdout
     return file
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of the bench folder."""
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module
-    for name in ("data", "measure", "merge", "peers", "plot", "verify"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow

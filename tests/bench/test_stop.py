@@ -28,13 +28,6 @@ def done(tmp_path_factory):
     return run.stdout, file
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of the bench folder."""
-    monkeypatch.syspath_prepend(BENCH)
-    return __import__
-
-
 @pytest.mark.slow
 def test_rows(done):
     output, file = done

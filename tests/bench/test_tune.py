@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of configurations: every variant that is timed was right, and each one that was not is named."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from support import ROOT
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("triton")
-BENCH = ROOT / "bench"
-MODULES = ("command", "data", "measure", "merge", "peers", "tune", "variants", "verify")
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def bench(bench, monkeypatch):
     """Import a module of the bench folder; a tiny shape, and a clock that runs every side once."""
-    monkeypatch.syspath_prepend(BENCH)
-    data, measure = importlib.import_module("data"), importlib.import_module("measure")
+    data, measure = bench("data"), bench("measure")
     monkeypatch.setitem(data.SHAPES, "tiny", data.Shape("tiny", 1, 1, 9, 24, 1, 1, 3))
 
     def once(sides, device, seconds, graph):
@@ -31,9 +24,7 @@ def bench(monkeypatch):
         return {name: measure.Times(samples=[10.0 + len(name)]) for name in sides}
 
     monkeypatch.setattr(measure, "measure", once)
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return bench
 
 
 @pytest.fixture

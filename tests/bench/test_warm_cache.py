@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prepared cache: kernels compiled here are found by another process in another folder; nothing else comes in."""
 
-import importlib
 import io
 import json
 import os
@@ -25,11 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def warm_cache(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module("warm_cache")
-    for name in ("warm_cache", "cache_marks"):
-        sys.modules.pop(name, None)
+def warm_cache(bench):
+    return bench("warm_cache")
 
 
 def pack(file: Path, key: dict, files: dict[str, bytes], link: str | None = None) -> Path:

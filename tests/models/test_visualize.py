@@ -409,15 +409,12 @@ assert "PIL" in sys.modules
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    monkeypatch.syspath_prepend(ROOT / "bench")
     import visualize
 
-    yield visualize
-    for name in ("data", "measure", "merge", "peers", "verify", "visualize"):
-        sys.modules.pop(name, None)
+    return visualize
 
 
 @pytest.mark.slow
