@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import stoptome_kernels as stk
 import torch
+import torch._dynamo.testing
 
 from support import GPU
 from support.attention import assert_close, assert_exact, eager, exactly, leaves, make, packed
@@ -356,21 +357,16 @@ def test_compile_fullgraph(backend, device, compiler, sized, how):
 @pytest.mark.compiled
 def test_compile_with_dynamic_shapes_compiles_once(backend, device):
     torch._dynamo.reset()
-    compiles = 0
-
-    def counting(graph, _example):
-        nonlocal compiles
-        compiles += 1
-        return graph
+    counter = torch._dynamo.testing.CompileCounter()
 
     def step(q, k, v, size, prefix_k, prefix_v):
         return stk.attention(q, k, v, size, prefix_k, prefix_v, backend=backend)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for n, queries, tokens, ahead in ((4, 6, 20, 5), (6, 5, 31, 9), (8, 9, 10, 7)):
         arguments = make(queries, tokens, ahead, 16, device, n=n)
         torch.testing.assert_close(compiled(*arguments), step(*arguments))
-    assert compiles == 1
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 

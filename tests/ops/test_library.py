@@ -9,6 +9,7 @@ import pytest
 import stoptome_kernels as stk
 import stoptome_kernels.compat
 import torch
+import torch._dynamo.testing
 from stoptome_kernels.vit.tokens import _moved
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,18 +115,12 @@ def test_compile_fullgraph(backend, device, compiler):
 @pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
-    compiles = 0
-
-    def counting(graph, _example):
-        nonlocal compiles
-        compiles += 1
-        return graph
-
-    compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend=counting)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend=counter)
     for n in (4, 7, 2, 9 if backend == "triton" else 31):
         arguments = inputs(backend, device, n)
         assert torch.equal(compiled(*arguments, backend)[0], two_layers(*arguments, backend)[0])
-    assert compiles == 1
+    assert counter.frame_count == 1
 
 
 class Layer(torch.nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 
-from support.helpers import assert_as_exact_as_eager, assert_valid, dtypes_of, eager_merge, examples
+from support.helpers import assert_as_exact_as_eager, assert_valid, dtypes_of, eager_merge, examples, views
 
 MODES = ["mean", "sum", "max"]
 
@@ -191,15 +191,6 @@ def test_nan_stays_in_its_group(backend, device):
             assert y.isnan().sum() == 1
             y[0, output, 3] = clean[mode][0, output, 3]
             assert torch.equal(y, clean[mode])
-
-
-def views(x):
-    """The same values behind different strides."""
-    n, t, d = x.shape
-    yield torch.zeros(n + 2, t + 3, d + 5, dtype=x.dtype, device=x.device)[1 : n + 1, 2 : t + 2, 3 : d + 3].copy_(x)
-    yield x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield x.transpose(1, 2).contiguous().transpose(1, 2)  # the one case that needs a copy
-    yield torch.zeros(n, t, 2 * d, dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
 
 
 @pytest.mark.interpreted

@@ -7,7 +7,7 @@ import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
 
-from support.helpers import ROUNDOFF, assert_as_exact_as_eager, dtypes_of, examples, groups
+from support.helpers import ROUNDOFF, assert_as_exact_as_eager, dtypes_of, examples, groups, views
 from support.merge_norm import SHAPE, call, grads, leaves, make, plain, run, shapes
 
 # -- values and gradients ---------------------------------------------------------------------------------------------
@@ -318,15 +318,6 @@ def test_no_second_derivative(backend, device):
 
 
 # -- shapes and memory ------------------------------------------------------------------------------------------------
-
-
-def views(x):
-    """The same values behind different strides."""
-    n, t, d = x.shape
-    yield torch.zeros(n + 2, t + 3, d + 5, dtype=x.dtype, device=x.device)[1 : n + 1, 2 : t + 2, 3 : d + 3].copy_(x)
-    yield x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield x.transpose(1, 2).contiguous().transpose(1, 2)  # the one case that needs a copy
-    yield torch.zeros(n, t, 2 * d, dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
 
 
 @pytest.mark.interpreted

@@ -4,6 +4,7 @@
 import pytest
 import stoptome_kernels as stk
 import torch
+import torch._dynamo.testing
 
 from support.merge_norm import SHAPE, call, grads, leaves, make
 
@@ -72,19 +73,13 @@ def test_compile_fullgraph(backend, device, compiler, r):
 @pytest.mark.compiled
 def test_compile_with_dynamic_batch_compiles_once(backend, device):
     torch._dynamo.reset()
-    compiles = 0
-
-    def counting(graph, _example):
-        nonlocal compiles
-        compiles += 1
-        return graph
-
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
     for n in (4, 7, 2, 11):
         _, (x, residual, size, weight, bias) = make(SHAPE | {"n": n}, device)
         arguments = (x, residual, torch.randn(n, 2, 21, 16, device=device), size, weight, bias, 4, backend)
         assert torch.equal(compiled(*arguments)[0], block(*arguments)[0])
-    assert compiles == 1
+    assert counter.frame_count == 1
 
 
 class Block(torch.nn.Module):

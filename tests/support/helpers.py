@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of tolerances, and what several test files ask of plans."""
+"""The one table of tolerances, and what several test files ask of plans and rows."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import hypothesis
@@ -47,6 +48,15 @@ def assert_as_exact_as_eager(got: Tensor, eager: Tensor, exact: Tensor, terms: f
     floor += ROUNDOFF[torch.float32] * terms
     ours, theirs = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (got, eager))
     assert ours <= 2 * theirs + 2 * floor, f"error {ours:.3g}, eager {theirs:.3g}, floor {floor:.3g}"
+
+
+def views(x: Tensor) -> Iterator[Tensor]:
+    """Yield the same values behind different strides."""
+    n, t, d = x.shape
+    yield torch.zeros(n + 2, t + 3, d + 5, dtype=x.dtype, device=x.device)[1 : n + 1, 2 : t + 2, 3 : d + 3].copy_(x)
+    yield x.transpose(0, 1).contiguous().transpose(0, 1)
+    yield x.transpose(1, 2).contiguous().transpose(1, 2)  # the one case that needs a copy
+    yield torch.zeros(n, t, 2 * d, dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
 
 
 def groups(plan: stk.MergePlan, item: int) -> list[list[int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong in the interpreter of Triton 3.2, the oldest that is promised, and right in later ones."""
+"""Mends for the interpreter of Triton 3.2, the oldest that is promised; later ones need none."""
 
 import numpy as np
 from triton import language as tl

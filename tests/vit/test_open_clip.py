@@ -13,7 +13,7 @@ from torch import nn
 
 from support.vit import Slow, build
 from support.vit import open_clip as cases
-from support.vit.open_clip import SIZE, TEXT, attended, slow
+from support.vit.open_clip import SIZE, TEXT, attended, merged, slow
 from support.vit.timm import images
 
 CASES = {case.name.removeprefix("open_clip-"): case for case in cases.CASES}
@@ -134,12 +134,7 @@ def test_a_pool_of_a_derived_class():
     """It may read any token, so each must have a row."""
     model, inputs = build(CASES["vit"]), images(2)
     model.__class__ = Mean
-    x = model._embeds(*inputs)
-    state = Slow(x, 1)
-    for block, r in zip(model.transformer.resblocks, RATES, strict=True):
-        out, keys = attended(block, block.ln_1(x), state)
-        x = state.merge(x + block.ls_1(out), keys, r)
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    x, state = merged(model, inputs, RATES)
     want = model.ln_post(state.spread(x).mean(1)) @ model.proj
     torch.testing.assert_close(stk.apply_tome_patch(model, list(RATES))(*inputs), want, rtol=1e-4, atol=1e-4)
 

@@ -34,14 +34,20 @@ def attended(block: Any, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
     return block.ln_attn(out), keys
 
 
-def slow(tower: Any, inputs: tuple, rates: tuple[int, ...]) -> Any:
-    """What the tower gives."""
+def merged(tower: Any, inputs: tuple, rates: tuple[int, ...]) -> tuple[Tensor, Slow]:
+    """Return the tokens that the tower's blocks give, before its last norm and its pooling."""
     x = tower._embeds(*inputs)
     state = Slow(x, 1)
     for block, r in zip(tower.transformer.resblocks, rates, strict=True):
         out, keys = attended(block, block.ln_1(x), state)
         x = state.merge(x + block.ls_1(out), keys, r)
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x, state
+
+
+def slow(tower: Any, inputs: tuple, rates: tuple[int, ...]) -> Any:
+    """Return what the tower gives."""
+    x, state = merged(tower, inputs, rates)
     if tower.pool_type == "avg" and tower.attn_pool is None and not tower.output_tokens:  # a mean in which tokens count
         x = x if tower.final_ln_after_pool else tower.ln_post(x)
         weight = state.size[:, 1:, None]
