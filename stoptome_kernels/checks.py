@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,19 +28,35 @@ def tensor(value: object, name: str, shape: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call {name}.to_dense()")
 
 
-def count(value: object, name: str, what: str) -> int:
-    """``value`` as an int that is not negative (a SymInt passes as it is)."""
-    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be an int ({what}), got {type(value).__name__}")
+def integer(value: object, name: str, what: str) -> int:
+    """Give ``value`` as one of Python's ints: whatever says by ``__index__`` that it is one, as NumPy's ints do.
+
+    A SymInt passes as it is. Bools, NumPy's too, and tensors are no numbers here.
+
+    Raises:
+        TypeError: anything else; the message reads "``name`` must be an int (``what``), got ...".
+    """
     if isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be an int ({what}), got a tensor; its value would have to be read from the device"
         )
-    number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[arg-type]
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:  # NumPy's bools and arrays have an __index__ that raises
+            pass
+    raise TypeError(f"{name} must be an int ({what}), got {type(value).__name__}")
+
+
+def count(value: object, name: str, what: str) -> int:
+    """``value`` as an int that is not negative, see :func:`integer`."""
+    number = integer(value, name, what)
     if number < 0:
         raise ValueError(f"{name} must be 0 or more ({what}), got {number}")
     # the operators' schema takes 64 bits; what is larger is larger than any tensor
-    return min(number, 2**63 - 1) if isinstance(number, int) else number  # type: ignore[return-value]
+    return min(number, 2**63 - 1) if isinstance(number, int) else number
 
 
 def plain(value: Tensor, name: str) -> None:
@@ -95,12 +111,12 @@ def index(value: object, name: str, metric: Tensor) -> Tensor:
         tensor(value, name, "(count,)")
         return value
     if isinstance(value, Iterable) and not isinstance(value, str):
-        numbers = list(value)
-        if all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers):
-            tokens = metric.shape[-2] if metric.dim() > 1 else 0
-            for number in numbers:
-                _in_range(number, name, tokens)
-            return torch.tensor(numbers, dtype=torch.int64, device=metric.device)
+        what = "a token index; a 1-D tensor or a list of ints holds them"
+        numbers = [integer(number, f"each of {name}", what) for number in value]
+        tokens = metric.shape[-2] if metric.dim() > 1 else 0
+        for number in numbers:
+            _in_range(number, name, tokens)
+        return torch.tensor(numbers, dtype=torch.int64, device=metric.device)
     raise TypeError(f"{name} must be a 1-D tensor or a list of ints (token indices), got {type(value).__name__}")
 
 

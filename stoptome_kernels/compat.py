@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions that code around token merging imports, on this package's kernels.
 
-``bipartite_soft_matching``, ``merge_wavg``, ``merge_source`` and ``parse_r`` as code for ToMe calls them, TempMe's form
-of the first, and ``bipartite_soft_matching_random2d`` as image generation does. They take the same arguments and give
-tokens in the same order; written from the papers (Bolya et al., ICLR 2023; Bolya & Hoffman, *Token Merging for Fast
-Stable Diffusion*, CVPRW 2023; Shen et al., ICLR 2025) and from their results. What a matching returns are values, not
-closures: they can be pickled, copied, and passed in and out of compiled functions, and ``.plan`` is their MergePlan.
+``bipartite_soft_matching``, ``kth_bipartite_soft_matching``, ``random_bipartite_soft_matching``, ``merge_wavg``,
+``merge_source`` and ``parse_r`` as code for ToMe calls them, TempMe's form of the first, and
+``bipartite_soft_matching_random2d`` and ``do_nothing`` as image generation does. They take the same arguments and merge
+the same tokens, but where one says otherwise; written from the papers (Bolya et al., ICLR 2023; Bolya & Hoffman, *Token
+Merging for Fast Stable Diffusion*, CVPRW 2023; Shen et al., ICLR 2025) and from their results. What a matching returns
+are values, not closures: they can be pickled, copied, and passed in and out of compiled functions, and ``.plan`` is
+their MergePlan.
+
+Order of the tokens that come out: unmerged ones by their index, then destinations by theirs. With a class token that is
+the published order too. Without one (``class_token=False``), and on images, the published functions leave the unmerged
+tokens in the order of their similarity: the same tokens with the same values in other rows. Neither ``unmerge`` nor
+anything that goes by ``plan.dest`` or :func:`merge_source` depends on that.
 
 Differences: ties, zeros and NaN go as :func:`stoptome_kernels.match` says, arithmetic is float32 inside, sizes are
 float32, and the gradient of ``max`` goes to one token. New code has no need of this module.
@@ -95,6 +102,8 @@ def bipartite_soft_matching(
     class_token: bool | int = False,
     distill_token: bool | int = False,
     *,
+    cls_num: int | None = None,
+    r_f: int | None = None,
     backend: str = "auto",
 ) -> tuple[Merge, Unmerge]:
     """Match tokens with an even and an odd index, as ToMe does; with an int as third argument, as TempMe does.
@@ -105,18 +114,38 @@ def bipartite_soft_matching(
         class_token: True if the first token is not to be merged. An int (that is no bool) is TempMe's ``cls_num``, and
             the call goes to :func:`bipartite_soft_matching_tempme`; 0 and 1 mean the same in both.
         distill_token: True if the second token is not to be merged either; TempMe's ``r_f`` with an int before it.
+        cls_num, r_f: TempMe's third and fourth argument by name, in place of ``class_token`` and ``distill_token``; see
+            :func:`bipartite_soft_matching_tempme`.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
         ``merge(x, mode="mean")`` and ``unmerge(x)``. Merged tokens come in the order: protected tokens, unmerged even
-        ones, odd ones.
+        ones, odd ones, each by index. With a class token that is the published order; without one, the published
+        function leaves the unmerged ones in the order of their similarity.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`; a distillation token without a class token.
+        TypeError, ValueError: as :func:`stoptome_kernels.match`; a distillation token without a class token; arguments
+            of both forms.
     """
+    if cls_num is not None:
+        for value, name in ((class_token, "class_token"), (distill_token, "distill_token")):
+            if value is not False:
+                raise ValueError(
+                    f"{name}={value} can't be given together with cls_num={cls_num}, which counts all leading tokens "
+                    f"that are not merged: leave {name} out"
+                )
+        class_token = checks.count(cls_num, "cls_num", "leading tokens that are not merged")
     if not isinstance(class_token, bool):
-        r_f = 0 if distill_token is False else distill_token
+        if r_f is not None and distill_token is not False:
+            raise ValueError(
+                f"r_f={r_f} can't be given together with distill_token={distill_token}: in TempMe's form they are the "
+                "same argument"
+            )
+        if r_f is None:
+            r_f = 0 if distill_token is False else distill_token
         return bipartite_soft_matching_tempme(metric, r, class_token, r_f, backend=backend)
+    if r_f is not None:
+        raise ValueError("r_f belongs to TempMe's form: it needs cls_num, how many leading tokens are not merged")
     if not isinstance(distill_token, bool):
         raise TypeError(
             f"distill_token must be a bool behind a bool, got {type(distill_token).__name__}; for TempMe's form "
@@ -138,22 +167,70 @@ def bipartite_soft_matching_tempme(
     Args:
         metric, r, backend: as of :func:`bipartite_soft_matching`.
         cls_num: leading tokens that are not merged.
-        r_f: must be 0. TempMe's paper defines no second number of tokens to merge, so what another value would do is
-            not known here, and it is refused. Where it gives counts as a share of the tokens, as in the paper, work
-            out the count and pass it as ``r``.
+        r_f: any int, without effect: the published function takes it (1, or the number of frames) and never uses it.
 
     Returns:
         As :func:`bipartite_soft_matching`.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`; ``r_f`` other than 0.
+        TypeError, ValueError: as :func:`stoptome_kernels.match`.
     """
     cls_num = checks.count(cls_num, "cls_num", "leading tokens that are not merged; bools are ToMe's form")
-    if checks.count(r_f, "r_f", "only 0 is known") != 0:
-        raise ValueError(
-            f"r_f must be 0 (no paper says what it does), got {r_f}; pass the number of tokens to merge as r"
-        )
+    checks.integer(r_f, "r_f", "without effect")
     return _leading(metric, r, cls_num, backend)
+
+
+def kth_bipartite_soft_matching(metric: Tensor, k: int, *, backend: str = "auto") -> tuple[Merge, Unmerge]:
+    """Leave one token of every ``k`` adjacent ones: the last of each k is a destination, all others are merged.
+
+    Args:
+        metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
+        k: tokens of a group. At 1 or less, and where T < k leaves no destination, the callables return their argument.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``.
+
+    Returns:
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. ``T // k`` tokens come out, the destinations by index. Every other
+        token is merged into the most similar of them, which may be of another group, also the ``T % k`` at the end that
+        fill no group: the published function drops those.
+
+    Raises:
+        TypeError, ValueError: as :func:`stoptome_kernels.match`.
+    """
+    tokens = _tokens(metric, backend)
+    k = min(max(1, checks.integer(k, "k", "tokens of a group")), 2**31)  # more than a metric's tokens
+    groups = tokens // k
+    src = torch.arange(tokens - groups, device=metric.device)
+    dst = torch.arange(groups, device=metric.device) * k + (k - 1)
+    sets = src + src // max(1, k - 1), dst  # k - 1 sources in front of every destination
+    plan = api.match(metric, tokens, backend=backend, sets=sets)  # capped at the sources: all of them
+    return Merge(plan, backend), Unmerge(plan, backend)
+
+
+def random_bipartite_soft_matching(
+    metric: Tensor, r: int, *, generator: torch.Generator | None = None, backend: str = "auto"
+) -> tuple[Merge, Unmerge]:
+    """Merge ``r`` tokens drawn at random, each into the most similar of the others.
+
+    Args:
+        metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
+        r: tokens to remove; capped at T - 1. At 0 or less the callables return their argument.
+        generator: where the choice comes from; None for the default one of metric's device. Numbers drawn on another
+            device are copied. torch.compile takes no generator into a graph.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``.
+
+    Returns:
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. The other tokens come out, by index. One choice is made for all
+        items of the call, where the published function makes one for each.
+
+    Raises:
+        TypeError, ValueError: as :func:`stoptome_kernels.match`.
+    """
+    tokens = _tokens(metric, backend)
+    r = min(_not_negative(r), max(0, tokens - 1))
+    origin = _origin(generator, metric.device)
+    order = torch.randperm(tokens, generator=generator, device=origin).to(metric.device)
+    plan = api.match(metric, r, backend=backend, sets=(order[:r], order[r:]))
+    return Merge(plan, backend), Unmerge(plan, backend)
 
 
 def bipartite_soft_matching_random2d(
@@ -182,26 +259,30 @@ def bipartite_soft_matching_random2d(
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
-        ``merge(x, mode="mean")`` and ``unmerge(x)``. Merged tokens come in the order: unmerged sources, destinations.
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. Merged tokens come in the order: unmerged sources, destinations,
+        each by index. The published function leaves the unmerged sources in the order of their similarity.
 
     Raises:
         TypeError, ValueError: as :func:`stoptome_kernels.match`, or sizes that do not fit.
     """
-    checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
-    checks.match(metric, 0, 0, backend)
+    tokens = _tokens(metric, backend)
     w, h = checks.count(w, "w", "tokens in a row"), checks.count(h, "h", "rows of tokens")
     sx, sy = checks.count(sx, "sx", "width of a cell"), checks.count(sy, "sy", "height of a cell")
     if sx < 1 or sy < 1:
         raise ValueError(f"sx and sy must be 1 or more (width and height of a cell), got {sx} and {sy}")
-    if metric.shape[-2] != w * h:
+    if tokens != w * h:
         raise ValueError(
-            f"metric must have T = w·h = {w}·{h} = {w * h} tokens, got T = {metric.shape[-2]} in {tuple(metric.shape)}"
+            f"metric must have T = w·h = {w}·{h} = {w * h} tokens, got T = {tokens} in {tuple(metric.shape)}"
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    _origin(generator, metric.device)  # refused even where nothing is drawn
     sets = _cells(w, h, sx, sy, no_rand, generator, metric.device)
     plan = api.match(metric, _not_negative(r), backend=backend, sets=sets)
     return Merge(plan, backend), Unmerge(plan, backend)
+
+
+def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
+    """Give ``x`` back: stands for a merge or an unmerge where nothing is merged."""
+    return x
 
 
 def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -275,8 +356,9 @@ def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list
     Args:
         num_layers: how many layers there are.
         r: an int for every layer; a list with one int a layer, short ones padded with 0; or a pair (tuple) ``(r,
-            inflection)``: linear from ``r(1 − inflection)`` at the first layer to ``r(1 + inflection)`` at the last,
-            truncated to int.
+            inflection)``: the first layer merges ``r(1 − inflection)`` truncated to int, the last ``2r − first``, those
+            between lie on a line, truncated. That is the published formula without the rounding of floats, which can
+            cost it a token: ``(10, 0.9)`` starts from 1 here.
 
     Raises:
         TypeError, ValueError: anything else, such as a list with more numbers than layers.
@@ -286,14 +368,28 @@ def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list
 
 def _leading(metric: Tensor, r: int, protected: int, backend: str) -> tuple[Merge, Unmerge]:
     """Matching with leading tokens protected; more of them than there are means that none is left to merge."""
-    checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
-    checks.match(metric, 0, 0, backend)
-    plan = api.match(metric, _not_negative(r), min(protected, metric.shape[-2]), backend)
+    protected = min(protected, _tokens(metric, backend))
+    plan = api.match(metric, _not_negative(r), protected, backend)
     return Merge(plan, backend), Unmerge(plan, backend)
 
 
+def _tokens(metric: Tensor, backend: str) -> int:
+    """The number of tokens of a metric that is one."""
+    checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
+    checks.match(metric, 0, 0, backend)
+    return metric.shape[-2]
+
+
 def _not_negative(r: int) -> int:
-    return 0 if isinstance(r, int) and r < 0 else r
+    r = checks.integer(r, "r", "tokens to remove from each item")
+    return 0 if r < 0 else r
+
+
+def _origin(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    """Where random numbers are drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    return device if generator is None else generator.device
 
 
 def _cells(
@@ -306,7 +402,7 @@ def _cells(
     if no_rand:
         chosen = torch.zeros_like(corner)
     else:
-        origin = device if generator is None else generator.device
+        origin = _origin(generator, device)
         chosen = torch.randint(sx * sy, (rows * columns, 1), generator=generator, device=origin).to(device)
     others = torch.arange(sx * sy - 1, device=device)
     others = others + (others >= chosen)  # (cells, sx·sy - 1): every place of a cell but the chosen one

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import checks
+
 TEMPORAL_PROMPTS = ("group2-2", "DGL")
 LATENT_SPACES = ("transformer", "linear")
 VISUAL_OUTPUTS = (
@@ -66,12 +68,14 @@ class StopConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):
             least = 0 if name == "text_prompts" else 1
             if name in (*_CHOICES, "lora") or value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+            number = checks.integer(value, name, f"{least} or more")
+            if number < least:
+                raise ValueError(f"{name} must be an int of {least} or more, got {number}")
+            object.__setattr__(self, name, number)  # NumPy's ints are held as Python's
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size}")
         if self.width % 64:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from .schedule import Rate, Rates, Schedule, plan_layers
+from .. import checks
+from .schedule import Rate, Schedule, as_rate, integers, plan_layers, proportions_of
 
 _PRESETS: dict[str, dict] = {
     "training": {"tome_r": 2},
@@ -33,6 +34,8 @@ _TEMPME = {
 class ToMeConfig:
     """How a model merges tokens; a value that can be compared, hashed and pickled.
 
+    Numbers may be NumPy's: they are held as Python's. A bool is no number.
+
     Attributes:
         tome_r: tokens to merge from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
             ``(r, inflection)``, see :func:`stoptome_kernels.tome.parse_r`.
@@ -56,10 +59,12 @@ class ToMeConfig:
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise TypeError(f"{name} must be a sequence of numbers, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        if isinstance(self.tome_r, list):
-            # a tuple of two would be a pair (r, inflection): a frozen list says that it is none
-            object.__setattr__(self, "tome_r", Rates(self.tome_r))
+        # a tuple of two would be a pair (r, inflection): as_rate says of a list that it is none
+        self._hold("tome_r", as_rate(self.tome_r))
+        self._hold("merge_layers", integers(self.merge_layers, "merge_layers", "layers from 0"))
+        self._hold("merge_frame_nums", integers(self.merge_frame_nums, "merge_frame_nums", "how many items are joined"))
+        self._hold("merge_token_proportions", proportions_of(self.merge_token_proportions))
+        self._hold("frame_pos", checks.integer(self.frame_pos, "frame_pos", "0 or 1"))
         if self.frame_pos not in (0, 1):
             raise ValueError(f"frame_pos must be 0 or 1, got {self.frame_pos!r}")
         if self.frame_pos and not self.merge_layers:
@@ -69,12 +74,16 @@ class ToMeConfig:
         for name in ("trace_source", "prop_attn"):
             if getattr(self, name) not in (True, False):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            self._hold(name, bool(getattr(self, name)))
         self._somewhere()  # whatever else is wrong with the numbers shows at once
         if self.merge_layers and isinstance(self.tome_r, int) and self.tome_r == 0:
             raise ValueError(
                 "tome_r=0 turns all merging off, but merge_layers is set: give tome_r=1 or more, or in Python a list "
                 "of zeros to merge at clips alone"
             )
+
+    def _hold(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def schedule(self, layers: int, tokens: int, frames: int = 1, protected: int = 1, width: int = 768) -> Schedule:
         """Tokens after each layer and ideal speed-up, without a model.
@@ -87,7 +96,7 @@ class ToMeConfig:
             width: of the model.
 
         Raises:
-            ValueError: these settings don't fit such a model; the message says why.
+            TypeError, ValueError: these settings don't fit such a model; the message says why.
         """
         return plan_layers(
             self.tome_r, layers, tokens, frames, protected, merge_layers=self.merge_layers,
@@ -96,9 +105,9 @@ class ToMeConfig:
 
     def _somewhere(self) -> Schedule:
         """The schedule of a stack just high enough, of frames and videos large enough for these numbers."""
-        at = [layer + 1 for layer in self.merge_layers if isinstance(layer, int)]
+        at = [layer + 1 for layer in self.merge_layers]
         layers = max([1, len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *at])
-        frames = math.prod(n for n in self.merge_frame_nums if isinstance(n, int) and n > 0)
+        frames = math.prod(n for n in self.merge_frame_nums if n > 0)
         return self.schedule(layers, 1 << 20, frames)
 
     @property

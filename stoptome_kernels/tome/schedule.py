@@ -7,9 +7,16 @@ Sources: Bolya et al., ICLR 2023 (a constant r, and schedules that fall or rise)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
 
 Rate = int | Sequence[int] | tuple[int, float]
 
@@ -24,43 +31,75 @@ def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
     """Tokens to merge in each of ``layers`` layers.
 
     Args:
-        tome_r: an int for every layer; a list with one int a layer, short ones padded with 0; or a pair (tuple)
-            ``(r, inflection)`` with inflection in [−1, 1]: linear from ``r(1 − inflection)`` at the first layer to
-            ``r(1 + inflection)`` at the last, truncated to int.
+        tome_r: an int for every layer; a list with one int a layer, short ones padded with 0 (a 1-D array of NumPy is
+            one too); or a pair (tuple) ``(r, inflection)`` with inflection in [−1, 1]: the first layer merges
+            ``r(1 − inflection)`` truncated to int, the last ``2r − first``, those between lie on a line, truncated. The
+            rounding of floats loses none: ``(10, 0.9)`` starts from 1, not from 0.9999999999999998.
 
     Raises:
         TypeError, ValueError: anything else; the message says what it may be.
     """
-    if isinstance(tome_r, int) and not isinstance(tome_r, bool):
-        return (_count(tome_r, "tome_r"),) * layers
+    rate = as_rate(tome_r)
+    if isinstance(rate, int):
+        return (rate,) * layers
+    if not isinstance(rate, Rates):
+        return _linear(*rate, layers)
+    if len(rate) > layers:
+        raise ValueError(f"tome_r names {len(rate)} layers, but there are {layers}")
+    return (*rate, *(0 for _ in range(layers - len(rate))))
+
+
+def as_rate(tome_r: Any) -> int | tuple[int, float] | Rates:
+    """``tome_r`` of :func:`parse_r` in Python's own numbers; what is no pair is marked as :class:`Rates`.
+
+    Raises:
+        TypeError, ValueError: as :func:`parse_r`, but for the number of layers.
+    """
     if type(tome_r) is tuple and len(tome_r) == 2:
-        return _linear(tome_r, layers)
-    if not isinstance(tome_r, Sequence) or isinstance(tome_r, str):
-        raise TypeError(f"tome_r must be an int, a list of ints or a pair (r, inflection), got {tome_r!r}")
-    if len(tome_r) > layers:
-        raise ValueError(f"tome_r names {len(tome_r)} layers, but there are {layers}")
-    given = [_count(r, f"tome_r[{i}]") for i, r in enumerate(tome_r)]
-    return (*given, *(0 for _ in range(layers - len(given))))
+        r = checks.count(tome_r[0], "r of the pair tome_r = (r, inflection)", "tokens to merge")
+        what = "of the pair tome_r = (r, inflection), from -1 to 1"
+        inflection = _real(tome_r[1], "inflection", what)
+        if not -1 <= inflection <= 1:
+            raise ValueError(
+                f"inflection of the pair tome_r = (r, inflection) must be from -1 to 1, got {inflection!r}; "
+                "for one number a layer give a list"
+            )
+        return r, inflection
+    if _is_list(tome_r):
+        return Rates(checks.count(r, f"tome_r[{i}]", "tokens to merge") for i, r in enumerate(tome_r))
+    return checks.count(tome_r, "tome_r", "tokens to merge; or a list of ints, or a pair (r, inflection)")
 
 
-def _linear(pair: tuple, layers: int) -> tuple[int, ...]:
-    r, inflection = pair
-    r = _count(r, "r of the pair tome_r = (r, inflection)")
-    if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
-        raise ValueError(
-            f"inflection of the pair tome_r = (r, inflection) must be from -1 to 1, got {inflection!r}; "
-            "for one number a layer give a list"
-        )
-    first, last = r * (1 - inflection), r * (1 + inflection)
-    return tuple(int(first + (last - first) * i / max(1, layers - 1) + 1e-9) for i in range(layers))
+def _is_list(value: object) -> bool:
+    """A sequence, or an array of NumPy with one axis, which is none by its type."""
+    if isinstance(value, (str, bytes, Tensor)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", None) == 1
 
 
-def _count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int (tokens to merge), got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or more, got {value}")
-    return value
+def _linear(r: int, inflection: float, layers: int) -> tuple[int, ...]:
+    first = int(r * (1 - Fraction(inflection)) + Fraction(1, 10**9))  # 0.9 and -1/3 are a little off as floats
+    steps = max(1, layers - 1)
+    return tuple((first * steps + 2 * (r - first) * i) // steps for i in range(layers))
+
+
+def integers(values: Iterable[int], name: str, what: str) -> tuple[int, ...]:
+    """Numbers of a setting as Python's ints; the error of a wrong one says which."""
+    return tuple(checks.integer(value, f"{name}[{i}]", what) for i, value in enumerate(values))
+
+
+def proportions_of(values: Iterable[float]) -> tuple[float, ...]:
+    """``merge_token_proportions`` as Python's ints and floats."""
+    return tuple(_real(value, f"merge_token_proportions[{i}]", "per cent") for i, value in enumerate(values))
+
+
+def _real(value: object, name: str, what: str) -> float:
+    """``value`` as an int, if it is one, or as a float."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return checks.integer(value, name, what)
+    number = checks.number(value, name, what)
+    # by the digits that it is printed with: float(np.float32(0.1)) is 0.10000000149, and can be a token less
+    return number if isinstance(value, float) or not math.isfinite(number) else float(Fraction(str(value)))
 
 
 @dataclass(frozen=True)
@@ -177,16 +216,14 @@ def plan_layers(
         width: of the model.
 
     Raises:
+        TypeError: a number is of another kind (NumPy's are fine, bools are none).
         ValueError: the frames can't be joined so, or a frame has no token that may be merged.
     """
-    for value, name, least in (
-        (layers, "layers", 1),
-        (tokens, "tokens", 1),
-        (frames, "frames", 1),
-        (width, "width", 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+    layers, tokens, frames, width = (
+        _positive(value, name)
+        for value, name in ((layers, "layers"), (tokens, "tokens"), (frames, "frames"), (width, "width"))
+    )
+    protected = checks.integer(protected, "protected", "tokens of a frame that are never merged")
     rates = parse_r(tome_r, layers)
     if not 0 <= protected <= tokens:
         raise ValueError(f"protected must be from 0 to the {tokens} tokens of a frame, got {protected}")
@@ -215,6 +252,13 @@ def plan_layers(
     return Schedule(tuple(steps), tokens, width)
 
 
+def _positive(value: object, name: str) -> int:
+    number = checks.integer(value, name, "1 or more")
+    if number < 1:
+        raise ValueError(f"{name} must be an int of 1 or more, got {number}")
+    return number
+
+
 def _share(tokens: int, per_cent: Fraction) -> int:
     return int(tokens * per_cent / 100)  # exact: floats would lose a token here and there
 
@@ -222,26 +266,28 @@ def _share(tokens: int, per_cent: Fraction) -> int:
 def _groups(
     layers_at: Sequence[int], frame_nums: Sequence[int], proportions: Sequence[float], layers: int
 ) -> tuple[dict[int, int], tuple[Fraction, Fraction]]:
+    layers_at = integers(layers_at, "merge_layers", "layers from 0")
+    frame_nums = integers(frame_nums, "merge_frame_nums", "how many items are joined")
+    proportions = proportions_of(proportions)
     if len(layers_at) != len(frame_nums):
         raise ValueError(
             f"merge_layers names {len(layers_at)} layers and merge_frame_nums {len(frame_nums)} group sizes; "
             "give one group size for each layer"
         )
     for at in layers_at:
-        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < layers:
+        if not 0 <= at < layers:
             raise ValueError(f"merge_layers must be layers from 0 to {layers - 1}, got {at!r}")
-    if sorted(set(layers_at)) != list(layers_at):
-        raise ValueError(f"merge_layers must ascend, each layer once, got {tuple(layers_at)}")
+    if tuple(sorted(set(layers_at))) != layers_at:
+        raise ValueError(f"merge_layers must ascend, each layer once, got {layers_at}")
     for number in frame_nums:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if number < 1:
             raise ValueError(f"merge_frame_nums must be ints of 1 or more, got {number!r}")
     if proportions and len(proportions) != 2:
         raise ValueError(
-            f"merge_token_proportions must be two numbers in per cent, (inter-frame, intra-frame), got "
-            f"{tuple(proportions)}"
+            f"merge_token_proportions must be two numbers in per cent, (inter-frame, intra-frame), got {proportions}"
         )
     for share in proportions:
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not (share == 0 or 1 <= share <= 100):
+        if not (share == 0 or 1 <= share <= 100):
             raise ValueError(
                 f"merge_token_proportions are in per cent, 0 or from 1 to 100, got {share!r}; 10 means 10 %, not 0.1"
             )

@@ -3,16 +3,24 @@
 
 import argparse
 import copy
+import enum
 import pickle
+from fractions import Fraction
 from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import stoptome_kernels as stk
+import torch
 from stoptome_kernels.tome import parse_r, plan_layers
 
 STOP = {"layers": 12, "tokens": 54, "frames": 12, "protected": 5}
+
+
+class Rate(enum.IntEnum):
+    FOUR = 4
 
 
 @pytest.mark.parametrize(
@@ -25,7 +33,14 @@ STOP = {"layers": 12, "tokens": 54, "frames": 12, "protected": 5}
         ((4, 0.0), 3, (4, 4, 4)),
         ((4, 1), 5, (0, 2, 4, 6, 8)),
         ((4, -1), 5, (8, 6, 4, 2, 0)),
-        ((5, 0.5), 4, (2, 4, 5, 7)),  # 2.5, 4.17, 5.83, 7.5
+        ((5, 0.5), 4, (2, 4, 6, 8)),  # 2.5 truncated, and as far from 5 at the last
+        ((13, 0.5), 12, (6, 7, 8, 9, 11, 12, 13, 14, 16, 17, 18, 20)),  # 6.5 truncated
+        ((7, -0.5), 4, (10, 8, 6, 4)),
+        # exact where floats are not: 10 (1 - 0.9) is 0.9999999999999998, 3 (1 + 1/3) is 3.9999999999999996 in binary
+        ((10, 0.9), 3, (1, 10, 19)),
+        ((3, -1 / 3), 2, (4, 2)),
+        ((10, 0.1), 2, (9, 11)),
+        ((9, 1), 50, tuple(18 * i // 49 for i in range(50))),
         ((3, 1, 2), 3, (3, 1, 2)),
         ((8, -0.25), 1, (10,)),
         ([], 2, (0, 0)),
@@ -33,6 +48,92 @@ STOP = {"layers": 12, "tokens": 54, "frames": 12, "protected": 5}
 )
 def test_rates(given, layers, expected):
     assert parse_r(given, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (np.int64(4), 4),
+        (np.uint8(4), 4),
+        (np.array(4), 4),
+        (Rate.FOUR, 4),
+        ([np.int64(5), np.int32(2)], [5, 2]),
+        (np.array([5, 2]), [5, 2]),  # no pair
+        (range(2), [0, 1]),
+        ((np.int64(4), np.float64(0.5)), (4, 0.5)),
+        ((4, np.float32(0.1)), (4, 0.1)),  # by its digits: float(np.float32(0.1)) is another number
+        ((4, np.int8(-1)), (4, -1)),
+        ((4, Fraction(1, 2)), (4, 0.5)),
+        ((np.int64(3), 1, 2), [3, 1, 2]),
+    ],
+)
+def test_numbers_of_numpy(given, plain):
+    """They are accepted, and held as Python's: a config compares, hashes and pickles as if they had been."""
+    assert parse_r(given, np.int64(12)) == parse_r(plain, 12)
+    assert all(type(r) is int for r in parse_r(given, 12))
+    one, two = stk.ToMeConfig(given), stk.ToMeConfig(plain)
+    assert one == two
+    assert repr(one) == repr(two)
+    assert hash(one) == hash(two)
+    assert pickle.dumps(one) == pickle.dumps(two)
+
+
+def test_every_setting_takes_numbers_of_numpy():
+    one = stk.ToMeConfig(
+        np.int64(1), np.True_, np.False_, np.array([6, 9]), [np.int64(2), np.int32(2)],
+        (np.float32(12.6), np.float64(5)), np.int64(1),
+    )  # fmt: skip
+    two = stk.ToMeConfig(1, True, False, (6, 9), (2, 2), (12.6, 5.0), 1)
+    assert one == two
+    assert repr(one) == repr(two)
+    assert hash(one) == hash(two)
+    assert pickle.dumps(one) == pickle.dumps(two)
+    assert [type(value) for value in (one.trace_source, one.prop_attn, one.frame_pos)] == [bool, bool, int]
+    flags = {"tome_r": np.int64(1), "tome_prop_attn": np.False_, "merge_layers": np.array([])}
+    assert stk.ToMeConfig.from_args(flags) == stk.ToMeConfig(1, prop_attn=False)
+    schedule = one.schedule(*(np.int64(number) for number in (12, 54, 12, 5, 512)))
+    assert schedule == two.schedule(12, 54, 12, 5, 512)
+    assert repr(schedule) == repr(two.schedule(12, 54, 12, 5, 512))
+
+
+CLIPS = {"merge_layers": (3,), "merge_frame_nums": (2,), "merge_token_proportions": (5, 5)}
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True), np.array(True), np.float64(1), "1", None])
+def test_what_is_no_number(wrong):
+    for settings in (
+        {"tome_r": wrong},
+        {"tome_r": [wrong]},
+        {"tome_r": (wrong, 0.5)},
+        {**CLIPS, "tome_r": 1, "merge_layers": [wrong]},
+        {**CLIPS, "tome_r": 1, "merge_frame_nums": [wrong]},
+        {**CLIPS, "tome_r": 1, "frame_pos": wrong},
+    ):
+        with pytest.raises(TypeError, match="must be an int"):
+            stk.ToMeConfig(**settings)
+    if not isinstance(wrong, float):
+        for settings in ({"tome_r": (4, wrong)}, {**CLIPS, "tome_r": 1, "merge_token_proportions": (5, wrong)}):
+            with pytest.raises(TypeError, match="must be a float"):
+                stk.ToMeConfig(**settings)
+    for name in ("layers", "tokens", "frames", "protected", "width"):
+        with pytest.raises(TypeError, match=f"{name} must be an int"):
+            stk.ToMeConfig(1).schedule(**{**STOP, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("layers", 0, "layers must be an int of 1 or more, got 0"),
+        ("tokens", -1, "tokens must be an int of 1 or more, got -1"),
+        ("frames", np.int64(0), "frames must be an int of 1 or more, got 0"),
+        ("width", 0, "width must be an int of 1 or more, got 0"),
+        ("protected", -1, "protected must be from 0 to the 54 tokens of a frame, got -1"),
+        ("protected", 55, "protected must be from 0 to the 54 tokens of a frame, got 55"),
+    ],
+)
+def test_numbers_out_of_range(name, value, says):
+    with pytest.raises(ValueError, match=says):
+        stk.ToMeConfig(1).schedule(**{**STOP, name: value})
 
 
 def test_tokens_worked_out_by_hand():
@@ -101,6 +202,8 @@ def test_every_schedule_keeps_its_bounds(rates, tokens, protected, groups, share
         ({"tome_r": "2"}, TypeError, "tome_r must be an int"),
         ({"tome_r": [1, "x"]}, TypeError, r"tome_r\[1\]"),
         ({"tome_r": (2, 1.5)}, ValueError, "inflection.*from -1 to 1"),
+        ({"tome_r": (2, np.float32("nan"))}, ValueError, "inflection.*from -1 to 1"),
+        ({"tome_r": (2, 10**400)}, ValueError, "inflection.*from -1 to 1"),
         ({"merge_layers": (3,)}, ValueError, "merge_frame_nums 0 group sizes"),
         (
             {"merge_layers": (3,), "merge_frame_nums": (2,), "merge_token_proportions": (5, 5)},

@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import stoptome_kernels as stk
 import torch
@@ -13,9 +14,12 @@ from stoptome_kernels.compat import (
     bipartite_soft_matching,
     bipartite_soft_matching_random2d,
     bipartite_soft_matching_tempme,
+    do_nothing,
+    kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
     parse_r,
+    random_bipartite_soft_matching,
 )
 
 from support.helpers import ROUNDOFF, assert_valid
@@ -108,12 +112,93 @@ def test_both_forms_are_told_apart(backend, device):
         assert torch.equal(dest(4, *same), stk.match(metric, 4, 0, backend).dest)
 
 
-@pytest.mark.parametrize("r", [0, -3])
-@pytest.mark.parametrize("what", ["tome", "tempme", "random2d", "too few"])
+@pytest.mark.parametrize("r_f", [0, 1, 12, -3, np.int64(8)])
+def test_tempme_form_by_name(r_f):
+    """As TempMe's own code calls it; r_f has no effect."""
+    metric = torch.randn(2, 15, 6)
+    want = stk.match(metric, 4, 5).dest
+    for matching in (bipartite_soft_matching, bipartite_soft_matching_tempme):
+        for given in (
+            matching(metric, 4, cls_num=5, r_f=r_f),
+            matching(metric, 4, 5, r_f=r_f),
+            matching(metric, 4, 5, r_f),
+        ):
+            assert torch.equal(given[0].plan.dest, want)
+        assert torch.equal(matching(metric, np.int64(4), cls_num=np.uint8(5))[0].plan.dest, want)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(12, 2), (12, 3), (13, 4), (11, 4), (9, 9), (14, 9)])
+def test_kth(backend, device, tokens, k):
+    metric, x = torch.randn(2, tokens, 6), torch.randn(2, tokens, 5)
+    dst = list(range(k - 1, tokens, k))
+    src = [t for t in range(tokens) if t not in dst]  # those that fill no group too
+    assert len(dst) == tokens // k
+    dest = plain_dest(metric, len(src), [], src, dst)
+    merge, unmerge = kth_bipartite_soft_matching(metric.to(device), np.int64(k), backend=backend)
+    assert_valid(merge.plan)
+    assert unmerge.plan is merge.plan
+    assert torch.equal(merge.plan.dest.cpu().long(), dest)
+    y = merge(x.to(device))
+    assert y.shape == (2, tokens // k, 5)
+    torch.testing.assert_close(y.cpu(), plain_merge(x, dest, "mean"))
+    total, size = merge_wavg(merge, x.to(device))
+    torch.testing.assert_close((total * size).sum(1).cpu(), x.sum(1))  # nothing is lost
+    assert torch.equal(unmerge(y).cpu(), y.cpu().gather(1, dest[..., None].expand_as(x)))
+
+
+@pytest.mark.parametrize(("tokens", "r"), [(12, 1), (12, 7), (13, 12), (13, 999), (2, np.int64(1))])
+def test_random(backend, device, tokens, r):
+    metric, x = torch.randn(3, tokens, 6), torch.randn(3, tokens, 5)
+    removed = min(int(r), tokens - 1)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5))
+    src, dst = order[:removed].sort().values.tolist(), order[removed:].sort().values.tolist()
+    dest = plain_dest(metric, removed, [], src, dst)
+    merge, unmerge = random_bipartite_soft_matching(
+        metric.to(device), r, generator=torch.Generator().manual_seed(5), backend=backend
+    )
+    assert_valid(merge.plan)
+    assert unmerge.plan is merge.plan
+    assert torch.equal(merge.plan.dest.cpu().long(), dest)
+    y = merge(x.to(device))
+    assert y.shape == (3, tokens - removed, 5)
+    torch.testing.assert_close(y.cpu(), plain_merge(x, dest, "mean"))
+    assert torch.equal(unmerge(y).cpu(), y.cpu().gather(1, dest[..., None].expand_as(x)))
+
+
+def test_random_is_random():
+    metric = torch.randn(1, 36, 4)
+
+    def dest():
+        return random_bipartite_soft_matching(metric, 18)[0].plan.dest
+
+    dests = [dest() for _ in range(3)]
+    assert not all(torch.equal(dests[0], other) for other in dests)
+    torch.manual_seed(3)
+    first = dest()
+    torch.manual_seed(3)
+    assert torch.equal(first, dest())
+
+
+def test_do_nothing():
+    x = torch.randn(2, 3)
+    assert do_nothing(x) is do_nothing(x, mode="prune") is x
+
+
+@pytest.mark.parametrize("k", [1, 0, -2, 13, 10**30])
+def test_kth_without_groups_or_destinations(k):
+    x = torch.randn(2, 12, 5)
+    merge, unmerge = kth_bipartite_soft_matching(x, k)
+    assert merge(x) is unmerge(x) is x
+
+
+@pytest.mark.parametrize("r", [0, -3, np.int64(-3)])
+@pytest.mark.parametrize("what", ["tome", "tempme", "random2d", "random", "too few"])
 def test_nothing_to_merge_gives_back_the_argument(backend, device, r, what):
     metric, x = torch.randn(2, 12, 6, device=device), torch.randn(2, 12, 5, device=device)
     if what == "random2d":
         merge, unmerge = bipartite_soft_matching_random2d(metric, 4, 3, 2, 2, r, backend=backend)
+    elif what == "random":
+        merge, unmerge = random_bipartite_soft_matching(metric, r, backend=backend)
     elif what == "too few":
         merge, unmerge = bipartite_soft_matching(metric[:, :1], 3 - r, True, True, backend=backend)
     else:
@@ -206,10 +291,21 @@ def test_merge_source(backend, device):
         ((8, -1.0), [16, 10, 5, 0]),
         ((8, 1.0), [0, 5, 10, 16]),
         ((8, 0.0), [8] * 4),
+        (np.int64(3), [3] * 4),
+        (np.array([5, 2]), [5, 2, 0, 0]),
+        ((np.int64(8), np.float32(-1)), [16, 10, 5, 0]),
     ],
 )
 def test_parse_r(r, want):
-    assert parse_r(4, r) == want
+    found = parse_r(np.int64(4), r)
+    assert found == want
+    assert all(type(number) is int for number in found)
+
+
+def test_parse_r_mirrors_the_first_layer():
+    """The first is truncated before it is mirrored: 6 to 20, where 6.5 to 19.5 would sum to 150."""
+    assert parse_r(12, (13, 0.5)) == [6, 7, 8, 9, 11, 12, 13, 14, 16, 17, 18, 20]
+    assert parse_r(12, (13, 0.5)) == list(stk.tome.parse_r((13, 0.5), 12))
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -359,7 +455,8 @@ def layer(metric, x, backend):
     merge, unmerge = bipartite_soft_matching(metric, 4, True, backend=backend)
     y, size = merge_wavg(merge, x)
     image, back = bipartite_soft_matching_random2d(metric, 6, 4, 2, 2, 9, True, backend=backend)
-    return unmerge(y.sin()), size, merge_source(merge, x), back(image(x, mode="max")), merge
+    third = kth_bipartite_soft_matching(metric, 3, backend=backend)[0]
+    return unmerge(y.sin()), size, merge_source(merge, x), back(image(x, mode="max")), third(x), merge
 
 
 @pytest.mark.compiled
@@ -381,12 +478,18 @@ def test_compile_with_a_random_choice():
     metric = torch.randn(2, 24, 6)
 
     def run(metric):
-        merge, unmerge = bipartite_soft_matching_random2d(metric, 6, 4, 2, 2, 9)
-        return unmerge(merge(metric)), merge.plan
+        plans = []
+        for merge, unmerge in (
+            bipartite_soft_matching_random2d(metric, 6, 4, 2, 2, 9),
+            random_bipartite_soft_matching(metric, 9),
+        ):
+            plans.append((unmerge(merge(metric)), merge.plan))
+        return plans
 
-    y, plan = torch.compile(run, fullgraph=True, backend="aot_eager")(metric)
-    assert_valid(plan)
-    assert torch.equal(y, stk.unmerge(stk.merge(metric, plan)[0], plan))
+    for y, plan in torch.compile(run, fullgraph=True, backend="aot_eager")(metric):
+        assert_valid(plan)
+        assert plan.r == 9
+        assert torch.equal(y, stk.unmerge(stk.merge(metric, plan)[0], plan))
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -400,12 +503,29 @@ M = torch.randn(2, 12, 4)
         (lambda: bipartite_soft_matching(M, 2, True, 0), TypeError, "distill_token must be a bool behind a bool"),
         (lambda: bipartite_soft_matching(M, 2, 1, True), TypeError, "r_f must be an int .* got bool"),
         (lambda: bipartite_soft_matching(M, 2, False, True), ValueError, "needs class_token=True"),
-        (lambda: bipartite_soft_matching(M, 2, 3, 7), ValueError, "r_f must be 0 .* got 7"),
+        (lambda: bipartite_soft_matching(M, 2, 3, 1.0), TypeError, "r_f must be an int .* got float"),
+        (lambda: bipartite_soft_matching(M, 2, True, cls_num=3), ValueError, "class_token=True can't be .* cls_num=3"),
+        (lambda: bipartite_soft_matching(M, 2, 3, cls_num=3), ValueError, "class_token=3 can't be given .* cls_num=3"),
+        (
+            lambda: bipartite_soft_matching(M, 2, distill_token=True, cls_num=3),
+            ValueError, "distill_token=True can't be given together with cls_num=3",
+        ),
+        (lambda: bipartite_soft_matching(M, 2, cls_num=True), TypeError, "cls_num must be an int .* got bool"),
+        (lambda: bipartite_soft_matching(M, 2, 3, 1, r_f=1), ValueError, "r_f=1 can't be given .* distill_token=1"),
+        (lambda: bipartite_soft_matching(M, 2, True, r_f=1), ValueError, "r_f belongs to TempMe's form"),
+        (lambda: kth_bipartite_soft_matching(M, 2.0), TypeError, "k must be an int"),
+        (lambda: kth_bipartite_soft_matching(M, True), TypeError, "k must be an int"),
+        (lambda: kth_bipartite_soft_matching(M[0], 2), ValueError, "metric must have shape"),
+        (lambda: random_bipartite_soft_matching(M, 2.0), TypeError, "r must be an int"),
+        (lambda: random_bipartite_soft_matching(M, 2, generator=7), TypeError, "generator must be a torch"),
+        (lambda: random_bipartite_soft_matching([1], 2), TypeError, "metric must be a torch.Tensor"),
         (lambda: bipartite_soft_matching(M, 2, -1), ValueError, "cls_num must be 0 or more"),
         (lambda: bipartite_soft_matching(M, 2, None), TypeError, "cls_num must be an int .* got NoneType"),
         (lambda: bipartite_soft_matching_tempme(M, 2, True), TypeError, "cls_num must be an int .* got bool"),
         (lambda: bipartite_soft_matching(M, 2.0), TypeError, "r must be an int"),
         (lambda: bipartite_soft_matching(M, True), TypeError, "r must be an int"),
+        (lambda: bipartite_soft_matching(M, np.True_), TypeError, "r must be an int"),
+        (lambda: bipartite_soft_matching(M, torch.tensor(2)), TypeError, "r must be an int .* got a tensor"),
         (lambda: bipartite_soft_matching(M[0], 2), ValueError, "metric must have shape"),
         (lambda: bipartite_soft_matching([1], 2), TypeError, "metric must be a torch.Tensor"),
         (lambda: bipartite_soft_matching(M, 2, backend="x"), ValueError, "backend must be one of"),
@@ -417,6 +537,7 @@ M = torch.randn(2, 12, 4)
         (lambda: bipartite_soft_matching_random2d(M, 4.0, 3, 2, 2, 3), TypeError, "w must be an int"),
         (lambda: bipartite_soft_matching_random2d(M, 4, 3, 2, 2, 3.0), TypeError, "r must be an int"),
         (lambda: bipartite_soft_matching_random2d(M, 4, 3, 2, 2, 3, False, 7), TypeError, "generator must be a torch"),
+        (lambda: bipartite_soft_matching_random2d(M, 4, 3, 2, 2, 3, True, 7), TypeError, "generator must be a torch"),
         (lambda: bipartite_soft_matching_random2d(None, 4, 3, 2, 2, 3), TypeError, "metric must be a torch.Tensor"),
         (lambda: merge_wavg(bipartite_soft_matching(M, 2)[0], M, torch.ones(2, 12)), ValueError, r"size .*\(N, T, 1\)"),
         (lambda: merge_wavg(bipartite_soft_matching(M, 2)[0], M, torch.ones(2, 12, 1).long()), ValueError, "int64"),

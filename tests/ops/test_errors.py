@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: one clear error that names the argument, its value and what is allowed, the same on every backend."""
 
+import numpy as np
 import pytest
 import stoptome_kernels as stk
 import torch
@@ -21,7 +22,10 @@ X = torch.randn(2, 9, 3)
         ({"r": -1}, ValueError, ["r", "-1", "0 or more"]),
         ({"r": 2.0}, TypeError, ["r", "int", "float"]),
         ({"r": True}, TypeError, ["r", "int", "bool"]),
+        ({"r": np.True_}, TypeError, ["r", "int", "bool"]),
+        ({"r": np.array([2])}, TypeError, ["r", "int", "ndarray"]),
         ({"r": torch.tensor(2)}, TypeError, ["r", "int", "tensor"]),
+        ({"r": torch.tensor(True)}, TypeError, ["r", "int", "tensor"]),
         ({"protected": -3}, ValueError, ["protected", "-3", "0 or more"]),
         ({"protected": "1"}, TypeError, ["protected", "int", "str"]),
         ({"protected": 10}, ValueError, ["protected", "10", "T = 9"]),
@@ -35,6 +39,17 @@ def test_match(backend, device, change, error, words):
     with pytest.raises(error) as caught:
         stk.match(**arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_numbers_of_numpy():
+    want = stk.match(METRIC, 2, 1)
+    assert torch.equal(stk.match(METRIC, np.int64(2), np.uint8(1)).dest, want.dest)
+    sets = np.arange(1, 9, 2), [np.int64(token) for token in range(2, 9, 2)]
+    plan = stk.match(METRIC, np.int64(2), sets=sets)
+    assert torch.equal(plan.dest, stk.match(METRIC, 2, sets=(range(1, 9, 2), range(2, 9, 2))).dest)
+    for wrong in ([np.True_], np.array([[1]]), np.array([True]), [1.0], [torch.tensor(1)]):
+        with pytest.raises(TypeError, match=r"each of sets\[0\] must be an int"):
+            stk.match(METRIC, 2, sets=(wrong, [3]))
 
 
 @pytest.mark.parametrize(
