@@ -28,6 +28,8 @@ from .tome import (
     add_tome_args,
     apply_from_config,
     apply_tome_patch,
+    describe,
+    is_patched,
     remove_tome_patch,
     tome_trace,
 )
@@ -47,6 +49,8 @@ __all__ = [
     "apply_tome_patch",
     "attention",
     "backends",
+    "describe",
+    "is_patched",
     "match",
     "merge",
     "merge_norm",

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.stream import Plans, Stream, feed_forward, layer_norm, run_block
+from ..tome.stream import Plans, Stream, check_attention, feed_forward, layer_norm, run_block
 from ..tome.stream import heads as projections
 
 
@@ -28,6 +28,8 @@ class QuickGELU(nn.Module):
 
 class Block(nn.Module):
     """The parameters of a pre-norm block: ``ln_1, attn, ln_2, mlp`` and, with ``lora``, STOP's low-rank branch."""
+
+    tome_classes = (nn.MultiheadAttention, LayerNorm)  # whose weights may be read
 
     def __init__(self, width: int, heads: int, lora: bool = False):
         super().__init__()
@@ -53,10 +55,11 @@ class TextBlock(Block):
     """A block with plain self-attention, causal or not, on ``(N, L, D)``."""
 
     def forward(self, x: Tensor, causal: bool = True) -> Tensor:
-        q, k, v = projections(self.attn, layer_norm(self.ln_1, x), 0, 3)
+        check_attention(self)
+        q, k, v = projections(self.attn, self.ln_1(x), 0, 3)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        return feed_forward(self, x, layer_norm(self.ln_2, x))
+        return feed_forward(self, x, self.ln_2(x))
 
 
 class Transformer(nn.Module):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tome import ToMeConfig, apply_tome_patch
+from ..tome.parts import is_plain
 from . import checkpoint
 from .config import StopConfig
 from .layers import LayerNorm, QuickGELU, TextBlock, Transformer
@@ -85,7 +86,11 @@ class StopModel(nn.Module):
             visual = self.visual_prompt_embedding.to(dtype).view(c.frame_prompts, c.deep, c.width).transpose(0, 1)
             sides = [self.prefix_text_prompt_proj_layer(visual), self.postfix_text_prompt_proj_layer(visual)]
             return torch.cat(sides, 1), visual[:, None, None]
-        table = self.unified_prompt_embedding.weight.to(dtype).view(-1, c.deep, c.width).transpose(0, 1)
+        embedding = self.unified_prompt_embedding
+        rows = embedding.weight  # the whole table: a call, which adapters and hooks want, would copy it
+        if type(embedding) is not nn.Embedding or not is_plain(embedding):
+            rows = embedding(torch.arange(c.text_prompts + c.frames * c.frame_prompts, device=rows.device))
+        table = rows.to(dtype).view(-1, c.deep, c.width).transpose(0, 1)
         mixed = self.PromptTransformer.resblocks[0](table, causal=False)
         text = self.unified_prompt_mlp(mixed[:, : c.text_prompts])
         return text, mixed[:, c.text_prompts :].unflatten(1, (1, c.frames, c.frame_prompts))

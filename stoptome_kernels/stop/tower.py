@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tome.config import ToMeConfig
@@ -76,6 +75,6 @@ class VisualTransformer(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W) → (N, 1 + n, D)``: class token and patches with their positions."""
-        patches = F.conv2d(images, self.conv1.weight, stride=self.conv1.stride).flatten(2).transpose(1, 2)
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding.to(patches.dtype))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .config import ToMeConfig
-from .schedule import Schedule
+from .report import Description
+from .schedule import Schedule, parse_r
 from .stream import Plans, Stream, run_stack
 from .trace import Trace, compose
 
@@ -23,14 +25,39 @@ class Merging:
         config: the settings.
         schedule: what they mean for this tower.
         video: the same with all frames of a video, for the trace; ``schedule`` may be for frames one by one.
+        family: class and library of the tower; empty: nobody asked for merging.
+        protected: class token and prompts of a frame.
     """
 
-    def __init__(self, config: ToMeConfig, schedule: Schedule, video: Schedule | None = None):
+    def __init__(
+        self,
+        config: ToMeConfig,
+        schedule: Schedule,
+        video: Schedule | None = None,
+        family: str = "",
+        protected: int = 1,
+    ):
         self.config, self.schedule, self.video = config, schedule, video or schedule
+        self.family, self.protected = family, protected
+        self._frozen_seen = False
         self._last: tuple[tuple[Plans, ...], Schedule, int, int] | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
+
+    @property
+    def asked(self) -> tuple[int | None, ...]:
+        """Tokens to merge in each layer, as asked for; None where it is a share of them."""
+        rates = parse_r(self.config.tome_r, len(self.schedule.steps))
+        first = min(self.config.merge_layers, default=len(rates))
+        return tuple(r if layer < first else None for layer, r in enumerate(rates))
+
+    def describe(self, model: str) -> Description:
+        """What a model merges."""
+        return Description(
+            model, self.family, self.config, self.protected, self.asked, self.video,
+            "global prompts and class tokens" if self.protected > 1 else "class tokens, or all that are left",
+        )  # fmt: skip
 
     def run(
         self,
@@ -50,12 +77,28 @@ class Merging:
                 f"{stream.x.shape[0]} frames of {tokens}"
             )
         batch = stream.x.shape[0] // items
+        blocks = list(blocks)
+        self._warn_of_frozen(blocks)
         stream, plans = run_stack(
             blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts, whole=whole,
             trace=self.config.trace_source, checkpointing=checkpointing,
         )  # fmt: skip
         self._keep(plans, batch, prompts)
         return stream
+
+    def _warn_of_frozen(self, blocks: list[Any]) -> None:
+        """Say once if frame embeddings can't learn: somebody has frozen all that they don't know the name of."""
+        if self._frozen_seen or not self.config.frame_pos or torch.compiler.is_compiling():
+            return
+        added = [block._parameters.get("tome_frame_embedding") for block in blocks if block.training]
+        if torch.is_grad_enabled() and any(p is not None and not p.requires_grad for p in added):
+            self._frozen_seen = True
+            warnings.warn(
+                "frame_pos=1 has no effect: the parameters tome_frame_embedding are frozen (requires_grad=False), and "
+                "zero from the start. STOP's freeze_clip freezes every name that is not on its list of new modules: "
+                "add tome_frame_embedding to it",
+                stacklevel=2,
+            )
 
     def rest(self, batch: int, prompts: int) -> None:
         """Note that a forward merged nothing."""

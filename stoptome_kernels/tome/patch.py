@@ -9,25 +9,34 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import vit
+from .. import checks, vit
 from . import tempme
 from .config import ToMeConfig
 from .merging import Merging
+from .report import Description, logger, warn_capped
 from .schedule import Rate, Schedule, Step, plan_layers
-from .stream import Stream, run_block
-from .swap import Patched, check_unswap, swap, unswap
-from .towers import Tower, check_tower, find_tower, probe
+from .stream import Stream, known_classes, run_block
+from .swap import Patched, check_unswap, patched, swap, unswap
+from .towers import Tower, check_tower, find_tower
 from .trace import Trace
+from .trial import try_blocks
 
 
 class _Block(Patched):
-    """A block that takes a :class:`.stream.Stream`; called as before it does as before."""
+    """A block that takes a :class:`.stream.Stream`; called as before it does as before.
+
+    Attributes:
+        tome_classes: of the parts whose weights are read, see :func:`.stream.known_classes`.
+    """
+
+    tome_classes: tuple[type, ...]
 
     def forward(self, x, *args, **options):
         if isinstance(x, Stream):
@@ -38,6 +47,10 @@ class _Block(Patched):
                 "has changed what the block before it gave"
             )
         return super().forward(x, *args, **options)  # type: ignore[misc]
+
+    def tome_undo(self) -> None:
+        self.__dict__.pop("tome_classes", None)
+        self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]
 
 
 class _PromptedTower(Patched):
@@ -82,17 +95,19 @@ class _Transformer(Patched):
         return out.transpose(0, 1)
 
 
-def _probe(tower: Tower) -> None:
-    """Try out each block on upstream's ``(G + L, 1, D)``, called as upstream calls it and computed our way."""
+def _try(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+    """Try out each block on upstream's ``(G + L, 1, D)``, called as upstream calls it and computed our way.
+
+    Raises:
+        TypeError, ValueError: see :func:`.try_blocks`.
+    """
     shared = tower.prompts  # upstream has as many global prompts as frame prompts
 
-    def theirs(block: nn.Module, x: Tensor) -> Tensor | None:
-        try:
-            return block.forward((x, 1, True) if tower.kind == "prompted" else (x, 1))[0]  # its hooks are not for this
-        except RuntimeError:
-            return None  # float16 weights on upstream's own code outside of autocast: nothing to compare with
+    def theirs(block: nn.Module, x: Tensor) -> Tensor:
+        return block.forward((x, 1, True) if tower.kind == "prompted" else (x, 1))[0]
 
     def ours(block: nn.Module, x: Tensor) -> Tensor:
+        block.tome_classes = known_classes(block)  # type: ignore[assignment]
         step = plan_layers(0, 1, x.shape[0] - shared, 1, 1 + shared).steps[0]
         rows = x.transpose(0, 1)
         stream = Stream(rows[:, shared:], rows[:, :shared] if shared else None)
@@ -101,9 +116,8 @@ def _probe(tower: Tower) -> None:
         return torch.cat(parts, 1).transpose(0, 1)
 
     if tower.kind == "tempme":
-        probe(tower, tempme.upstream_alone(tower), tempme.ours_alone)
-    else:
-        probe(tower, theirs, ours)
+        theirs, ours = tempme.upstream_alone, tempme.ours_alone  # type: ignore[assignment]
+    try_blocks(blocks, (tower.prompts + 6, 1, tower.width), theirs, ours)
 
 
 # what becomes of the module that calls the blocks, and of a block
@@ -171,7 +185,8 @@ def apply_tome_patch(
     scheduled = (
         config is not None
         or tome_r is not None
-        or any((merge_layers, merge_frame_nums, merge_token_proportions, frame_pos))
+        or any(map(_is_given, (merge_layers, merge_frame_nums, merge_token_proportions)))
+        or frame_pos != 0
     )
     own_prop_attn = config is None and prop_attn is None
     settings = _settings(
@@ -184,7 +199,7 @@ def apply_tome_patch(
         if frames is not None:
             raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
         vit.apply(found, settings, unmerge, protected)
-        return model
+        return _said(model)
     tower = find_tower(model)
     check_tower(tower)
     if unmerge:
@@ -194,8 +209,10 @@ def apply_tome_patch(
             f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "
             "not be merged (class token, prompts): leave it out"
         )
-    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
-        raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames!r}")
+    if frames is not None:
+        frames = checks.integer(frames, "frames", "frames of a video")
+        if frames < 1:
+            raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames}")
     if frames not in (None, tower.frames) and tower.kind != "sequence" and tower.frames is not None:
         raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames}; leave it out")
     clips, video = bool(settings.merge_layers), frames or tower.frames or 1
@@ -215,17 +232,26 @@ def apply_tome_patch(
         joined = tempme.missing_embeddings(tower, joined) if settings.frame_pos else joined
     _check_embeddings(tower, joined, settings.frame_pos)
     if tower.kind in _MIXINS:
-        if not isinstance(tower.runner, Patched):
-            _probe(tower)
+        fresh = {index: block for index, block in enumerate(tower.blocks) if not isinstance(block, Patched)}
+        _try(tower, fresh)
         for_runner, for_block = _MIXINS[tower.kind]
         swap(tower.runner, for_runner)
-        for block in tower.blocks:
+        for block in fresh.values():
             swap(block, for_block)
-    _set_embeddings(tower, joined, settings.frame_pos)
+            block.tome_classes = known_classes(block)
+    _set_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
+    family = f"{type(tower.runner).__name__} ({type(tower.runner).__module__})"
     if tower.kind == "tempme":
-        tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames)
+        tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames, family)
     else:
-        tower.runner.tome = Merging(settings, chosen, schedule(video))
+        tower.runner.tome = Merging(settings, chosen, schedule(video), family, tower.protected)
+    if tower.kind != "tempme" or scheduled:
+        warn_capped(tower.runner.tome.asked, chosen)
+    return _said(model)
+
+
+def _said(model: nn.Module) -> nn.Module:
+    logger.info("%s", describe(model).line)
     return model
 
 
@@ -235,12 +261,18 @@ def _module(model: object) -> nn.Module:
     return model
 
 
+def _is_given(value: object) -> bool:
+    """Whether an argument says something: an empty sequence doesn't, an array of NumPy's does."""
+    return not (isinstance(value, Sequence) and len(value) == 0)
+
+
 def _settings(config: ToMeConfig | None, **settings) -> ToMeConfig:
     if config is None:
         return ToMeConfig(**settings)
     if not isinstance(config, ToMeConfig):
         raise TypeError(f"config must be a ToMeConfig, got {type(config).__name__}")
-    given = [name for name, value in settings.items() if value != ToMeConfig.__dataclass_fields__[name].default]
+    defaults = {field.name: field.default for field in fields(ToMeConfig)}
+    given = [name for name, value in settings.items() if value is not defaults[name] and _is_given(value)]
     if given:
         raise ValueError(f"give either config or {', '.join(given)}, not both")
     return config
@@ -249,22 +281,27 @@ def _settings(config: ToMeConfig | None, **settings) -> ToMeConfig:
 def remove_tome_patch(model: nn.Module) -> nn.Module:
     """Take token merging out of a model again: classes, attributes and parameters are as before the patch.
 
+    Whatever wraps the model or its blocks by now stays as it is. All patches inside the model are taken out.
+
     Returns:
         The model itself. A model that was never patched is left alone.
+
+    Raises:
+        RuntimeError: a module was given another class or forward since (by ``fully_shard``, accelerate); then nothing
+            is changed.
     """
-    found = vit.find(_module(model))
-    if found is not None:
-        vit.remove(found)
-        return model
-    tower = find_tower(model)
-    modules = (tower.runner, *tower.blocks) if tower.kind in _MIXINS else ()
+    modules = patched(_module(model))
+    vit.tidy(model)
     for module in modules:
         check_unswap(module)
-    if tower.kind == "tempme":
-        tempme.take(tower)
-    _set_embeddings(tower, [0] * len(tower.blocks), 0)
-    if tower.kind == "own":
-        tower.runner.reset_merging()
+    tempme.take(model)
+    for module in model.modules():
+        if hasattr(module, "reset_merging"):
+            own: Any = module
+            _set_embeddings(own.transformer.resblocks, [0] * len(own.transformer.resblocks))
+            own.reset_merging()
+        elif isinstance(module.__dict__.get("tome"), (vit.Merging, Merging)):  # a runner that kept its class
+            del module.tome
     for module in modules:
         unswap(module)
     return model
@@ -275,14 +312,44 @@ def tome_trace(model: nn.Module) -> Trace:
 
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
+        ValueError: several towers in it are patched.
     """
-    found = vit.find(_module(model))
-    if found is not None:
-        return vit.trace(found)
-    runner = find_tower(model).runner
-    if "tome" not in runner.__dict__:
+    merging = _merging(model)
+    if merging is None:
         raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
-    return runner.tome.trace()
+    return merging.trace()
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a tower of the model, or the model itself, was given to :func:`apply_tome_patch` (``tome_r=0``
+    included)."""
+    return bool(_mergings(model))
+
+
+def describe(model: nn.Module) -> Description:
+    """What a model merges: tokens behind each layer, asked for and carried out, and the ideal speed-up.
+
+    Returns:
+        ``print()`` shows it as a table; ``.line`` is one line for a log, ``.schedule`` holds the numbers.
+
+    Raises:
+        ValueError: several towers in the model are patched: describe them one by one.
+    """
+    merging = _merging(model)
+    return Description(type(model).__name__) if merging is None else merging.describe(type(model).__name__)
+
+
+def _mergings(model: nn.Module) -> list[Any]:
+    found = (module.__dict__.get("tome") for module in _module(model).modules())
+    found = (getattr(tome, "merging", tome) for tome in found)
+    return list({id(tome): tome for tome in found if tome is not None and tome.family}.values())
+
+
+def _merging(model: nn.Module) -> Any:
+    found = _mergings(model)
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} towers of {type(model).__name__} are patched: give them one by one")
+    return found[0] if found else None
 
 
 def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
@@ -308,13 +375,13 @@ def _embedding(block: nn.Module) -> nn.Parameter | None:
     return block._parameters.get("tome_frame_embedding")
 
 
-def _set_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
+def _set_embeddings(blocks: Sequence[Any], rows: Sequence[int]) -> None:
     """Give each block that joins items its embedding, keeping one that fits, and take it from all others."""
-    for block, count in zip(tower.blocks, rows, strict=True):
+    for block, count in zip(blocks, rows, strict=True):
         have = _embedding(block)
-        if not (wanted and count):
+        if not count:
             if have is not None:
                 del block.tome_frame_embedding
         elif have is None or have.shape[1] != count:
             like = block.ln_1.weight
-            block.tome_frame_embedding = nn.Parameter(like.new_zeros(1, count, 1, tower.width))
+            block.tome_frame_embedding = nn.Parameter(like.new_zeros(1, count, 1, like.shape[0]))

@@ -11,6 +11,10 @@ Three facts save work without changing a number (all sums are over the same term
 - Deep prompts overwrite the frame prompts' rows in each layer: nobody reads what a block makes of them, so they enter
   as keys and values alone.
 - Behind the last layer only the global prompts and the class tokens are read.
+
+Of a block's parts the attention's weights are read: no call of it could do the first two. Attention that somebody has
+put hooks, adapters or weights elsewhere on is refused, at each call. All other parts are called as soon as they are
+more than their class says.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from ..api import attention, match, merge, merge_norm
 from ..ops import merge_norm as fused
 from ..plan import MergePlan
+from .parts import is_bare, is_plain
 from .schedule import Schedule, Step
-from .towers import hooked
+from .swap import Patched
 
 _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
 
@@ -68,6 +73,42 @@ def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """What the module computes, in x's dtype, whatever that of its parameters."""
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def known_classes(block: Any) -> tuple[type, ...]:
+    """The classes of a block's attention and norms, whose weights are read for as long as they have these classes."""
+    return type(block.attn), type(block.ln_1), type(block.ln_2)
+
+
+def _is_read(block: Any, norm: Any) -> bool:
+    """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
+    return (type(norm) is nn.LayerNorm or type(norm) in block.tome_classes) and is_plain(norm)
+
+
+def _normed(block: Any, norm: Any, x: Tensor) -> Tensor:
+    return layer_norm(norm, x) if _is_read(block, norm) else norm(x)
+
+
+def check_attention(block: Any) -> None:
+    """Raise if a block's attention is more than the weights that are read.
+
+    Raises:
+        RuntimeError: it, or its projection of the output, has hooks, another class, a forward of its own, or weights
+            that are elsewhere.
+    """
+    attn = block.attn
+    if type(attn) in block.tome_classes and is_plain(attn):
+        out = attn.out_proj  # which a block of our own calls, and torch's attention reads
+        if not isinstance(block, Patched) or (isinstance(out, nn.Linear) and type(out) in _LINEAR and is_bare(out)):
+            return
+    raise RuntimeError(
+        f"{type(block).__name__}.attn has hooks, an adapter, a forward of its own, another class or weights that are "
+        "elsewhere, which would have no effect, since its weights are read: take that off, fold it into the weights "
+        "(PEFT: merge_and_unload), or take the patch out (remove_tome_patch)"
+    )
+
+
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def heads(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
@@ -139,14 +180,22 @@ def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
     out = _quick(block.mlp, x, normed) if quick else x + block.mlp(normed)
     if not hasattr(block, "LoRA"):
         return out
-    return out + 0.1 * (block.LoRA(x) if hooked(block.LoRA, *block.LoRA) else _low_rank(block.LoRA, x))
+    return out + 0.1 * (_low_rank(block.LoRA, x) if _is_low_rank(block.LoRA) else block.LoRA(x))
 
 
 def _is_quick(mlp: Any) -> bool:
-    if list(mlp._modules) != ["c_fc", "gelu", "c_proj"] or type(mlp.gelu).__name__ != "QuickGELU":
+    if type(mlp) is not nn.Sequential or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
         return False
-    layers = (mlp.c_fc, mlp.c_proj)
-    return all(type(m) is nn.Linear and m.bias is not None for m in layers) and not hooked(mlp, mlp.gelu, *layers)
+    fc, gelu, proj = mlp
+    linear = all(type(m) is nn.Linear and m.bias is not None for m in (fc, proj))
+    return linear and type(gelu).__name__ == "QuickGELU" and is_plain(mlp, fc, gelu, proj)
+
+
+def _is_low_rank(branch: Any) -> bool:
+    """Whether the branch is one whose gate alone has to be read: its dtype may differ from the others'."""
+    if type(branch) is not nn.Sequential or len(branch) != 3:
+        return False
+    return type(branch[1]) is nn.PReLU and is_plain(branch, branch[1])
 
 
 def _quick(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
@@ -207,9 +256,10 @@ def run_block(
         if frame_embedding is not None and frame_prompts is not None:  # they too are tokens of their item
             each = frame_embedding.repeat_interleave(step.frames // step.join, 1)
             frame_prompts = frame_prompts + each.to(frame_prompts.dtype)
+    check_attention(block)
     attn = block.attn
 
-    normed = layer_norm(block.ln_1, x)
+    normed = _normed(block, block.ln_1, x)
     metric = None  # the keys
     if last:  # the class tokens alone ask
         (q,) = heads(attn, normed[:, : step.frames], 0, 1)
@@ -234,19 +284,22 @@ def run_block(
             over = None if weights is None else weights.view(batch, -1)
             answer = attention(prompt_q, _per_video(k, batch), _per_video(v, batch), over, prefix_k, prefix_v)
             prompts = prompts + _project(attn, answer)
-            prompts = feed_forward(block, prompts, layer_norm(block.ln_2, prompts))
+            prompts = feed_forward(block, prompts, _normed(block, block.ln_2, prompts))
 
     plan = None
     if step.r and (trace or not last):
         plan = match(k if metric is None else metric, step.r, protected)
     if last:
         x, size = x[:, : step.frames], None
+    ln = block.ln_2
     if plan is None or last:
         x = x + attended
-        normed = layer_norm(block.ln_2, x)
-    else:
-        ln = block.ln_2
+        normed = _normed(block, ln, x)
+    elif _is_read(block, ln):
         x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
+    else:
+        x, size = merge(x + attended, plan, size)
+        normed = ln(x)
     return Stream(feed_forward(block, x, normed), prompts, size), Plans(inter, plan)
 
 
@@ -329,7 +382,7 @@ def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -
     rows = [] if prompts is None else [prompts]
     if frame_prompts is not None:
         rows.append(frame_prompts.flatten(1, 2))
-    return layer_norm(block.ln_1, torch.cat(rows, 1)) if rows else None
+    return _normed(block, block.ln_1, torch.cat(rows, 1)) if rows else None
 
 
 def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:

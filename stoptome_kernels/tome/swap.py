@@ -12,15 +12,27 @@ from typing import Any
 
 from torch import nn
 
+from .parts import own_forward
+
 
 class Patched:
     """First of the bases of a patched class; what it does not define is the original's."""
 
     tome_parts: tuple[type, type]  # the mixin and the original class
+    tome: Any
 
     def __reduce_ex__(self, protocol):
         # the class was made at run time: pickle and deepcopy make it again from the two that can be imported
         return restore, self.tome_parts, self.__getstate__()  # type: ignore[attr-defined]
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script can't compile {type(self).__name__} while it merges tokens: use torch.export, "
+            "torch.compile or torch.jit.trace, or take the patch out (remove_tome_patch)"
+        )
+
+    def tome_undo(self) -> None:
+        """Take away what the patch put on the module beside its class and ``tome``."""
 
 
 def restore(mixin: type, original: type):
@@ -50,21 +62,33 @@ def swap(module: nn.Module, mixin: type) -> None:
         module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
+def patched(root: nn.Module) -> list[Any]:
+    """All patched modules in a module, itself included, wherever wrappers have put them."""
+    return [module for module in root.modules() if isinstance(module, Patched)]
+
+
 def check_unswap(module: Any) -> None:
-    """Raise what keeps a module from getting its class back.
+    """Raise what keeps a patched module from getting its class back.
 
     Raises:
-        RuntimeError: somebody gave it another class after the patch.
+        RuntimeError: somebody gave it another class, or another forward, after the patch.
     """
-    if isinstance(module, Patched) and type(module) is not _subclass(*module.tome_parts):
+    name = type(module).__name__
+    if type(module) is not _subclass(*module.tome_parts):
         raise RuntimeError(
-            f"{type(module).__name__} was given another class after it was patched (by fully_shard or a "
-            "parametrization, say): undo that first"
+            f"{name} was given another class after it was patched (by fully_shard or a parametrization, say): undo "
+            "that first"
+        )
+    if own_forward(module) is not None:
+        raise RuntimeError(
+            f"{name} was given a forward of its own after it was patched, which calls the patched one: take that off "
+            "first (accelerate's by accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
 
 
 def unswap(module: Any) -> None:
     """Give a patched module its own class back, and take from it what the patch added."""
     if isinstance(module, Patched):
+        module.tome_undo()
         module.__class__ = module.tome_parts[1]
         module.__dict__.pop("tome", None)

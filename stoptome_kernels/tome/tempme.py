@@ -11,18 +11,17 @@ and the last block gives a tensor again.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .config import ToMeConfig
 from .merging import Merging
+from .report import Description
 from .schedule import Schedule, Step
-from .stream import Plans, Stream, run_block
+from .stream import Plans, Stream, known_classes, run_block
 from .swap import Patched, original
 from .towers import Tower, own_embedding
 
@@ -81,9 +80,19 @@ class TempMeMerging(Merging):
         frames: int | None,
         layers: int,
         made_counts: bool,
+        family: str,
     ):
-        super().__init__(config, schedule)  # type: ignore[arg-type]
+        super().__init__(config, schedule, family=family)  # type: ignore[arg-type]
         self.counts, self.frames, self.layers, self.made_counts = counts, frames, layers, made_counts
+
+    def describe(self, model: str) -> Description:
+        """What a model merges; by its own schedule that is known in a forward alone."""
+        if self.schedule is None:
+            asked: tuple[int | None, ...] = (None,) * self.layers
+            return Description(
+                model, self.family, self.config, 1, asked, given="class tokens and patches, as published"
+            )
+        return replace(super().describe(model), given="class tokens and patches")
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,11 @@ class TempMeBlock(Patched):
     """A block that the model calls with ``M_frame_num`` and ``M_token_num``; called otherwise it does as before."""
 
     tome: Place
+    tome_classes: tuple[type, ...]
+
+    def tome_undo(self) -> None:
+        self.__dict__.pop("tome_classes", None)
+        self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]
 
     def forward(self, x, *args, **call):
         if args or "M_frame_num" not in call:
@@ -211,7 +225,7 @@ def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
     return missing
 
 
-def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None) -> None:
+def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None, family: str) -> None:
     """Give a tower whose classes are patched its settings; without a schedule it follows the model's own."""
     clip = clip_of(tower)
     counts = clip.__dict__.get("_tome_info")
@@ -220,17 +234,22 @@ def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int
     if counts is None:  # as the model sets them before each forward
         counts = {"size": None, "source": None, "cls_num": 1, "frame_num": frames or 1, "token_num": tower.tokens}
         clip._tome_info = counts
-    merging = TempMeMerging(config, schedule, counts, frames, len(tower.blocks), made)
+    merging = TempMeMerging(config, schedule, counts, frames, len(tower.blocks), made, family)
     tower.runner.tome = merging
     for index, block in enumerate(tower.blocks):
         block.tome = Place(merging, index, _merges(block))
 
 
-def take(tower: Tower) -> None:
+def take(model: nn.Module) -> None:
     """Take away what :func:`put` gave to other modules than the patched ones."""
-    merging = tower.runner.__dict__.get("tome")
-    if merging is not None and merging.made_counts:
-        del clip_of(tower)._tome_info
+    made = [
+        merging.counts
+        for module in model.modules()
+        if isinstance(merging := module.__dict__.get("tome"), TempMeMerging) and merging.made_counts
+    ]
+    for module in model.modules():
+        if any(module.__dict__.get("_tome_info") is counts for counts in made):
+            del module._tome_info
 
 
 def clip_of(tower: Tower) -> Any:
@@ -259,34 +278,27 @@ def _merges(block: nn.Module) -> bool:
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-def upstream_alone(tower: Tower):
-    """How a block of upstream's is called on ``(L, 1, D)``, for the trial: without merging."""
-    counts = clip_of(tower).__dict__.get("_tome_info")
+def upstream_alone(block: Any, x: Tensor) -> Tensor | None:
+    """What a block of upstream's makes of ``(L, 1, D)`` by itself, for the trial: without merging.
 
-    def call(block: Any, x: Tensor) -> Tensor | None:
-        x = x.transpose(0, 1)
-        if not _merges(block):
-            return block.forward(x).transpose(0, 1)
-        before = dict(counts or {})
-        if counts is not None:
-            counts.update(size=None, source=None, cls_num=1, frame_num=1, token_num=x.shape[1])
-        try:
-            return block.forward(x, **_CALL).transpose(0, 1)
-        except Exception:
-            return None  # it can't do without what the model around it prepares: nothing to compare with
-        finally:
-            if counts is not None:
-                counts.clear()
-                counts.update(before)
-
-    return call
+    None where it can't do without what the model around it prepares: then there is nothing to compare with.
+    """
+    x = x.transpose(0, 1)
+    if not _merges(block):
+        return block.forward(x).transpose(0, 1)
+    counts = block.__dict__.get("_tome_info")
+    if counts is not None:
+        counts.update(size=None, source=None, cls_num=1, frame_num=1, token_num=x.shape[1])
+    try:
+        return block.forward(x, **_CALL).transpose(0, 1)
+    except (AttributeError, KeyError):
+        return None
 
 
 def ours_alone(block: Any, x: Tensor) -> Tensor:
     """The same computed our way. A block without TempMe's patch leaves its low-rank update out: so does the trial."""
+    block.tome_classes = known_classes(block)
     if not _merges(block):
-        block, attn = copy.copy(block), copy.copy(block.attn)
-        attn._parameters = attn._parameters | {"TVPt_LoRA_b": torch.zeros_like(attn.TVPt_LoRA_b)}
-        block._modules = block._modules | {"attn": attn}
+        block.attn.TVPt_LoRA_b.data.zero_()  # of a copy
     stream = Stream(x.transpose(0, 1))
     return run_block(block, stream, Course(stream, len(x), 1).step(1, 0, 0))[0].x.transpose(0, 1)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .parts import is_bare, is_plain, own_forward
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -79,12 +81,12 @@ def find_tower(model: nn.Module) -> Tower:
         kind, prompts, frames = "own", tower.config.frame_prompts, tower.config.frames
     elif callable(getattr(tower, "forward_deep_prompt", None)):
         for name in ("num_tokens", "video_frames"):
-            if not isinstance(getattr(tower, name, None), int):
+            if not hasattr(getattr(tower, name, None), "__index__"):
                 raise ValueError(
                     f"{type(tower).__name__} has forward_deep_prompt, as STOP and DGL have, but no int {name}: "
                     "its prompts can't be told from its patches"
                 )
-        kind, prompts, frames = "prompted", tower.num_tokens, tower.video_frames
+        kind, prompts, frames = "prompted", int(tower.num_tokens), int(tower.video_frames)
     elif hasattr(getattr(blocks[0], "attn", None), "TVPt_LoRA_a"):
         kind, prompts = "tempme", 0
         # all frames come to the first layer that joins any
@@ -105,8 +107,8 @@ def _frames(model: Any) -> int | None:
     configs = (getattr(model, name, None) for name in ("task_config", "config"))
     for owner, name in ((model, "video_frames"), *((config, "max_frames") for config in configs)):
         value = getattr(owner, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+        if hasattr(value, "__index__") and not isinstance(value, bool) and value > 0:
+            return operator.index(value)
     return None
 
 
@@ -143,7 +145,7 @@ def check_free(module: Any, *names: str) -> None:
         RuntimeError: it was.
     """
     for name in names:
-        if name in module.__dict__:
+        if name in module.__dict__ and (name != "forward" or own_forward(module) is not None):
             raise RuntimeError(
                 f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
                 "and which would hide the patch: patch first, then hand the model to that library"
@@ -165,12 +167,12 @@ def _check_block(block: Any, kind: str) -> None:
     for name in ("ln_1", "ln_2"):
         if not isinstance(getattr(block, name), nn.LayerNorm):
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
-    for name in ("attn", "ln_1", "ln_2"):
-        if hooked(getattr(block, name)):
-            raise ValueError(
-                f"{what}.{name} has hooks, which would not be called: its weights are read, not its forward; remove "
-                "them (of torch.nn.utils.prune: prune.remove) before patching"
-            )
+    if not is_plain(block.attn) or not is_bare(block.attn.out_proj):
+        raise ValueError(
+            f"{what}.attn has hooks, a forward of its own, or weights that are elsewhere or no plain tensors, which "
+            "would have no effect: its weights are read, not its forward; take that off (hooks of torch.nn.utils.prune "
+            "by prune.remove) before patching"
+        )
     if getattr(block, "attn_mask", None) is not None:
         raise ValueError(f"{what} has an attention mask; merging is for the visual tower's blocks, which have none")
 
@@ -202,41 +204,3 @@ def _check_low_rank(attn: Any, what: str) -> None:
     for setting, usual in (("scaling", d**-0.5), ("dropout", 0.0)):
         if getattr(attn, setting, usual) != usual:
             raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {usual:.4g}")
-
-
-def hooked(*modules: Any) -> bool:
-    """Somebody wants to see, or changes, what goes into or comes out of one of these modules."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-def off_by(got: Tensor, want: Tensor, dtype: torch.dtype) -> float | None:
-    """How far two results of weights of this dtype are apart, if by more than rounding; else None."""
-    got, want = got.float(), want.float()
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
-    error = (got - want).abs().max().item()
-    return None if error <= tolerance * want.abs().max().item() else error
-
-
-def probe(tower: Tower, theirs, ours) -> None:
-    """Send the same random tokens ``(L, 1, D)`` through ``theirs(block, x)`` and ``ours(block, x)``, and refuse a block
-    that computes something else: another activation, another order, another scale of its branches.
-
-    Raises:
-        ValueError: the results differ by more than rounding.
-    """
-    for index, block in enumerate(tower.blocks):
-        weight = block.attn.in_proj_weight
-        if weight.device.type == "meta":
-            return
-        rng = torch.Generator().manual_seed(index)  # the program's own random numbers stay as they are
-        x = torch.randn(tower.prompts + 6, 1, tower.width, generator=rng).to(weight)
-        with torch.no_grad():
-            want = theirs(block, x)
-            if want is None:
-                return
-            error = off_by(ours(block, x), want, weight.dtype)
-        if error is not None:
-            raise ValueError(
-                f"block {index}, a {type(block).__name__}, computes something else than CLIP's, STOP's and TempMe's "
-                f"blocks do (off by {error:.2g} on random tokens): tokens can't be merged in it"
-            )

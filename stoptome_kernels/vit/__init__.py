@@ -5,7 +5,9 @@
 a model; one module for each library says what its blocks are made of.
 """
 
-from .apply import apply, remove, trace
+from .apply import apply
+from .recording import tidy
+from .tokens import Merging
 from .towers import Vit, find
 
-__all__ = ["Vit", "apply", "find", "remove", "trace"]
+__all__ = ["Merging", "Vit", "apply", "find", "tidy"]

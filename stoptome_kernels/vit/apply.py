@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from .. import checks
 from ..tome.config import ToMeConfig
 from ..tome.schedule import parse_r
-from ..tome.swap import Patched, check_unswap, swap, unswap
-from ..tome.towers import check_free, check_unsharded, off_by
-from ..tome.trace import Trace
+from ..tome.swap import Patched, swap, unswap
+from ..tome.towers import check_free, check_unsharded
+from ..tome.trial import try_blocks
 from .block import Block
-from .tokens import Layer, Merging, Tokens
+from .tokens import Layer, Merging, Shape, Tokens
 from .towers import Vit
 
 
@@ -48,31 +49,44 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
             "tome_r=0"
         )
     check_unsharded(*vit.around, *vit.blocks)
-    for block in vit.blocks:
-        check_free(block, "forward")
+    before = vit.runner.__dict__.get("tome")
+    before = getattr(before, "merging", before)  # of a layer alone, which runs itself
+    if any(isinstance(block, Patched) and block.tome.merging is not before for block in vit.blocks):
+        raise ValueError(
+            f"blocks of {type(vit.runner).__name__} are part of another model, which is patched already: patch copies "
+            "(copy.deepcopy), or that model alone"
+        )
+    _warn_of_sharing(vit)
+    fresh = {index: block for index, block in enumerate(vit.blocks) if not isinstance(block, Patched)}
+    parts = [(block, vit.mixins[index]) for index, block in fresh.items()]
+    parts += [part for index in fresh for part in vit.attentions[index]]
+    for module, _ in parts:
+        check_free(module, "forward")
     if hasattr(vit.runner_mixin, "forward"):
         check_free(vit.runner, "forward")
-    fresh = [module for module in (vit.runner, *vit.blocks) if not isinstance(module, Patched)]
-    merging = Merging(config, rates, vit.protected, unmerge or vit.dense, vit.positions, unmerge)
     try:
-        for block, mixin in zip(vit.blocks, vit.mixins, strict=True):
-            swap(block, mixin)
-        if fresh:
-            _probe(vit)
+        for module, mixin in parts:
+            swap(module, mixin)
+        _try(vit, fresh)
     except Exception:
-        for module in fresh:
+        for module, _ in parts:
             unswap(module)
         raise
     if vit.runner_mixin is not None:
         swap(vit.runner, vit.runner_mixin)
-    _place(vit, merging)
+    shape = _shape(vit)
+    merging = Merging(config, rates, shape, unmerge or vit.dense, unmerge)
+    vit.runner.tome = merging  # type: ignore[assignment]
+    for index, block in enumerate(vit.blocks):
+        block.tome = Layer(merging, index)
+    if shape.tokens is not None:
+        merging.warn(shape.tokens)
 
 
 def _protecting(vit: Vit, protected: int | None) -> Vit:
     if protected is None:
         return vit
-    if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
-        raise ValueError(f"protected must be an int of 0 or more (leading tokens), got {protected!r}")
+    protected = checks.count(protected, "protected", "leading tokens")
     if not vit.guess and protected != vit.protected:
         raise ValueError(
             f"protected is {protected}, but {type(vit.runner).__name__} says itself that it has {vit.protected} "
@@ -81,79 +95,47 @@ def _protecting(vit: Vit, protected: int | None) -> Vit:
     return replace(vit, protected=protected)
 
 
-def _place(vit: Vit, merging: Merging) -> None:
-    vit.runner.tome = merging  # type: ignore[assignment]
-    for index, block in enumerate(vit.blocks):
-        block.tome = Layer(merging, index)
+def _shape(vit: Vit) -> Shape:
+    kind = type(vit.runner)
+    return Shape(f"{kind.__name__} ({kind.__module__})", vit.protected, vit.width, vit.tokens, vit.positions)
 
 
-def remove(vit: Vit) -> None:
-    """Take the patch out: classes and attributes are as before."""
-    for module in (vit.runner, *vit.blocks):
-        check_unswap(module)
-    for module in (vit.runner, *vit.blocks):
-        unswap(module)
-    vit.runner.__dict__.pop("tome", None)
-
-
-def trace(vit: Vit) -> Trace:
-    """The source map of the last forward.
+def _try(vit: Vit, blocks: dict[int, Any]) -> None:
+    """Refuse a block that computes something else than its library's did when this was written.
 
     Raises:
-        RuntimeError: the model is not patched, keeps no trace, or has not run yet.
+        TypeError, ValueError: see :func:`.try_blocks`.
     """
-    layer: Layer | None = vit.blocks[0].__dict__.get("tome")
-    if layer is None:
-        raise RuntimeError("the model is not patched: apply_tome_patch(model, tome_r=…, trace_source=True) first")
-    return layer.merging.trace()
+    nothing = Merging(ToMeConfig(), (0,) * len(vit.blocks), _shape(vit), False)
+
+    def theirs(block: Block, x: Tensor) -> Tensor:
+        args, options = block.tome_sample(x.shape[1])
+        given = super(Block, block).forward(x, *args, **options)  # type: ignore[misc]
+        return given[0] if isinstance(given, tuple) else given
+
+    def ours(block: Block, x: Tensor) -> Tensor:
+        args, options = block.tome_sample(x.shape[1])
+        block.tome = Layer(nothing, 0)
+        return block.tome_run(Tokens(x, x.new_ones(x.shape[:2]).float()), *args, **options).x
+
+    try_blocks(blocks, (2, vit.protected + 6, vit.width), theirs, ours)
 
 
-def _probe(vit: Vit) -> None:
-    """Send random tokens through each block's own forward and through ours, and refuse a block that computes something
-    else than its library's did when this was written.
+def _warn_of_sharing(vit: Vit) -> None:
+    """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
 
-    Raises:
-        ValueError: the results differ by more than rounding.
+    Python knows who refers to an object; modules hold others in their ``_modules``.
     """
-    merging = Merging(ToMeConfig(), (0,) * len(vit.blocks), vit.protected, False, vit.positions)
-    for index, block in enumerate(vit.blocks):
-        weight = next(p for p in block.parameters() if p.is_floating_point())
-        if weight.device.type == "meta":
-            return
-        rng = torch.Generator().manual_seed(index)  # the program's own random numbers stay as they are
-        tokens = vit.protected + 6
-        x = torch.randn(2, tokens, vit.width, generator=rng).to(weight)
-        args, options = block.tome_sample(tokens)
-        block.tome = Layer(merging, index)
-        # by the weights' dtype, whatever the caller's autocast
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _evaluating(block):
-            try:
-                want = super(Block, block).forward(x, *args, **options)
-            except RuntimeError:
-                return  # float16 weights on a CPU outside of autocast: nothing to compare with
-            want = want[0] if isinstance(want, tuple) else want
-            try:
-                got = block.tome_run(Tokens(x, x.new_ones(x.shape[:2], dtype=torch.float32)), *args, **options).x
-            except AttributeError as error:
-                raise TypeError(
-                    f"block {index}, a {type(block).__name__}, is not made of what its class is made of in the "
-                    f"versions that are known ({error}): another version of its library may do"
-                ) from error
-        gap = off_by(got, want, weight.dtype)
-        if gap is not None:
-            raise ValueError(
-                f"block {index}, a {type(block).__name__}, computes something else than its class does in the versions "
-                f"that are known (off by {gap:.2g} on random tokens): tokens can't be merged in it"
+    inside = {id(module._modules) for module in vit.around[0].modules()}
+    for holder in gc.get_referrers(*vit.blocks):
+        if isinstance(holder, dict) and id(holder) not in inside and _belongs_to_a_module(holder):
+            warnings.warn(
+                f"some blocks of {type(vit.around[0]).__name__} are also in another module, which gets merged tokens "
+                "from them from now on: patch a copy (copy.deepcopy) if that is not wanted",
+                stacklevel=4,
             )
+            return
 
 
-@contextmanager
-def _evaluating(block: Any) -> Iterator[None]:
-    """Without dropout, for a moment."""
-    modes = [(module, module.training) for module in block.modules()]
-    try:
-        block.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _belongs_to_a_module(modules: dict) -> bool:
+    return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))

@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import attention
 from ..tome.swap import Patched
-from .tokens import Layer, Merging, Tokens
+from .tokens import Layer, Merging, Tokens, spread
 
 
 class Block(Patched):
     """A block that takes and gives :class:`.tokens.Tokens` between the first and the last block of its tower.
 
     Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says by
-    ``tome_run`` what its blocks compute, and by ``tome_sample`` what they want beside tokens.
+    ``tome_run`` what its blocks compute, and by ``tome_sample`` what they want beside tokens. All parts are called as
+    the block's own forward calls them, its attention with :class:`Ask` in place of a mask; only a norm that is nothing
+    but a LayerNorm is fused with the merge before it.
     """
 
     tome: Layer
@@ -28,9 +31,7 @@ class Block(Patched):
         tokens = layer.start(x)
         if tokens.size is None and not layer.merging.rates[layer.index]:
             out = super().forward(tokens.x, *args, **options)  # type: ignore[misc]
-            if layer.merging.idle and not layer.merging.config.trace_source:
-                return out
-            return layer.finish(tokens.but(x=out))
+            return layer.finish(tokens.but(x=out)) if layer.merging.carries else out
         return layer.finish(self.tome_run(tokens, *args, **options))
 
     def tome_run(self, tokens: Tokens, *args, **options) -> Tokens:
@@ -41,32 +42,151 @@ class Block(Patched):
         """Arguments beside ``tokens`` tokens with which the block can be tried out."""
         return (), {}
 
+    def extra_repr(self) -> str:
+        """With what the block merges."""
+        own, layer = super().extra_repr(), self.__dict__.get("tome")  # type: ignore[misc]
+        merges = "" if layer is None else f"tome_r={layer.merging.rates[layer.index]}"
+        return ", ".join(part for part in (own, merges) if part)
+
+
+class Ask:
+    """What a block asks of its attention, given in the place of a mask, and the keys that come back.
+
+    Attributes:
+        size: ``(N, T)``, what keys count, for proportional attention; None: one each.
+        keys: ``(N, H, T, d)``, what tokens are compared by; None before the attention has run.
+    """
+
+    def __init__(self, block: Block, attn: Any, tokens: Tokens):
+        if not isinstance(attn, Attention) and not torch.compiler.is_compiling():
+            _check_wrapped(block, attn)
+        self.size = sizes(block, tokens)
+        self.keys: Tensor | None = None
+
+    def take(self, block: Block, attn: Any) -> Tensor:
+        """Return the keys, and forget them: a checkpoint may hold on to this object.
+
+        Raises:
+            RuntimeError: nobody gave any.
+        """
+        keys, self.keys = self.keys, None
+        if keys is None:
+            raise RuntimeError(
+                f"{type(attn).__name__} in {type(block).__name__} did not run the attention that was patched, or did "
+                "not hand its mask on to it, so that nothing tells which tokens are similar: take it off, or take the "
+                "patch out (remove_tome_patch)"
+            )
+        return keys
+
+
+class Attention(Patched):
+    """A block's attention. Called with :class:`Ask` it attends by sizes and tells its keys; else it does as before."""
+
+
+def _check_wrapped(block: Block, attn: Any) -> None:
+    """Raise if a module that took the place of a block's attention does not hold the attention that was patched.
+
+    Raises:
+        TypeError: it doesn't.
+    """
+    if not any(isinstance(module, Attention) for module in attn.modules()):
+        raise TypeError(
+            f"the attention of {type(block).__name__} is another than when the model was patched, now a "
+            f"{type(attn).__name__}: take the patch out (remove_tome_patch), put the attention in its place, and patch "
+            "again"
+        )
+
 
 class Reader(Patched):
-    """A tower whose intermediate layers can be read, as timm's and open_clip's can."""
+    """A tower whose intermediate layers can be read, as timm's and open_clip's can.
+
+    Attributes:
+        tome_watched: the settings by which it reads more of its last block's tokens, or fewer.
+    """
 
     tome: Merging
+    tome_watched: tuple[str, ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        merging = self.__dict__.get("tome")
+        if merging is not None and name in self.tome_watched:
+            merging.dense = merging.asked or self.tome_reads_all()
+
+    def tome_reads_all(self) -> bool:
+        """Whether the tower, or its caller, reads more than the class token of what its last block gives."""
+        raise NotImplementedError
 
     def tome_checkpoints(self) -> bool:
         """Whether the tower checkpoints its blocks."""
         raise NotImplementedError
 
+    def tome_read(self, *args, **options):
+        """The class's own forward_intermediates with :func:`reading` in place of the blocks."""
+        raise NotImplementedError
+
     def forward_intermediates(self, *args, **options):
         """As before: every layer's tokens stand for themselves on the grid."""
-        if not self.tome.idle and self.tome_checkpoints() and torch.is_grad_enabled():
+        if not self.tome.carries:
+            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
+        if self.tome_checkpoints() and torch.is_grad_enabled():
             raise RuntimeError(
                 "forward_intermediates of merged tokens can't be computed a second time for their gradients: "
                 "set_grad_checkpointing(False), or call it under torch.no_grad()"
             )
-        self.tome.every = True
-        try:
-            return super().forward_intermediates(*args, **options)  # type: ignore[misc]
-        finally:
-            self.tome.every = False
+        return self.tome_read(*args, **options)
 
     def prune_intermediate_layers(self, *args, **options):
         """Would leave the patch with blocks that are not there."""
         raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+
+
+class Instead:
+    """A module with something else under one of its names, for one call of one of its methods.
+
+    Nothing is put on the module itself, so that other threads see nothing of it.
+    """
+
+    def __init__(self, module: nn.Module, name: str, value: Any):
+        self._module = module
+        setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def reading(blocks: Iterable[Any]) -> list[Callable]:
+    """The blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
+
+    Merged tokens go from one to the next beside the loop; what goes through the blocks, their hooks and wrappers are
+    :class:`.tokens.Tokens` all the same.
+    """
+    carried = _Carried()
+
+    def one(block: Any) -> Callable:
+        def call(x: Tensor, *args, **options) -> Tensor:
+            if carried.tokens is not None and x is not carried.dense:
+                raise RuntimeError(
+                    f"something changed the tokens in front of a {type(block).__name__} while intermediate layers are "
+                    "read, which merged tokens can't follow: take the patch out (remove_tome_patch)"
+                )
+            given = Tokens(x, kept=True) if carried.tokens is None else carried.tokens
+            carried.tokens = block(given, *args, **options)
+            dense = spread(carried.tokens)
+            carried.dense = dense.view_as(dense) if dense is carried.tokens.x else dense
+            return carried.dense
+
+        return call
+
+    return [one(block) for block in blocks]
+
+
+class _Carried:
+    """What the last block gave: tokens, and the tensor that was made of them."""
+
+    def __init__(self):
+        self.tokens: Tokens | None = None
+        self.dense: Tensor | None = None
 
 
 def sizes(block: Block, tokens: Tokens) -> Tensor | None:
@@ -88,6 +208,15 @@ def attend(
     else:
         out = attention(q, k, v, size, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_by_weights(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, dropout: nn.Module) -> Tensor:
+    """The same ``(N, H, T, d) → (N, T, H·d)`` with its weights ``(N, H, T, T)`` written out for a module that is called
+    on them."""
+    weights = (q * scale) @ k.mT
+    if size is not None:
+        weights = weights + size.log()[:, None, None].to(weights.dtype)
+    return (dropout(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
 
 def no_mask(block: Any, **given) -> None:

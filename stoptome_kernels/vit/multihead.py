@@ -9,8 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tome.towers import hooked
-from .block import Block, attend, sizes
+from .block import Ask, Attention, Block, attend
 from .tokens import Tokens
 from .towers import is_a, overrides
 
@@ -22,7 +21,7 @@ def check(block: Any, attn: Any) -> None:
 
     Raises:
         TypeError: it is no ``nn.MultiheadAttention``, or one that was changed.
-        ValueError: one with a setting that adds keys, or keys of another width, or with hooks.
+        ValueError: one with a setting that adds keys, or keys of another width.
     """
     what = f"{type(block).__name__} with the attention {type(attn).__name__}"
     if not is_a(attn, _HOME, "MultiheadAttention") or overrides(attn, _HOME, "forward"):
@@ -37,16 +36,31 @@ def check(block: Any, attn: Any) -> None:
     ):
         if given:
             raise ValueError(f"tokens can't be merged in {what} with its {setting}: build it with {allowed}")
-    if hooked(attn):
-        raise ValueError(f"the attention of {type(block).__name__} has hooks, which would not be called: remove them")
 
 
-def attention(block: Block, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """What the attention module makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
-    q, k, v = heads(attn, x)
-    out = attend(q, k, v, sizes(block, tokens), dropout=attn.dropout if attn.training else 0.0)
-    # its weights, since torch doesn't call out_proj either
-    return F.linear(out, attn.out_proj.weight, attn.out_proj.bias), k
+class Multihead(Attention):
+    """``nn.MultiheadAttention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
+
+    def forward(self, query, *args, **options):
+        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too where ``Ask`` is given."""
+        ask = options.get("attn_mask")
+        if not isinstance(ask, Ask):
+            return super().forward(query, *args, **options)  # type: ignore[misc]
+        attn: Any = self
+        q, k, v = heads(attn, query if attn.batch_first else query.transpose(0, 1))
+        out = attend(q, k, v, ask.size, dropout=attn.dropout if attn.training else 0.0)
+        ask.keys = k
+        # its weights, since torch doesn't call out_proj either
+        out = F.linear(out, attn.out_proj.weight, attn.out_proj.bias)
+        return (out if attn.batch_first else out.transpose(0, 1)), None
+
+
+def attention(block: Block, attn: Any, x: Tensor, tokens: Tokens, batch_first: bool = True) -> tuple[Tensor, Tensor]:
+    """What a block's attention makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
+    ask = Ask(block, attn, tokens)
+    x = x if batch_first else x.transpose(0, 1)
+    out = attn(x, x, x, need_weights=False, attn_mask=ask)[0]
+    return (out if batch_first else out.transpose(0, 1)), ask.take(block, attn)
 
 
 def heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:

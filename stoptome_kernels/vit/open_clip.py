@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tome.towers import hooked
+from ..tome.parts import is_plain
+from ..tome.swap import Patched, original
 from . import multihead
-from .block import Block, Reader, attend, no_mask, sizes
+from .block import Ask, Attention, Block, Instead, Reader, attend, attend_by_weights, no_mask, reading
 from .tokens import Tokens
-from .towers import Vit, name_of, overrides, require, the_only, within
+from .towers import Vit, check_own_method, name_of, overrides, require, the_only, within
 
 _HOME = "open_clip.transformer"
 _LEAST = (3, 0)
@@ -46,25 +47,59 @@ def _rest(block: Any, tokens: Tokens, residual: Tensor, keys: Tensor) -> Tokens:
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    attn = block.attn
-    q, k, v = multihead.heads(attn, x)
-    q, k = attn.ln_q(q), attn.ln_k(k)
-    if attn.head_scale is not None:
-        v = v * attn.head_scale  # of what a head gives; attention is linear in v
-    out = attend(q, k, v, sizes(block, tokens), dropout=attn.attn_drop.p if attn.training else 0.0)
-    return attn.out_drop(attn.out_proj(attn.ln_inner(out))), k
+    ask = Ask(block, block.attn, tokens)
+    return block.attn(x, attn_mask=ask), ask.take(block, block.attn)
+
+
+class _Attention(Attention):
+    """open_clip's own ``Attention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
+
+    def forward(self, x, attn_mask=None):
+        """``x (N, T, D)``."""
+        if not isinstance(attn_mask, Ask):
+            return super().forward(x, attn_mask)  # type: ignore[misc]
+        attn: Any = self
+        q, k, v = multihead.heads(attn, x)
+        q, k = attn.ln_q(q), attn.ln_k(k)
+        attn_mask.keys = k
+        if attn.head_scale is not None:
+            v = v * attn.head_scale  # of what a head gives; attention is linear in v
+        if attn.use_fsdpa or is_plain(attn.attn_drop):
+            out = attend(q, k, v, attn_mask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
+        else:
+            out = attend_by_weights(q, k, v, attn_mask.size, attn.scale, attn.attn_drop)
+        return attn.out_drop(attn.out_proj(attn.ln_inner(out)))
 
 
 class _Tower(Reader):
     """The tower: what reads its tokens has to know that there are fewer."""
 
-    def forward(self, x: Tensor):
-        if not self.tome.dense and _hands_out(self):  # output_tokens, say, was set after the patch
-            self.tome.dense = True
-        return super().forward(x)  # type: ignore[misc]
+    tome_watched = ("pool_type", "attn_pool", "output_tokens")
+
+    def tome_reads_all(self) -> bool:
+        return _reads_all(self)
 
     def tome_checkpoints(self) -> bool:
         return self.transformer.grad_checkpointing  # type: ignore[attr-defined]
+
+    def tome_read(self, *args, **options):
+        check_own_method(self, "open_clip", "forward_intermediates")
+        tower: Any = Instead(self, "transformer", _Blocks(self.transformer))  # type: ignore[arg-type, attr-defined]
+        return original(self).forward_intermediates(tower, *args, **options)  # type: ignore[attr-defined]
+
+
+class _Blocks(Instead):
+    """``Transformer`` while its layers are read."""
+
+    def __init__(self, transformer: Any):
+        super().__init__(transformer, "resblocks", reading(transformer.resblocks))
+
+    def forward_intermediates(self, *args, **options):
+        check_own_method(self._module, "open_clip", "forward_intermediates")
+        return type(self._module).forward_intermediates(self, *args, **options)  # type: ignore[attr-defined]
+
+
+_KINDS: dict[type, type] = {_Residual: multihead.Multihead, _Custom: _Attention}
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -85,9 +120,11 @@ def find(model: nn.Module) -> Vit | None:
     if not transformer.batch_first:
         raise ValueError(f"{type(transformer).__name__} has batch_first=False; merging is made for batch_first=True")
     blocks = tuple(transformer.resblocks)
+    mixins = tuple(_mixin(block) for block in blocks)
     return Vit(
-        tower, blocks, tuple(_mixin(block) for block in blocks), 1, _reads_all(tower), transformer.width,
+        tower, blocks, mixins, 1, _reads_all(tower), transformer.width,
         len(tower.positional_embedding), _Tower, around=(*path, transformer),
+        attentions=tuple(((block.attn, _KINDS[mixin]),) for block, mixin in zip(blocks, mixins, strict=True)),
     )  # fmt: skip
 
 
@@ -115,6 +152,8 @@ def _hands_out(tower: Any) -> bool:
 
 
 def _mixin(block: Any) -> type[Block]:
+    if isinstance(block, Patched):
+        return block.tome_parts[0]
     home, name = name_of(block)
     what = f"open_clip's {name}"
     if home == _HOME and name == "ResidualAttentionBlock":
@@ -132,6 +171,4 @@ def _mixin(block: Any) -> type[Block]:
             f"tokens can't be merged in {what} with scaled_cosine_attn, with which open_clip's own forward fails: "
             "build it without, say with qk_norm"
         )
-    if hooked(block.attn):
-        raise ValueError(f"the attention of {name} has hooks, which would not be called: remove them")
     return _Custom

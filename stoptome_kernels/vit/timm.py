@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.swap import original
-from ..tome.towers import hooked
-from .block import Block, Reader, attend, no_mask, sizes
+from ..tome.parts import is_plain
+from ..tome.swap import Patched, original
+from .block import Ask, Attention, Block, Instead, Reader, attend, attend_by_weights, no_mask, reading
 from .tokens import Tokens
-from .towers import Vit, is_a, older, require, the_only, within
+from .towers import Vit, check_own_method, is_a, older, require, the_only, within
 
 _VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
 _LEAST = (1, 0)
@@ -56,6 +56,37 @@ class _PostNorm(Block):
         return _sample(self, tokens)
 
 
+class _Attention(Attention):
+    """``Attention``, ``AttentionRope``, ``EvaAttention``, which take :class:`.block.Ask` for an ``attn_mask``."""
+
+    def forward(self, x, *args, **options):
+        """``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
+        ask = options.get("attn_mask")
+        if not isinstance(ask, Ask):
+            return super().forward(x, *args, **options)  # type: ignore[misc]
+        attn: Any = self
+        rope = options.get("rope")
+        gate = getattr(attn, "gate", None)
+        q, k, v = _heads(attn, x)
+        if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        ask.keys = k  # before any rotation: tokens are compared by what they show, not by where they are
+        if rope is not None:
+            q, k = (_rotated(attn, part, rope).type_as(v) for part in (q, k))
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if attn.fused_attn or is_plain(attn.attn_drop):
+            out = attend(q, k, v, ask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
+        else:
+            out = attend_by_weights(q, k, v, ask.size, attn.scale, attn.attn_drop)
+        if hasattr(attn, "norm"):
+            out = attn.norm(out)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return attn.proj_drop(attn.proj(out))
+
+
 _BLOCKS: dict[tuple[str, str], type[Block]] = {
     ("timm.models.vision_transformer", "Block"): _PreNorm,
     ("timm.models.vision_transformer", "ResPostBlock"): _PostNorm,
@@ -67,9 +98,7 @@ _BLOCKS: dict[tuple[str, str], type[Block]] = {
 class _Model(Reader):
     """The model: what reads its tokens has to know that there are fewer."""
 
-    def reset_classifier(self, *args, **options):
-        super().reset_classifier(*args, **options)  # type: ignore[misc]
-        self.tome.dense = self.tome.asked or _reads_all(self)
+    tome_watched = ("global_pool", "attn_pool")
 
     def pool(self, x: Tensor, pool_type: str | None = None):
         if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense:  # type: ignore[attr-defined]
@@ -79,8 +108,16 @@ class _Model(Reader):
             )
         return super().pool(x, pool_type)  # type: ignore[misc]
 
+    def tome_reads_all(self) -> bool:
+        return _reads_all(self)
+
     def tome_checkpoints(self) -> bool:
         return self.grad_checkpointing  # type: ignore[attr-defined]
+
+    def tome_read(self, *args, **options):
+        check_own_method(self, "timm", "forward_intermediates")
+        model: Any = Instead(self, "blocks", reading(self.blocks))  # type: ignore[arg-type, attr-defined]
+        return original(self).forward_intermediates(model, *args, **options)  # type: ignore[attr-defined]
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -93,11 +130,12 @@ def find(model: nn.Module) -> Vit | None:
     tower: Any = path[-1]
     require("timm", _LEAST, tower)
     mixins = tuple(_mixin(block) for block in tower.blocks)
+    attentions = tuple(((block.attn, _Attention),) for block in tower.blocks)
     patches = tower.patch_embed.num_patches
     dynamic = getattr(tower, "dynamic_img_size", False) or patches is None
     return Vit(
         tower, tuple(tower.blocks), mixins, tower.num_prefix_tokens, _reads_all(tower), tower.embed_dim,
-        None if dynamic else tower.num_prefix_tokens + patches, _Model, is_a(tower, *_EVA), path,
+        None if dynamic else tower.num_prefix_tokens + patches, _Model, is_a(tower, *_EVA), path, attentions=attentions,
     )  # fmt: skip
 
 
@@ -120,6 +158,8 @@ def _reads_all(tower: Any) -> bool:
 
 
 def _mixin(block: Any) -> type[Block]:
+    if isinstance(block, Patched):
+        return block.tome_parts[0]
     kind = original(block)
     mixin = _BLOCKS.get((kind.__module__, kind.__qualname__))
     if mixin is None:
@@ -133,39 +173,22 @@ def _mixin(block: Any) -> type[Block]:
             f"don't know how to merge tokens in {kind.__name__} with the attention {attn.__name__}: known are "
             f"{', '.join(sorted({name for _, name in _ATTENTION}))}"
         )
-    if hooked(block.attn):
-        raise ValueError(f"{kind.__name__}.attn has hooks, which would not be called: remove them before patching")
     return mixin
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the attention module makes of ``x``, and the keys before any rotation: tokens are compared by what they
-    show, not by where they are."""
-    attn = block.attn
-    gate = getattr(attn, "gate", None)
-    q, k, v = _heads(attn, x)
-    if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    keys = k
-    if rope is not None:
-        from timm.layers import apply_rot_embed_cat
+    """What the attention module makes of ``x``, and the keys."""
+    ask = Ask(block, block.attn, tokens)
+    options = {} if rope is None else {"rope": _at(rope, tokens.position, block.tome.merging.protected)}
+    return block.attn(x, attn_mask=ask, **options), ask.take(block, block.attn)
 
-        first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
-        rope = _at(rope, tokens.position, first)
-        options = {"half": half} if half else {}  # timm before 1.0.20 knows no other way
-        q, k = (
-            torch.cat([part[:, :, :first], apply_rot_embed_cat(part[:, :, first:], rope, **options)], 2).type_as(v)
-            for part in (q, k)
-        )
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    out = attend(q, k, v, sizes(block, tokens), dropout=attn.attn_drop.p if attn.training else 0.0)
-    if hasattr(attn, "norm"):
-        out = attn.norm(out)
-    if gate is not None:
-        out = out * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), keys
+
+def _rotated(attn: Any, part: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    first, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+    options = {"half": half} if half else {}  # timm before 1.0.20 knows no other way
+    return torch.cat([part[:, :, :first], apply_rot_embed_cat(part[:, :, first:], rope, **options)], 2)
 
 
 def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from ..plan import MergePlan
 from ..reference import match_sets
 from ..tome.config import ToMeConfig
 from ..tome.merging import exporting
-from ..tome.towers import hooked
+from ..tome.parts import is_plain
+from ..tome.report import Description, warn_capped
+from ..tome.schedule import Schedule, plan_layers
 from ..tome.trace import Trace
 
 # Whose forward is torch's layer_norm and nothing else; their weights may be read in its place.
@@ -36,6 +38,14 @@ _REENTRANT = (
 PADDING = 2.0**-100
 
 
+# Of blocks that are not called one after the other, from the first to the last.
+ALONE = (
+    "call the model as a whole, read single layers by forward_intermediates or output_hidden_states where it has them, "
+    "or take the patch out (remove_tome_patch); spread(tokens) of stoptome_kernels.vit.tokens gives every original token "
+    "its row"
+)
+
+
 class Tokens(NamedTuple):
     """What one block gives the next: a tuple, so that checkpointing and several forwards before a backward are exact.
 
@@ -48,6 +58,7 @@ class Tokens(NamedTuple):
             carried where attention needs it; None: nothing was merged yet.
         layers: ``source`` behind each layer, if a trace is wanted.
         padded: there may be padding among them.
+        kept: the last block, too, gives tokens, since all layers are read.
     """
 
     x: Tensor
@@ -56,10 +67,37 @@ class Tokens(NamedTuple):
     position: Tensor | None = None
     layers: tuple[Tensor, ...] = ()
     padded: bool = False
+    kept: bool = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None) -> NoReturn:
+        """Raise: somebody took them for a tensor."""
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} got merged tokens (Tokens), which is what the blocks of a patched "
+            f"model give one another: {ALONE}"
+        )
 
     def but(self, **changes: Any) -> Tokens:
         """These with other fields: ``_replace``, which torch 2.6 can't trace."""
         return Tokens(**{**dict(zip(Tokens._fields, self, strict=True)), **changes})
+
+
+class Shape(NamedTuple):
+    """What a tower's tokens are like.
+
+    Attributes:
+        family: of its class and library, for a reader.
+        protected: leading tokens that are never merged: class token, registers.
+        width: of a token.
+        tokens: of an image; None if that is not known before it comes.
+        positions: attention asks where tokens come from (rotary embeddings).
+    """
+
+    family: str
+    protected: int
+    width: int
+    tokens: int | None = None
+    positions: bool = False
 
 
 class Merging:
@@ -68,33 +106,61 @@ class Merging:
     Attributes:
         config: the settings.
         rates: tokens to merge in each block.
-        protected: leading tokens that are never merged.
+        shape: of the tower.
         dense: the last block gives every original token a row again.
-        every: every block gives dense tokens, while intermediate layers are read.
-        positions: attention asks where tokens come from.
         asked: the user wants ``dense``, whatever the model reads.
     """
 
-    def __init__(
-        self,
-        config: ToMeConfig,
-        rates: tuple[int, ...],
-        protected: int,
-        dense: bool,
-        positions: bool,
-        asked: bool = False,
-    ):
-        self.config, self.rates, self.protected = config, rates, protected
-        self.dense, self.every, self.positions, self.asked = dense, False, positions, asked
+    def __init__(self, config: ToMeConfig, rates: tuple[int, ...], shape: Shape, dense: bool, asked: bool = False):
+        self.config, self.rates, self.shape, self.dense, self.asked = config, rates, shape, dense, asked
         self._last: tuple[Tensor, ...] | None = None
+        self._warned = False
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
 
     @property
+    def protected(self) -> int:
+        """Leading tokens that are never merged."""
+        return self.shape.protected
+
+    @property
     def idle(self) -> bool:
         """Nothing is merged anywhere."""
         return not any(self.rates)
+
+    @property
+    def carries(self) -> bool:
+        """Blocks give :class:`Tokens` to one another."""
+        return self.config.trace_source or not self.idle
+
+    def schedule(self, tokens: int) -> Schedule:
+        """What is carried out on images of so many tokens."""
+        return plan_layers(list(self.rates), len(self.rates), tokens, 1, self.protected, width=self.shape.width)
+
+    @property
+    def family(self) -> str:
+        """Class and library of the tower."""
+        return self.shape.family
+
+    def describe(self, model: str) -> Description:
+        """What a model merges."""
+        tokens = self.shape.tokens
+        given = (
+            "a row for each original token"
+            if self.dense or self.idle
+            else "the tokens that are left (sizes: tome_trace)"
+        )
+        return Description(
+            model, self.family, self.config, self.protected, self.rates,
+            None if tokens is None else self.schedule(tokens), given,
+        )  # fmt: skip
+
+    def warn(self, tokens: int) -> None:
+        """Say, once, if fewer tokens are merged than was asked for."""
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warn_capped(self.rates, self.schedule(tokens))
 
     def keep(self, layers: tuple[Tensor, ...]) -> None:
         """Remember the trace of a forward."""
@@ -137,16 +203,29 @@ class Layer:
         return self.index == len(self.merging.rates) - 1
 
     def start(self, x: Any) -> Tokens:
-        """What a block was given, as tokens."""
-        carried = isinstance(x, Tokens) or self.merging.every
-        if not isinstance(x, Tokens):
-            if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
+        """What a block was given, as tokens.
+
+        Raises:
+            RuntimeError: a plain tensor behind the first block, or tokens from a reentrant checkpoint.
+            TypeError: no tensor.
+        """
+        if isinstance(x, Tokens):
+            if x.x.requires_grad and not torch.is_grad_enabled():  # a reentrant checkpoint's first pass
                 raise RuntimeError(_REENTRANT)
-            # while intermediate layers are read, blocks give plain tensors that carry the merged ones along
-            x = getattr(x, "tome_tokens", None) or Tokens(x)
-        if carried and x.x.requires_grad and not torch.is_grad_enabled():  # a reentrant checkpoint's first pass
+            return x
+        if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
             raise RuntimeError(_REENTRANT)
-        return x
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"block {self.index} got {type(x).__name__} in place of a tensor: torch.fx can't trace merging, "
+                "torch.export, torch.compile and torch.jit.trace can; or take the patch out (remove_tome_patch)"
+            )
+        if self.index and self.merging.carries:
+            raise RuntimeError(
+                f"block {self.index} got a plain tensor in place of the merged tokens (Tokens) of the block before it, "
+                f"with which their sizes are lost: {ALONE}"
+            )
+        return Tokens(x)
 
     def merge(
         self, tokens: Tokens, residual: Tensor, keys: Tensor, norm: nn.Module | None
@@ -165,6 +244,8 @@ class Layer:
         x, size, source, position, *_ = tokens
         merging = self.merging
         r = capped(merging.rates[self.index], x.shape[1], merging.protected)
+        if r < merging.rates[self.index]:
+            merging.warn(x.shape[1] if source is None else source.shape[1])
         if r == 0:
             x = x + residual
             return tokens.but(x=x), None if norm is None else norm(x)
@@ -176,7 +257,7 @@ class Layer:
             x, size = merge(x + residual, plan, size)
             normed = None if norm is None else norm(x)
         dest = plan.dest.long()
-        if merging.positions:
+        if merging.shape.positions:
             position = _moved(position, plan)
         source = dest if source is None else dest.gather(1, source)
         return tokens.but(x=x, size=size, source=source, position=position), normed
@@ -191,12 +272,7 @@ class Layer:
             tokens = tokens.but(layers=(*tokens.layers, source))
             if self.last:
                 merging.keep(tokens.layers)
-        if merging.every:
-            x = spread(tokens)
-            x = x.view_as(x) if x is tokens.x else x
-            x.tome_tokens = tokens  # type: ignore[attr-defined]
-            return x
-        if not self.last:
+        if tokens.kept or not self.last:
             return tokens
         return spread(tokens) if merging.dense else tokens.x
 
@@ -225,6 +301,7 @@ def _moved(position: Tensor | None, plan: MergePlan) -> Tensor:
 
 
 def _is_layer_norm(norm: Any) -> bool:
+    """Whether a norm's weights may be read: its call is torch's layer_norm of them, and nothing else."""
     kind = type(norm)
     known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
-    return known and len(norm.normalized_shape) == 1 and not hooked(norm)
+    return known and len(norm.normalized_shape) == 1 and is_plain(norm)

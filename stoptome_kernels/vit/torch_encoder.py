@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..tome.swap import Patched
 from . import multihead
 from .block import Block, no_mask
 from .tokens import Tokens
@@ -27,6 +28,8 @@ _WRAPPERS = {
 class _Layer(Block):
     """``TransformerEncoderLayer``, pre-norm or post-norm."""
 
+    tome_batch_first = True
+
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):  # type: ignore[override]
         """``src``: tokens, or ``(B, T, D)``."""
         masks = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
@@ -38,7 +41,7 @@ class _Layer(Block):
         block: Any = self
         first = block.norm_first
         x = block.norm1(tokens.x) if first else tokens.x
-        residual, keys = multihead.attention(block, block.self_attn, x, tokens)
+        residual, keys = multihead.attention(block, block.self_attn, x, tokens, block.tome_batch_first)
         norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, behind the attention's sum
         merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
         changed = block._ff_block(normed)
@@ -54,6 +57,8 @@ class _Turned:
 
 class _SequenceFirst(_Layer, _Turned):
     """``TransformerEncoderLayer`` with ``batch_first=False``; between layers tokens are batch first all the same."""
+
+    tome_batch_first = False
 
     def forward(self, src, *args, **options):  # type: ignore[override]
         """``src``: tokens, or ``(T, B, D)``."""
@@ -76,7 +81,7 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
     if isinstance(src, Tensor) and src.dim() != 3:
         raise ValueError(
             f"{type(block).__name__} got tokens without a batch dimension, which merging needs: "
-            f"unsqueeze({0 if block.self_attn.batch_first else 1}) them"
+            f"unsqueeze({0 if block.tome_batch_first else 1}) them"
         )
 
 
@@ -102,10 +107,15 @@ def find(model: nn.Module) -> Vit | None:
         return None
     mixins = tuple(_mixin(block) for block in blocks)
     # the first token is the class token where there is one; where there is none, keeping it does no harm
-    return Vit(tower, blocks, mixins, 1, True, blocks[0].self_attn.embed_dim, guess=True, around=tuple(path))
+    return Vit(
+        tower, blocks, mixins, 1, True, blocks[0].linear1.in_features, guess=True, around=tuple(path),
+        attentions=tuple(((block.self_attn, multihead.Multihead),) for block in blocks),
+    )  # fmt: skip
 
 
 def _mixin(block: Any) -> type[Block]:
+    if isinstance(block, Patched):
+        return block.tome_parts[0]
     if name_of(block) != (_HOME, "TransformerEncoderLayer"):
         raise TypeError(
             f"don't know how to merge tokens in {type(block).__name__}: known is torch.nn.TransformerEncoderLayer "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..tome.swap import Patched
 from . import multihead
 from .block import Block
 from .tokens import Tokens
@@ -43,6 +44,8 @@ def find(model: nn.Module) -> Vit | None:
     tower: Any = path[-1]
     blocks = tuple(tower.encoder.layers)
     for block in blocks:
+        if isinstance(block, Patched):
+            continue
         if name_of(block) != (_HOME, "EncoderBlock"):
             raise TypeError(
                 f"don't know how to merge tokens in torchvision's VisionTransformer with {type(block).__name__} for a "
@@ -51,4 +54,7 @@ def find(model: nn.Module) -> Vit | None:
         multihead.check(block, block.self_attention)
     # a forward of somebody else's may read more than the class token
     dense = overrides(tower, _HOME, "forward") or overrides(tower.encoder, _HOME, "forward")
-    return Vit(tower, blocks, (_EncoderBlock,) * len(blocks), 1, dense, tower.hidden_dim, tower.seq_length, around=path)
+    return Vit(
+        tower, blocks, (_EncoderBlock,) * len(blocks), 1, dense, tower.hidden_dim, tower.seq_length, around=path,
+        attentions=tuple(((block.self_attention, multihead.Multihead),) for block in blocks),
+    )  # fmt: skip

@@ -30,6 +30,7 @@ class Vit:
         positions: attention asks where tokens come from (rotary embeddings).
         around: the modules from the model down to the runner.
         guess: ``protected`` is a guess, since the model doesn't say; the user may.
+        attentions: of each block the modules that are its attention, and what each is patched with.
     """
 
     runner: nn.Module
@@ -43,6 +44,7 @@ class Vit:
     positions: bool = False
     around: tuple[nn.Module, ...] = ()
     guess: bool = False
+    attentions: tuple[tuple[tuple[Any, type], ...], ...] = ()
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -78,6 +80,20 @@ def overrides(module: Any, home: str, *methods: str) -> bool:
     the module itself."""
     kind = original(module)
     return any(name in module.__dict__ or getattr(kind, name).__module__ != home for name in methods)
+
+
+def check_own_method(module: Any, library: str, method: str) -> None:
+    """Raise if a method is not the library's own, whose code is known.
+
+    Raises:
+        RuntimeError: it belongs to somebody's class, or was put on the module.
+    """
+    kind = original(module)
+    if getattr(kind, method).__module__.split(".")[0] != library:
+        raise RuntimeError(
+            f"{kind.__name__} has a {method} of its own, which may do with tokens what merged ones can't follow: take "
+            "the patch out (remove_tome_patch)"
+        )
 
 
 def within(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tome.swap import Patched
-from .block import Block, attend, no_mask, sizes
-from .recording import encoder_mixin, is_recording_hook, recorded, tidy
+from .block import Ask, Attention, Block, attend, no_mask
+from .recording import encoder_mixin, recorded, tidy
 from .tokens import PADDING, Tokens, spread
 from .towers import Vit, name_of, require, the_only, within
 
@@ -52,9 +52,16 @@ class _Layer(Block):
     def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
         attn, norm1, norm2 = (getattr(self, name) for name in self.tome_names)
         _check_call(self, attn, attention_mask, options)
-        residual, keys = _attention(self, attn, norm1(tokens.x), tokens)
+        ask = Ask(self, attn, tokens)
+        residual = self.tome_attend(attn, norm1(tokens.x), attention_mask=ask, **options)
+        keys = ask.take(self, attn)
         merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
         return merged.but(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
+
+    def tome_attend(self, attn: nn.Module, x: Tensor, **options) -> Tensor:
+        """What the attention gives, called as this class calls it."""
+        given = attn(x, **options)
+        return given[0] if isinstance(given, tuple) else given
 
     def tome_branch(self, index: int, x: Tensor) -> Tensor:
         """What is done to the first (attention) or second branch (MLP) before it is added."""
@@ -70,6 +77,9 @@ class _Clip(_Layer):
     """``CLIPEncoderLayer``, ``SiglipEncoderLayer``."""
 
     tome_names = ("self_attn", "layer_norm1", "layer_norm2")
+
+    def tome_attend(self, attn: nn.Module, x: Tensor, **options) -> Tensor:
+        return attn(hidden_states=x, **options)[0]
 
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         return (None,), {}  # the mask has no default
@@ -124,6 +134,42 @@ class _Dinov2(_Layer):
         return block.drop_path(getattr(block, f"layer_scale{index}")(x))
 
 
+class _Inner(Attention):
+    """The module that projects to queries, keys and values, which takes :class:`.block.Ask` for an
+    ``attention_mask``."""
+
+    def forward(self, hidden_states, *args, **options):
+        """``hidden_states (N, T, D)``."""
+        ask = options.get("attention_mask")
+        if not isinstance(ask, Ask):
+            return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
+        attn: Any = self
+        heads = _first(attn, "num_heads", "num_attention_heads")
+        projections = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key"), _first(attn, "v_proj", "value")
+        biases = (getattr(attn, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
+        projected = (
+            projection(hidden_states) if bias is None else projection(hidden_states) + bias
+            for projection, bias in zip(projections, biases, strict=True)
+        )
+        q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
+        ask.keys = k
+        dropout = _first(attn, "dropout", "attention_dropout", "dropout_prob") if attn.training else 0.0
+        out = attend(q, k, v, ask.size, _first(attn, "scale", "scaling"), dropout)
+        output = getattr(attn, "out_proj", None) or getattr(attn, "o_proj", None)  # None: it is outside
+        return (out if output is None else output(out)), None
+
+
+class _Outer(Attention):
+    """The attention that holds another, and the projection of its output."""
+
+    def forward(self, hidden_states, *args, **options):
+        """``hidden_states (N, T, D)``."""
+        if not isinstance(options.get("attention_mask"), Ask):
+            return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
+        attn: Any = self
+        return attn.output(attn.attention(hidden_states, **options)[0], hidden_states)
+
+
 class _Family(NamedTuple):
     """Classes of one of the library's modules.
 
@@ -174,11 +220,12 @@ def find(model: nn.Module) -> Vit | None:
     patches = getattr(embeddings, "patch_embeddings", embeddings).num_patches
     protected = _FAMILIES[name].classes + getattr(tower.config, "num_register_tokens", 0)
     mixins = tuple(_mixin(block, name) for block in blocks)
+    attentions = tuple(_attentions(getattr(block, mixin.tome_names[0])) for block, mixin in zip(blocks, mixins))
     around = path if runner is tower else (*path, runner)
     runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2))
     return Vit(
         runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, runner_mixin,
-        around=around,
+        around=around, attentions=attentions,
     )  # fmt: skip
 
 
@@ -197,33 +244,22 @@ def _refuse_others(model: nn.Module) -> None:
         )
 
 
-def _mixin(block: Any, name: str) -> type[Block]:
+def _mixin(block: Any, name: str) -> type[_Layer]:
+    if isinstance(block, Patched):
+        return block.tome_parts[0]
     family = _FAMILIES[name]
     if name_of(block) != (_home(name), family.layer):
         raise TypeError(
             f"don't know how to merge tokens in {type(block).__name__} of {type(block).__module__}: known is "
             f"transformers' {family.layer}"
         )
-    mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
-    if not isinstance(block, Patched):
-        attn = getattr(block, mixin.tome_names[0])
-        for module in _parts(attn):
-            _check_called(module)
-    return mixin
+    return _VideoMAE if hasattr(block, "intermediate") else family.mixin
 
 
-def _check_called(attn: Any) -> None:
-    """Raise if somebody relies on the attention module's forward, which isn't called where tokens are merged.
-
-    Raises:
-        ValueError: it has hooks, other than the library's own recorders of attention weights, or another forward.
-    """
-    hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
-    if "forward" in attn.__dict__ or not all(map(is_recording_hook, hooks)):
-        raise ValueError(
-            f"{type(attn).__name__} has hooks or a forward of its own, which would not be called: remove them before "
-            "patching"
-        )
+def _attentions(attn: nn.Module) -> tuple[tuple[Any, type], ...]:
+    """The modules that are a layer's attention, and what each is patched with."""
+    attn, inner = _parts(attn)
+    return ((attn, _Inner),) if inner is attn else ((attn, _Outer), (inner, _Inner))
 
 
 def _wants_all(block: Any, options: dict) -> bool:
@@ -304,22 +340,6 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
     # not a ValueError: whether it is so is known on the device alone, and nobody waits for the device here
     torch._assert_async(known.all(), "where tokens are merged, a mask can only say which patches are padding")
     return seen[:, 0, 0].expand(batch, count)
-
-
-def _attention(block: _Layer, attn: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """What the attention module makes of ``x``, and the keys. Projections are called, for they may be adapters."""
-    _, inner = _parts(attn)
-    heads = _first(inner, "num_heads", "num_attention_heads")
-    projections = _first(inner, "q_proj", "query"), _first(inner, "k_proj", "key"), _first(inner, "v_proj", "value")
-    biases = (getattr(inner, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
-    projected = (
-        projection(x) if bias is None else projection(x) + bias
-        for projection, bias in zip(projections, biases, strict=True)
-    )
-    q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
-    dropout = _first(inner, "dropout", "attention_dropout", "dropout_prob") if inner.training else 0.0
-    out = attend(q, k, v, sizes(block, tokens), _first(inner, "scale", "scaling"), dropout)
-    return attn.output(out, x) if inner is not attn else _first(attn, "out_proj", "o_proj")(out), k
 
 
 def _parts(attn: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 import transformers as hf
+from stoptome_kernels.vit.tokens import Tokens
 
 from support.vit import build
 from support.vit import transformers as cases
@@ -24,9 +25,9 @@ def test_masks_are_refused():
             with pytest.raises(ValueError, match=r"got attention_mask.*remove_tome_patch"):
                 model(x, attention_mask=mask)
         with pytest.raises(ValueError, match=r"got a object.*sdpa"):
-            case.blocks(model)[1](torch.randn(2, 65, 48), object())
+            case.blocks(model)[1](Tokens(torch.randn(2, 65, 48)), object())
         with pytest.raises(ValueError, match="got is_causal"):
-            case.blocks(model)[1](torch.randn(2, 65, 48), None, is_causal=True)
+            case.blocks(model)[1](Tokens(torch.randn(2, 65, 48)), None, is_causal=True)
 
 
 @pytest.mark.compiled

@@ -105,13 +105,6 @@ def test_attention_that_is_refused(attention, error, says):
         assert patched(model) == []
 
 
-def test_hooks_of_the_attention_are_refused():
-    model = build(VIT)
-    model.encoder.layers[0].self_attention.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="EncoderBlock has hooks"):
-        stk.apply_tome_patch(model, 2)
-
-
 # -- training: both ---------------------------------------------------------------------------------------------------
 
 

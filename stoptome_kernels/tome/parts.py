@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the weights of a module may be read in place of a call, and modules without what others put on them.
+
+A call of a module is more than its class's forward: hooks, a forward put on the instance (accelerate, a user's own),
+weights that are elsewhere until it is called, adapters in place of a weight. Whoever reads weights leaves all of that
+out, so that a module is asked first, at each call, and called if anything of it is there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch.nn.modules.module as everywhere
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+# the last two stand for plain weights while a graph is made
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(*modules: Any) -> bool:
+    """Return whether calling each of these modules is its class's forward on weights that are there, and nothing else.
+
+    Modules inside them are not looked at.
+    """
+    for module in modules:
+        if not is_bare(module):
+            return False
+        for weight in module._parameters.values():
+            if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
+                return False
+    return True
+
+
+def is_bare(module: Any) -> bool:
+    """Return whether calling a module is its class's forward and nothing else, whatever its weights are."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def own_forward(module: Any) -> Any:
+    """Return the forward that somebody put on a module itself, which hides its class's; None if there is none.
+
+    The module's own method, which some libraries leave there when they go, is nobody's: it is taken away.
+    """
+    forward: Any = module.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
+        del module.forward
+        return None
+    return forward
+
+
+def tensors(module: nn.Module) -> Iterable[Tensor]:
+    """Yield parameters and buffers of a module and of all modules in it."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def are_plain(module: nn.Module) -> bool:
+    """Return whether a module and all in it have floating weights of torch's own kind alone, none quantised."""
+    return all(type(weight) in _PLAIN and weight.is_floating_point() for weight in module.parameters())
+
+
+def bare_copy(module: Any) -> Any:
+    """Return a deep copy of a module, weights included, without hooks and without forwards put on instances.
+
+    Whatever is done to the copy, and whatever its modules keep or count, leaves no trace in the original.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name in _HOOKS:
+            memo[id(part.__dict__[name])] = OrderedDict()
+        for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hook holds the weights of a whole model
+            if name in part.__dict__:
+                memo[id(part.__dict__[name])] = None
+        for value in part.__dict__.values():  # deepcopy refuses what was computed, as torch's old weight_norm does
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            if part.__dict__.get(name, part) is None:
+                del part.__dict__[name]
+    return twin

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trying a block out before it is patched: does it compute what our own code will compute in its place?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .parts import are_plain, bare_copy, tensors
+
+_EXACT, _ROUNDED = 1e-3, 0.05
+
+
+def try_blocks(
+    blocks: Mapping[int, nn.Module],
+    shape: tuple[int, ...],
+    theirs: Callable[[Any, Tensor], Tensor | None],
+    ours: Callable[[Any, Tensor], Tensor],
+) -> None:
+    """Send random tokens through each block's own forward and through ours, and refuse a block whose results differ.
+
+    Copies are tried, without hooks and without forwards put on instances, in float32 where weights are floating, and
+    random numbers go on as before: nothing that belongs to the user is called or changed. A block whose weights are
+    elsewhere (on meta) is not tried.
+
+    Args:
+        blocks: of a tower, by number, patched or not yet.
+        shape: of the tokens.
+        theirs: ``theirs(copy, x)``, what the block computes by itself; None: it can't be said.
+        ours: ``ours(copy, x)``.
+
+    Raises:
+        TypeError: a block is not made of the parts that its class is known for.
+        ValueError: the results differ by more than rounding, or a block fails by itself.
+    """
+    for index, block in blocks.items():
+        if not any(tensor.is_meta for tensor in tensors(block)):
+            _try(index, block, shape, theirs, ours)
+
+
+def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
+    what = f"block {index}, a {type(block).__name__},"
+    twin = bare_copy(block).eval()
+    plain = are_plain(twin)
+    if plain and next(twin.parameters()).dtype != torch.float64:
+        twin.float()  # a CPU may not compute in float16, and a block may mix it with float32 outside of autocast
+    weight = next((p for p in twin.parameters() if p.is_floating_point()), torch.empty(()))
+    rng = torch.Generator().manual_seed(index)
+    x = torch.randn(shape, generator=rng).to(weight.device, weight.dtype)
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    # by the weights' dtype, whatever the caller's autocast
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), torch.random.fork_rng(devices):
+        torch.manual_seed(index)
+        try:
+            want = theirs(twin, x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{what} fails on random tokens, patched or not, so that it can't be tried: {error}"
+            ) from error
+        if want is None:
+            return
+        torch.manual_seed(index)
+        try:
+            got = ours(twin, x)
+        except AttributeError as error:
+            raise TypeError(
+                f"{what} is not made of what its class is made of in the versions that are known ({error}): another "
+                "version of its library may do"
+            ) from error
+    rounded = not plain or any(_rounds(module) for module in twin.modules())
+    gap = off_by(got, want, x, _ROUNDED if rounded else _EXACT)
+    if gap is not None:
+        raise ValueError(
+            f"{what} computes something else than blocks of its class do in the versions that are known (off by "
+            f"{gap:.2g} of what it adds to random tokens): tokens can't be merged in it"
+        )
+
+
+def _rounds(module: nn.Module) -> bool:
+    """Return whether a module, by its name, computes with few bits: one step more or less is no fault."""
+    kind = type(module)
+    named = f"{kind.__module__}.{kind.__qualname__}".lower()
+    return "quant" in named and kind is not nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def off_by(got: Tensor, want: Tensor, x: Tensor, tolerance: float) -> float | None:
+    """Return how far two results are apart, as a share of what was added to ``x``, if by more than the tolerance."""
+    got, want, x = got.double(), want.double(), x.double()
+    added = (want - x).norm().item()
+    error = (got - want).norm().item()
+    # x itself is rounded too, which shows where a block adds next to nothing to it
+    return None if error <= tolerance * added + 1e-6 * want.norm().item() else error / max(added, 1e-30)
