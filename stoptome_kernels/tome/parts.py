@@ -59,7 +59,8 @@ def own_forward(module: Any) -> Any:
     The module's own method, which some libraries leave there when they go, is nobody's: it is taken away.
     """
     forward: Any = module.__dict__.get("forward")
-    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
+    own: Any = type(module)
+    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is own.forward:
         del module.forward
         return None
     return forward

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patched model merges, for a reader: a table, one line for a log, and warnings where less is done than asked."""
+"""What a patched model merges, for a reader: a table, a line for a log, a warning where less is done than asked."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def warn_capped(asked: Sequence[int | None], schedule: Schedule) -> None:
         wanted = sum(r for r in asked if r is not None)
         done = sum(step.r for r, step in zip(asked, schedule.steps, strict=True) if r is not None)
         warnings.warn(
-            f"tome_r asks for {wanted} of {schedule.tokens_in} tokens to be merged, of which {done} are: a layer merges "
-            f"at most half of its unprotected tokens, layers {short[0]} to {short[-1]} fewer than asked "
+            f"tome_r asks for {wanted} of {schedule.tokens_in} tokens to be merged, {done} are: a layer merges at most "
+            f"half of its unprotected tokens, layers {short[0]} to {short[-1]} fewer than asked "
             f"(tokens behind each layer: {', '.join(map(str, schedule.tokens))})",
             stacklevel=4,
         )

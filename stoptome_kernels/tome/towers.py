@@ -106,7 +106,7 @@ def own_embedding(block: Any) -> Any:
 def _frames(model: Any) -> int | None:
     configs = (getattr(model, name, None) for name in ("task_config", "config"))
     for owner, name in ((model, "video_frames"), *((config, "max_frames") for config in configs)):
-        value = getattr(owner, name, None)
+        value: Any = getattr(owner, name, None)
         if hasattr(value, "__index__") and not isinstance(value, bool) and value > 0:
             return operator.index(value)
     return None

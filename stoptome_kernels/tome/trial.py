@@ -57,9 +57,7 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
         try:
             want = theirs(twin, x)
         except RuntimeError as error:
-            raise ValueError(
-                f"{what} fails on random tokens, patched or not, so that it can't be tried: {error}"
-            ) from error
+            raise ValueError(f"{what} fails on random tokens by itself, so that it can't be tried: {error}") from error
         if want is None:
             return
         torch.manual_seed(index)

@@ -42,7 +42,7 @@ class Multihead(Attention):
     """``nn.MultiheadAttention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
 
     def forward(self, query, *args, **options):
-        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too where ``Ask`` is given."""
+        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``; with ``Ask`` it is key and value too."""
         ask = options.get("attn_mask")
         if not isinstance(ask, Ask):
             return super().forward(query, *args, **options)  # type: ignore[misc]

@@ -41,8 +41,8 @@ PADDING = 2.0**-100
 # Of blocks that are not called one after the other, from the first to the last.
 ALONE = (
     "call the model as a whole, read single layers by forward_intermediates or output_hidden_states where it has them, "
-    "or take the patch out (remove_tome_patch); spread(tokens) of stoptome_kernels.vit.tokens gives every original token "
-    "its row"
+    "or take the patch out (remove_tome_patch); stoptome_kernels.vit.tokens.spread(tokens) gives every original token its "
+    "row"
 )
 
 
@@ -73,8 +73,8 @@ class Tokens(NamedTuple):
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> NoReturn:
         """Raise: somebody took them for a tensor."""
         raise TypeError(
-            f"{getattr(function, '__name__', function)} got merged tokens (Tokens), which is what the blocks of a patched "
-            f"model give one another: {ALONE}"
+            f"{getattr(function, '__name__', function)} got merged tokens (Tokens), which the blocks of a patched model "
+            f"give one another: {ALONE}"
         )
 
     def but(self, **changes: Any) -> Tokens:

@@ -220,7 +220,9 @@ def find(model: nn.Module) -> Vit | None:
     patches = getattr(embeddings, "patch_embeddings", embeddings).num_patches
     protected = _FAMILIES[name].classes + getattr(tower.config, "num_register_tokens", 0)
     mixins = tuple(_mixin(block, name) for block in blocks)
-    attentions = tuple(_attentions(getattr(block, mixin.tome_names[0])) for block, mixin in zip(blocks, mixins))
+    attentions = tuple(
+        _attentions(getattr(block, mixin.tome_names[0])) for block, mixin in zip(blocks, mixins, strict=True)
+    )
     around = path if runner is tower else (*path, runner)
     runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2))
     return Vit(
