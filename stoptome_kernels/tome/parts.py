@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 # the last two stand for plain weights while a graph is made
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -59,9 +60,9 @@ def own_forward(module: Any) -> Any:
     The module's own method, which some libraries leave there when they go, is nobody's: it is taken away.
     """
     forward: Any = module.__dict__.get("forward")
-    own: Any = type(module)
-    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is own.forward:
-        del module.forward
+    kind: Any = type(module)
+    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is kind.forward:
+        module.__dict__.pop("forward")
         return None
     return forward
 
@@ -77,6 +78,18 @@ def are_plain(module: nn.Module) -> bool:
     return all(type(weight) in _PLAIN and weight.is_floating_point() for weight in module.parameters())
 
 
+def _copied(value: Any) -> Any:
+    """Return a copy where there can be one: not of a lock, a stream, or of tensors of a class that can't be copied."""
+    if type(value) is nn.Parameter:
+        return nn.Parameter(value.detach().clone(), value.requires_grad)
+    if type(value) is Tensor:  # even one that was computed, as torch's old weight_norm keeps it
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
+
+
 def bare_copy(module: Any) -> Any:
     """Return a deep copy of a module, weights included, without hooks and without forwards put on instances.
 
@@ -89,10 +102,15 @@ def bare_copy(module: Any) -> Any:
         for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hook holds the weights of a whole model
             if name in part.__dict__:
                 memo[id(part.__dict__[name])] = None
-        for value in part.__dict__.values():  # deepcopy refuses what was computed, as torch's old weight_norm does
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = copy.deepcopy(module, dict(memo))
+    except Exception:  # of whatever somebody's own objects raise: those are shared
+        for part in module.modules():
+            own = [value for name, value in part.__dict__.items() if name not in _EVERY_MODULE]
+            for value in (*own, *part._parameters.values(), *part._buffers.values()):
+                if id(value) not in memo:
+                    memo[id(value)] = _copied(value)
+        twin = copy.deepcopy(module, memo)
     for part in twin.modules():
         for name in ("forward", "_old_forward", "_hf_hook"):
             if part.__dict__.get(name, part) is None:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ..api import attention, match, merge, merge_norm
 from ..ops import merge_norm as fused
 from ..plan import MergePlan
-from .parts import is_bare, is_plain
+from .parts import bare_copy, is_bare, is_plain
 from .schedule import Schedule, Step
 from .swap import Patched
 
@@ -76,8 +76,21 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def known_classes(block: Any) -> tuple[type, ...]:
-    """The classes of a block's attention and norms, whose weights are read for as long as they have these classes."""
-    return type(block.attn), type(block.ln_1), type(block.ln_2)
+    """The classes of a block's attention and norms, whose weights are read for as long as they have these classes.
+
+    Of norms those that compute what torch's LayerNorm does, in whatever dtype: others are called.
+    """
+    norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _is_layer_norm(norm))
+    return type(block.attn), *norms
+
+
+@torch.no_grad()
+def _is_layer_norm(norm: nn.LayerNorm) -> bool:
+    if type(norm) is nn.LayerNorm or norm.weight.is_meta:
+        return type(norm) is nn.LayerNorm
+    twin = bare_copy(norm)
+    x = torch.linspace(-2, 3, 2 * norm.weight.numel()).sin().view(2, -1).to(norm.weight)
+    return torch.allclose(twin(x), layer_norm(twin, x), rtol=1e-2, atol=1e-2)
 
 
 def _is_read(block: Any, norm: Any) -> bool:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -125,6 +128,7 @@ def check_tower(tower: Tower) -> None:
         check_free(module, *own)
     for block in tower.blocks:
         _check_block(block, tower.kind)
+    warn_of_sharing(tower.around[0], tower.blocks)
 
 
 def check_unsharded(*modules: Any) -> None:
@@ -150,6 +154,26 @@ def check_free(module: Any, *names: str) -> None:
                 f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
                 "and which would hide the patch: patch first, then hand the model to that library"
             )
+
+
+def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
+    """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
+
+    Python knows who refers to an object; modules hold others in their ``_modules``.
+    """
+    inside = {id(module._modules) for module in model.modules()}
+    for holder in gc.get_referrers(*blocks):
+        if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
+            warnings.warn(
+                f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
+                "from now on: patch a copy (copy.deepcopy) if that is not wanted",
+                stacklevel=4,
+            )
+            return
+
+
+def _is_of_a_module(modules: dict) -> bool:
+    return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))
 
 
 def _check_block(block: Any, kind: str) -> None:
@@ -179,7 +203,10 @@ def _check_block(block: Any, kind: str) -> None:
 
 def _check_attention(attn: Any, what: str) -> None:
     if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
-        raise TypeError(f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {attn}")
+        raise TypeError(
+            f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {type(attn).__name__}: "
+            "take adapters off, or fold them into the weights, before patching"
+        )
     for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
         if getattr(attn, setting) != right:
             raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {right}")
@@ -196,7 +223,8 @@ def _check_low_rank(attn: Any, what: str) -> None:
     if shapes != right or set(attn._modules) != {"out_proj"}:
         raise TypeError(
             f"{what}.attn must be TempMe's attention, which has the parameters {', '.join(right)} and no other part, "
-            f"got {attn} with {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+            f"got {type(attn).__name__} with {', '.join(f'{name} {shape}' for name, shape in shapes.items())}: take "
+            "adapters off, or fold them into the weights, before patching"
         )
     heads, d = getattr(attn, "num_heads", 0), getattr(attn, "head_dim", 0)
     if heads * d != width:

@@ -52,17 +52,17 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
     x = torch.randn(shape, generator=rng).to(weight.device, weight.dtype)
     devices = [weight.device] if weight.device.type == "cuda" else []
     # by the weights' dtype, whatever the caller's autocast
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), torch.random.fork_rng(devices):
-        torch.manual_seed(index)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
-            want = theirs(twin, x)
+            with torch.random.fork_rng(devices):
+                want = theirs(twin, x)
         except RuntimeError as error:
             raise ValueError(f"{what} fails on random tokens by itself, so that it can't be tried: {error}") from error
         if want is None:
             return
-        torch.manual_seed(index)
         try:
-            got = ours(twin, x)
+            with torch.random.fork_rng(devices):  # from where the other began
+                got = ours(twin, x)
         except AttributeError as error:
             raise TypeError(
                 f"{what} is not made of what its class is made of in the versions that are known ({error}): another "

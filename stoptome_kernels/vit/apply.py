@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +12,9 @@ from .. import checks
 from ..tome.config import ToMeConfig
 from ..tome.schedule import parse_r
 from ..tome.swap import Patched, swap, unswap
-from ..tome.towers import check_free, check_unsharded
+from ..tome.towers import check_free, check_unsharded, warn_of_sharing
 from ..tome.trial import try_blocks
-from .block import Block
+from .block import Attention, Block
 from .tokens import Layer, Merging, Shape, Tokens
 from .towers import Vit
 
@@ -56,7 +54,7 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
             f"blocks of {type(vit.runner).__name__} are part of another model, which is patched already: patch copies "
             "(copy.deepcopy), or that model alone"
         )
-    _warn_of_sharing(vit)
+    warn_of_sharing(vit.around[0], vit.blocks)
     fresh = {index: block for index, block in enumerate(vit.blocks) if not isinstance(block, Patched)}
     parts = [(block, vit.mixins[index]) for index, block in fresh.items()]
     parts += [part for index in fresh for part in vit.attentions[index]]
@@ -67,6 +65,8 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     try:
         for module, mixin in parts:
             swap(module, mixin)
+            if isinstance(module, Attention):
+                module.tome_settle()
         _try(vit, fresh)
     except Exception:
         for module, _ in parts:
@@ -119,23 +119,3 @@ def _try(vit: Vit, blocks: dict[int, Any]) -> None:
         return block.tome_run(Tokens(x, x.new_ones(x.shape[:2]).float()), *args, **options).x
 
     try_blocks(blocks, (2, vit.protected + 6, vit.width), theirs, ours)
-
-
-def _warn_of_sharing(vit: Vit) -> None:
-    """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
-
-    Python knows who refers to an object; modules hold others in their ``_modules``.
-    """
-    inside = {id(module._modules) for module in vit.around[0].modules()}
-    for holder in gc.get_referrers(*vit.blocks):
-        if isinstance(holder, dict) and id(holder) not in inside and _belongs_to_a_module(holder):
-            warnings.warn(
-                f"some blocks of {type(vit.around[0]).__name__} are also in another module, which gets merged tokens "
-                "from them from now on: patch a copy (copy.deepcopy) if that is not wanted",
-                stacklevel=4,
-            )
-            return
-
-
-def _belongs_to_a_module(modules: dict) -> bool:
-    return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))

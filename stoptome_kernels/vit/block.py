@@ -82,6 +82,9 @@ class Ask:
 class Attention(Patched):
     """A block's attention. Called with :class:`Ask` it attends by sizes and tells its keys; else it does as before."""
 
+    def tome_settle(self) -> None:
+        """Note what the module was like when it was tried out."""
+
 
 def _check_wrapped(block: Block, attn: Any) -> None:
     """Raise if a module that took the place of a block's attention does not hold the attention that was patched.

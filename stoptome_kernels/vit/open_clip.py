@@ -164,7 +164,8 @@ def _mixin(block: Any) -> type[Block]:
     if home != _HOME or name != "CustomResidualAttentionBlock" or name_of(block.attn) != (_HOME, "Attention"):
         raise TypeError(
             f"don't know how to merge tokens in {what} with the attention {type(block.attn).__name__}: known are "
-            "ResidualAttentionBlock with torch.nn.MultiheadAttention and CustomResidualAttentionBlock with Attention"
+            "ResidualAttentionBlock with torch.nn.MultiheadAttention and CustomResidualAttentionBlock with Attention; "
+            "patch before another library replaces it"
         )
     if block.attn.logit_scale is not None:
         raise ValueError(

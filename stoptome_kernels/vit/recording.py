@@ -9,17 +9,16 @@ module, where it would hide a patch. Before 5.4 DINOv2's encoder collects itself
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from ..tome.parts import own_forward
 from ..tome.swap import Patched
 from .tokens import Tokens, spread
 from .towers import older
 
-_HOOKS = "transformers.utils.output_capturing"
 _FORWARDS = os.path.join("transformers", "utils", "generic.py")  # torch.compile knows it of nested functions
 
 
@@ -41,11 +40,6 @@ def recorded(module: Any, what: str) -> bool:
     return what in (_active_collector.get() or ())
 
 
-def is_recording_hook(hook: Callable) -> bool:
-    """Whether a forward hook is the library's own."""
-    return getattr(hook, "__module__", None) == _HOOKS
-
-
 def tidy(root: nn.Module) -> None:
     """Take out what recording left on modules: forwards of recorders, and modules' own methods as their attributes."""
     for module in root.modules():
@@ -53,10 +47,9 @@ def tidy(root: nn.Module) -> None:
         kept = forward
         while _is_recorder(kept):
             kept = kept.__wrapped__
-        if isinstance(kept, MethodType) and kept.__self__ is module and kept.__func__ is type(module).forward:
-            del module.forward
-        elif kept is not forward:
+        if kept is not forward:
             module.forward = kept
+        own_forward(module)
 
 
 def _is_recorder(forward: Any) -> bool:

@@ -171,7 +171,7 @@ def _mixin(block: Any) -> type[Block]:
     if (attn.__module__, attn.__qualname__) not in _ATTENTION:
         raise TypeError(
             f"don't know how to merge tokens in {kind.__name__} with the attention {attn.__name__}: known are "
-            f"{', '.join(sorted({name for _, name in _ATTENTION}))}"
+            f"{', '.join(sorted({name for _, name in _ATTENTION}))}; patch before another library replaces it"
         )
     return mixin
 

@@ -41,9 +41,15 @@ PADDING = 2.0**-100
 # Of blocks that are not called one after the other, from the first to the last.
 ALONE = (
     "call the model as a whole, read single layers by forward_intermediates or output_hidden_states where it has them, "
-    "or take the patch out (remove_tome_patch); stoptome_kernels.vit.tokens.spread(tokens) gives every original token its "
-    "row"
+    "or take the patch out (remove_tome_patch)"
 )
+
+
+_NOT_A_TENSOR = f"merged tokens (Tokens) are no tensor, blocks of a patched model give them to one another: {ALONE}"
+
+
+def _not_a_tensor(what: str) -> NoReturn:
+    raise TypeError(f"{what} got merged tokens (Tokens): {_NOT_A_TENSOR}")
 
 
 class Tokens(NamedTuple):
@@ -69,13 +75,25 @@ class Tokens(NamedTuple):
     padded: bool = False
     kept: bool = False
 
+    # Whoever takes them for a tensor is told so, in place of "tuple indices must be integers".
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> NoReturn:
-        """Raise: somebody took them for a tensor."""
-        raise TypeError(
-            f"{getattr(function, '__name__', function)} got merged tokens (Tokens), which the blocks of a patched model "
-            f"give one another: {ALONE}"
-        )
+        _not_a_tensor(getattr(function, "__name__", str(function)))
+
+    def _arithmetic(self, other: Any) -> NoReturn:
+        _not_a_tensor("arithmetic")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _arithmetic
+    __matmul__ = __rmatmul__ = _arithmetic
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) or index is None or index is ...:
+            _not_a_tensor("indexing")
+        return tuple.__getitem__(self, index)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Tokens have no {name}: {_NOT_A_TENSOR}")
 
     def but(self, **changes: Any) -> Tokens:
         """These with other fields: ``_replace``, which torch 2.6 can't trace."""

@@ -136,7 +136,19 @@ class _Dinov2(_Layer):
 
 class _Inner(Attention):
     """The module that projects to queries, keys and values, which takes :class:`.block.Ask` for an
-    ``attention_mask``."""
+    ``attention_mask``.
+
+    Attributes:
+        tome_implementation: the name of the attention implementation that it was tried out with.
+    """
+
+    tome_implementation: str | None
+
+    def tome_settle(self) -> None:
+        self.tome_implementation = _implementation(self)
+
+    def tome_undo(self) -> None:
+        self.__dict__.pop("tome_implementation", None)
 
     def forward(self, hidden_states, *args, **options):
         """``hidden_states (N, T, D)``."""
@@ -144,6 +156,12 @@ class _Inner(Attention):
         if not isinstance(ask, Ask):
             return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
         attn: Any = self
+        if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
+            raise ValueError(
+                f"{type(attn).__name__} got the attention implementation {name!r} after it was patched, which may "
+                "compute something else: set it first, then patch (remove_tome_patch, set_attn_implementation, "
+                "apply_tome_patch)"
+            )
         heads = _first(attn, "num_heads", "num_attention_heads")
         projections = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key"), _first(attn, "v_proj", "value")
         biases = (getattr(attn, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
@@ -157,6 +175,22 @@ class _Inner(Attention):
         out = attend(q, k, v, ask.size, _first(attn, "scale", "scaling"), dropout)
         output = getattr(attn, "out_proj", None) or getattr(attn, "o_proj", None)  # None: it is outside
         return (out if output is None else output(out)), None
+
+
+def _implementation(attn: Any) -> str | None:
+    return attn.config._attn_implementation
+
+
+# The library's own, which all compute the same.
+_IMPLEMENTATIONS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    None,
+)
 
 
 class _Outer(Attention):
@@ -255,7 +289,14 @@ def _mixin(block: Any, name: str) -> type[_Layer]:
             f"don't know how to merge tokens in {type(block).__name__} of {type(block).__module__}: known is "
             f"transformers' {family.layer}"
         )
-    return _VideoMAE if hasattr(block, "intermediate") else family.mixin
+    mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
+    for attn in _parts(getattr(block, mixin.tome_names[0])):
+        if name_of(attn)[0] != _home(name):
+            raise TypeError(
+                f"don't know how to merge tokens in {type(block).__name__} with the attention {type(attn).__name__}: "
+                "known is transformers' own; patch before another library replaces it"
+            )
+    return mixin
 
 
 def _attentions(attn: nn.Module) -> tuple[tuple[Any, type], ...]:

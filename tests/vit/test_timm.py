@@ -106,6 +106,49 @@ def test_another_pool():
     assert features(model, *inputs).shape[1] == case.tokens
 
 
+def test_a_pool_that_is_set_later():
+    """Is asked for again: a mean over merged tokens as equals would be another mean."""
+    case = BY_NAME["vit"]
+    model, inputs = build(case), case.inputs(2)
+    stk.apply_tome_patch(model, 6)
+    assert features(model, *inputs).shape[1] < case.tokens
+    model.global_pool = "avg"
+    assert features(model, *inputs).shape[1] == case.tokens
+    wanted = build(case)
+    wanted.global_pool = "avg"
+    assert torch.equal(model(*inputs), stk.apply_tome_patch(wanted, 6)(*inputs))
+    model.global_pool = "token"
+    assert features(model, *inputs).shape[1] < case.tokens
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, Eva])
+@pytest.mark.parametrize("merge", [0, 6])
+def test_attention_weights_that_somebody_looks_at(kind, merge):
+    """Without fused_attn the library calls attn_drop on them; a hook there sees them, and may change them."""
+    model, x, seen = kind(**SIZE).eval(), images(2)[0], []
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, p[0].numel() ** -0.5)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    stk.apply_tome_patch(model, merge)
+    want = model(x)
+    hooks = [b.attn.attn_drop.register_forward_hook(lambda _m, _a, out: seen.append(out.shape)) for b in model.blocks]
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    tokens = [65 + model.num_prefix_tokens - 1 - merge * layer for layer in range(4)]
+    assert [tuple(shape) for shape in seen] == [(2, 3, count, count) for count in tokens]
+    for hook in hooks:
+        hook.remove()
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out))
+    got = model(x)
+    with torch.no_grad():
+        model.blocks[1].attn.attn_drop._forward_hooks.clear()
+        model.blocks[1].attn.proj.weight.zero_()  # of no value only the bias is left
+        torch.testing.assert_close(model(x), got, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}])
 def test_any_size_of_image(options):
     model = VisionTransformer(**SIZE, dynamic_img_size=True, global_pool="avg", **options).eval()

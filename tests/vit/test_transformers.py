@@ -329,6 +329,23 @@ def test_another_attention_is_found_out(family):
         patched(model)
 
 
+def test_another_attention_after_the_patch(family):
+    """Is refused where tokens are merged; the library's own compute the same, and are not."""
+    name = "half"
+    hf.AttentionInterface.register(name, lambda module, q, k, v, *_, **__: (0.5 * v.transpose(1, 2), None))
+    model, inputs = patched(build(family)), family.inputs(2)
+    want = family.answer(model(*inputs))
+    for implementation in ("eager", name):
+        for block in family.blocks(model):
+            attn = block.self_attn if hasattr(block, "self_attn") else block.attention
+            getattr(attn, "attention", attn).config._attn_implementation = implementation
+        if implementation == "eager":
+            close(family.answer(model(*inputs)), want)
+        else:
+            with pytest.raises(ValueError, match=r"'half' after it was patched.*set_attn_implementation"):
+                model(*inputs)
+
+
 def test_an_old_version(monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(

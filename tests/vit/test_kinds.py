@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What else people do around a patch, in every family: the trial, threads, wrappers, removal, loops of their own."""
+
+import copy
+import gc
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import stoptome_kernels as stk
+import torch
+import torch.distributed as dist
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from stoptome_kernels.tome.swap import Patched
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+
+from support.situations import WAYS_OUT, Family, attention, families, get, mlp_out, norm
+
+FAMILIES = list(families())
+READ_ATTENTION = ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")
+READ = [family for family in FAMILIES if family.layers]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request) -> Family:
+    return request.param
+
+
+def tensors(given) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, torch.Tensor)]
+
+
+def same(got, want) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(want), strict=True))
+
+
+# the trial leaves no trace
+
+
+class Folding(nn.Linear):
+    """As adapters do: ``eval()`` folds something into the weight, ``train()`` takes it out again."""
+
+    folded = False
+
+    def train(self, mode: bool = True):
+        if mode == self.folded:
+            self.weight.data += -1.0 if mode else 1.0
+            self.folded = not mode
+        return super().train(mode)
+
+
+class Observer(nn.Module):
+    """Counts calls in a buffer and in an attribute, and keeps what it saw; noise, too, in training."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen, self.lock = [], threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            self.calls += 1
+            self.seen.append(x)
+        return self.inner(x) + (0.1 * torch.randn_like(x[..., :1]) if self.training else 0)
+
+
+def folding(linear: nn.Linear) -> Folding:
+    new = Folding(linear.in_features, linear.out_features, linear.bias is not None)
+    new.load_state_dict(linear.state_dict())
+    return new
+
+
+def test_the_trial_leaves_no_trace(family):
+    model, calls = family.make(), []
+    for block in family.blocks(model):
+        owner, name = mlp_out(block)
+        setattr(owner, name, Observer(folding(getattr(owner, name))))
+        for module in block.modules():
+            module.register_forward_hook(lambda *_: calls.append(1))
+            if family.name in READ_ATTENTION:  # which refuse hooks on their attention
+                get(attention(block))._forward_hooks.clear()
+                get(attention(block)).out_proj._forward_hooks.clear()
+    get(norm(family.block(model))).train()  # modes of the user's own, part by part
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    rng = torch.get_rng_state(), random.getstate()
+    family.patch(model)
+    assert torch.equal(torch.get_rng_state(), rng[0])
+    assert random.getstate() == rng[1]
+    assert calls == []
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert same(model.state_dict(), state)
+    assert not any(module.seen for module in model.modules() if isinstance(module, Observer))
+    family.run(model)
+    assert calls
+
+
+def test_the_trial_frees_its_copies(family):
+    model = family.make()
+    gc.collect()
+    before = sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
+    family.patch(model)
+    gc.collect()
+    assert sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects()) == before
+
+
+# threads, and layers that are read
+
+
+@pytest.mark.parametrize("family", READ, ids=lambda family: family.name)
+def test_threads(family):
+    """Layers of one image are read while another thread does the same, or asks for the answer alone."""
+    model = family.patch(family.make())
+    with torch.no_grad():
+        layers, answer, wrong = family.layers(model), family.run(model), []
+    start = threading.Barrier(3)
+
+    def work(call: Callable, want) -> None:
+        start.wait()
+        with torch.no_grad():
+            for _ in range(8):
+                if not same(call(model), want):
+                    wrong.append(call)
+
+    threads = [
+        threading.Thread(target=work, args=task) for task in [(family.layers, layers)] * 2 + [(family.run, answer)]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch looks for tensors alone in what is given
+@pytest.mark.parametrize("family", READ, ids=lambda family: family.name)
+def test_layers_that_are_read_through_hooks(family):
+    """A full backward hook wraps what a block gives once more, and sees its gradient."""
+    model = family.patch(family.make())
+    want, calls = family.layers(model), []
+    plain = torch.autograd.grad(sum(x.double().sin().sum() for x in tensors(want)), weights(family, model))
+    for block in family.blocks(model):
+        block.register_full_backward_hook(lambda *_: calls.append(1))
+    got = family.layers(model)
+    assert same(got, want)
+    grads = torch.autograd.grad(sum(x.double().sin().sum() for x in tensors(got)), weights(family, model))
+    for one, other in zip(grads, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def weights(family: Family, model) -> list[torch.Tensor]:
+    return [p for p in family.blocks(model)[0].parameters() if p.requires_grad and p.dim() > 1]
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", READ, ids=lambda family: family.name)
+def test_layers_that_are_read_from_sharded_blocks(family, mesh):
+    model = family.patch(family.make())
+    want = family.layers(model)
+    for block in family.blocks(model):
+        fully_shard(block, mesh=mesh)
+    got = family.layers(model)
+    assert same(got, want)
+    sum(x.sin().sum() for x in tensors(got)).backward()
+
+
+# removal, and patching again, around other libraries
+
+
+def test_removal_around_accelerate(family):
+    """Its hooks on blocks call the patched forward: refused. What it leaves when it goes is taken away."""
+    model = family.make()
+    with torch.no_grad():
+        plain = family.run(model)
+        merged = family.run(family.patch(model))
+        for block in family.blocks(model):
+            add_hook_to_module(block, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        assert torch.equal(family.run(model), merged)
+        if any(isinstance(block, Patched) for block in family.blocks(model)):  # StopModel's need no other class
+            with pytest.raises(RuntimeError, match=r"forward of its own after it was patched.*remove_hook_from_module"):
+                stk.remove_tome_patch(model)
+            assert torch.equal(family.run(model), merged)
+        remove_hook_from_module(model, recurse=True)
+        assert any("forward" in block.__dict__ for block in family.blocks(model))
+        stk.remove_tome_patch(model)
+        assert torch.equal(family.run(model), plain)
+        assert torch.equal(family.run(family.patch(model)), merged)
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, lambda block: torch.compile(block, backend="eager")])
+def test_removal_behind_wrappers(family, wrap):
+    model = family.make()
+    before = {id(module): type(module) for module in model.modules()}
+    family.patch(model)
+    blocks = family.blocks(model)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in blocks:
+                module._modules[name] = wrap(child)
+    assert stk.remove_tome_patch(model) is model
+    assert all(type(module) is before[id(module)] for module in model.modules() if id(module) in before)
+    assert not stk.is_patched(model)
+
+
+def test_removal_of_nothing(family):
+    model = family.make()
+    before = {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()}
+    for untouched in (model, nn.Linear(2, 2)):
+        assert stk.remove_tome_patch(untouched) is untouched
+        assert not stk.is_patched(untouched)
+    assert {name: (type(module), set(module.__dict__)) for name, module in model.named_modules()} == before
+
+
+def test_a_forward_that_another_library_left(family):
+    """A bound method of the block itself is no reason to refuse the model."""
+    model = family.make()
+    with torch.no_grad():
+        want = family.run(family.patch(family.make()))
+        for block in family.blocks(model):
+            block.forward = block.forward
+        assert torch.equal(family.run(family.patch(model)), want)
+
+
+# loops of one's own, shared blocks
+
+
+TIMM = [family for family in FAMILIES if family.name.startswith("timm")]
+
+
+@pytest.mark.parametrize("family", TIMM, ids=lambda family: family.name)
+def test_loops_over_blocks(family):
+    model = family.patch(family.make())
+    rope = [] if not hasattr(model, "rope") or model.rope is None else [model.rope.get_embed((8, 8))]
+    if rope and rope[0].dim() == 3:
+        rope = [rope[0][0]]
+    x = torch.randn(2, model.pos_embed.shape[1] if model.pos_embed is not None else 64 + model.num_prefix_tokens, 48)
+    says = r"got merged tokens \(Tokens\).*remove_tome_patch"
+    tokens = model.blocks[1](model.blocks[0](x, *rope), *rope)
+    for use in (
+        nn.LayerNorm(48), nn.Linear(48, 2), torch.mean, lambda x: x + 1.0, lambda x: torch.ones(1) + x, lambda x: 2 * x,
+        lambda x: x[:, 0], lambda x: x @ torch.ones(48),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=says):
+            use(tokens)
+    with pytest.raises(AttributeError, match=r"Tokens have no shape: merged tokens.*remove_tome_patch"):
+        tokens.shape  # noqa: B018
+    with pytest.raises(RuntimeError, match=r"block 2 got a plain tensor.*remove_tome_patch"):
+        model.blocks[2](x, *rope)
+    model.blocks = model.blocks[:-1]
+    with pytest.raises(TypeError, match=says):
+        family.run(model)
+
+
+def test_blocks_of_two_models(family):
+    model = family.make()
+    other = nn.Sequential(*family.blocks(model))
+    with pytest.warns(UserWarning, match=r"also in another module.*deepcopy"):
+        family.patch(model)
+    del other
+
+
+def test_patched_blocks_in_another_model():
+    family = TIMM[0]
+    model, other = family.patch(family.make()), family.make()
+    other.blocks = model.blocks
+    with pytest.raises(ValueError, match=r"part of another model, which is patched already.*deepcopy"):
+        family.patch(other)
+
+
+# what can't follow merging
+
+
+def test_what_can_not_follow(family):
+    model = family.patch(family.make())
+    if any(isinstance(module, Patched) for module in model.modules()):
+        with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile.*remove_tome_patch"):
+            torch.jit.script(model)
+
+
+@pytest.mark.parametrize("family", TIMM[:1], ids=lambda family: family.name)
+def test_fx(family):
+    with pytest.raises(TypeError, match=r"torch.fx can't trace merging.*torch.export"):
+        torch.fx.symbolic_trace(family.patch(family.make()))
+    assert WAYS_OUT.search("remove_tome_patch")

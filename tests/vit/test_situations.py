@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people put on patched models: as without the patch, or refused, in every family (docs/situations.md)."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from support.situations import AS_BEFORE, SITUATIONS, Family, Situation, expected, families, near, outcome
+
+FAMILIES = list(families())
+PAGE = expected()
+QUICK = ("timm-avg", "open_clip-clip", "transformers-vit", "STOP, DGL")  # one of each way to attend
+
+
+def cells(chosen):
+    """Families × situations; those of families that do as others do take no time of ``make check``."""
+    return [
+        pytest.param(family, situation, id=f"{family.name}-{situation.name}", marks=() if name else pytest.mark.slow)
+        for family in chosen
+        for situation in SITUATIONS
+        for name in [family.name in QUICK]
+    ]
+
+
+def test_the_page_has_every_cell():
+    assert set(PAGE) == {(situation.name, family.name) for situation in SITUATIONS for family in FAMILIES}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize(("family", "situation"), cells(FAMILIES))
+def test_outcome(family: Family, situation: Situation):
+    assert outcome(situation, family) == PAGE[situation.name, family.name]
+
+
+def under_autocast(family: Family, model) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return family.run(model).float()
+
+
+def alike_in_bfloat16(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """By the median: rounding may choose other tokens, whose own rows are then far off."""
+    return bool((got - want).abs().median() <= 0.02 * want.abs().median())
+
+
+def compiled(family: Family, model) -> torch.Tensor:
+    torch._dynamo.reset()
+    return torch.compile(lambda: family.run(model), backend="eager")()
+
+
+def checkpointed(family: Family, model) -> torch.Tensor:
+    """Gradients of the first block, with every block computed a second time."""
+
+    def wrapped(forward):
+        return lambda *args, **options: checkpoint(forward, *args, use_reentrant=False, **options)
+
+    for block in family.blocks(model):
+        block.forward = wrapped(block.forward)
+    family.run(model).sin().sum().backward()
+    return torch.cat([p.grad.flatten() for p in family.blocks(model)[0].parameters() if p.grad is not None])
+
+
+WAYS = {
+    "autocast": (under_autocast, alike_in_bfloat16),
+    "compiled": (compiled, near),
+    "checkpointed": (checkpointed, near),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, behind a graph break
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("family", "situation"),
+    [
+        pytest.param(*cell.values, id=cell.id, marks=() if cell.values[0].name in QUICK else pytest.mark.full)
+        for cell in cells(FAMILIES)
+        if PAGE.get((cell.values[1].name, cell.values[0].name)) == AS_BEFORE
+    ],
+)
+def test_combined(family: Family, situation: Situation, way: str):
+    call, alike = WAYS[way]
+    assert outcome(situation, family, call, alike) == AS_BEFORE
