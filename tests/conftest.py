@@ -42,6 +42,7 @@ hypothesis.settings.load_profile("default")
 NEEDED = {
     "ops/test_native.py": ("stoptome_kernels._native",),
     "retrieval/*": ("av", "faiss", "ftfy", "PIL", "safetensors", "tokenizers"),
+    "models/test_report.py": ("open_clip", "timm", "torchvision", "transformers"),
     "vit/*": ("accelerate", "onnxruntime", "open_clip", "peft", "timm", "torchvision", "transformers"),
 }
 MISSING = {

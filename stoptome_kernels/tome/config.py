@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .. import checks
@@ -28,6 +30,11 @@ _TEMPME = {
     "trace_source": "tome_tracesource", "prop_attn": "tome_propattn", "merge_layers": "merge_layer",
     "merge_frame_nums": "merge_frame_num", "merge_token_proportions": "merge_token_proportion",
 }  # fmt: skip
+# of add_tome_args
+_FLAGS = (
+    "tome_r", "tome_trace_source", "tome_prop_attn", "merge_layers", "merge_frame_nums", "merge_token_proportions",
+    "frame_pos",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class ToMeConfig:
         """
         found = {}
         for field in fields(cls):
-            for name in (_TEMPME.get(field.name, ""), f"tome_{field.name}", field.name):
+            for name in _names(field.name):
                 value = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
                 if value is not None:
                     found[field.name] = value
@@ -143,6 +150,43 @@ class ToMeConfig:
             if name in found and found[name] in (0, 1):
                 found[name] = bool(found[name])
         return cls(**found)
+
+
+def _names(setting: str) -> tuple[str, ...]:
+    """What a setting may be called in arguments; if several are there, the last counts."""
+    return (_TEMPME.get(setting, setting), f"tome_{setting}", setting)
+
+
+def nothing_said(args: object) -> str:
+    """Say what arguments lack that have none of the names that :meth:`ToMeConfig.from_args` reads; else nothing.
+
+    A name whose value is None, or 0, is there.
+    """
+    names = {name for field in fields(ToMeConfig) for name in _names(field.name)}
+    if isinstance(args, Mapping):
+        given = [name for name in args if isinstance(name, str)]
+        there = not names.isdisjoint(given)
+    else:  # dir knows slots, properties and what a class has; methods are no settings
+        given = [name for name in dir(args) if not callable(inspect.getattr_static(args, name, None))]
+        there = any(hasattr(args, name) for name in names)
+    if there:
+        return ""
+    like = _lookalike(given)
+    meant = f" (is its {like[0]} to be {like[1]}?)" if like else ""
+    return f"has none of {', '.join(_FLAGS)}, nor TempMe's names of them{meant}"
+
+
+def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:
+    """Of these names the one that is most like a flag's, and the flag; None if none is."""
+    flags = (*_FLAGS, *_TEMPME.values())
+    pairs = [(name, flag) for name in given if not name.startswith("_") for flag in flags]
+
+    def likeness(pair: tuple[str, str]) -> float:
+        name, flag = pair
+        return difflib.SequenceMatcher(None, name.lower(), flag).ratio()
+
+    best = max(pairs, key=likeness, default=None)
+    return best if best is not None and likeness(best) > 0.75 else None
 
 
 def _dashed(text: str, name: str) -> tuple:

@@ -54,10 +54,15 @@ class Merging:
 
     def describe(self, model: str) -> Description:
         """What a model merges."""
-        return Description(
-            model, self.family, self.config, self.protected, self.asked, self.video,
-            "global prompts and class tokens" if self.protected > 1 else "class tokens, or all that are left",
-        )  # fmt: skip
+        if self.protected > 1:
+            given = "global prompts and class tokens"
+        elif self.schedule.idle:
+            given = "all tokens"
+        elif self.config.merge_layers:
+            given = "class tokens"
+        else:
+            given = "the tokens that are left (sizes: tome_trace(model).sizes, with trace_source)"
+        return Description(model, self.family, self.config, self.protected, self.asked, self.video, given)
 
     def run(
         self,
@@ -78,7 +83,7 @@ class Merging:
             )
         batch = stream.x.shape[0] // items
         blocks = list(blocks)
-        self._warn_of_frozen(blocks)
+        self.warn_of_frozen(blocks)
         stream, plans = run_stack(
             blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts, whole=whole,
             trace=self.config.trace_source, checkpointing=checkpointing,
@@ -86,7 +91,7 @@ class Merging:
         self._keep(plans, batch, prompts)
         return stream
 
-    def _warn_of_frozen(self, blocks: list[Any]) -> None:
+    def warn_of_frozen(self, blocks: Iterable[Any]) -> None:
         """Say once if frame embeddings can't learn: somebody has frozen all that they don't know the name of."""
         if self._frozen_seen or not self.config.frame_pos or torch.compiler.is_compiling():
             return

@@ -9,6 +9,7 @@ exact.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from .. import checks, vit
 from . import tempme
-from .config import ToMeConfig
+from .config import ToMeConfig, nothing_said
 from .merging import Merging
-from .report import Description, logger, warn_capped
+from .report import Description, logger, warn, warn_capped
 from .schedule import Rate, Schedule, Step, plan_layers
 from .stream import Stream, known_classes, run_block
 from .swap import Patched, check_unswap, patched, swap, unswap
@@ -34,6 +35,7 @@ class _Block(Patched):
 
     Attributes:
         tome_classes: of the parts whose weights are read, see :func:`.stream.known_classes`.
+        tome_step: what it does by the schedule, for whoever prints the model.
     """
 
     tome_classes: tuple[type, ...]
@@ -48,8 +50,16 @@ class _Block(Patched):
             )
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
+    def extra_repr(self) -> str:
+        """With what the block joins and merges."""
+        own, step = super().extra_repr(), self.__dict__.get("tome_step")  # type: ignore[misc]
+        joins = f"tome_join={step.join}, tome_inter={step.inter}" if step is not None and step.join > 1 else ""
+        merges = "" if step is None else f"tome_r={step.r}"
+        return ", ".join(part for part in (own, joins, merges) if part)
+
     def tome_undo(self) -> None:
         self.__dict__.pop("tome_classes", None)
+        self.__dict__.pop("tome_step", None)
         self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]
 
 
@@ -199,7 +209,7 @@ def apply_tome_patch(
         if frames is not None:
             raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
         vit.apply(found, settings, unmerge, protected)
-        return _said(model)
+        return _said(model, found.runner)
     tower = find_tower(model)
     check_tower(tower)
     if unmerge:
@@ -239,6 +249,9 @@ def apply_tome_patch(
         for block in fresh.values():
             swap(block, for_block)
             block.tome_classes = known_classes(block)
+    if tower.kind in ("prompted", "sequence"):
+        for block, step in zip(tower.blocks, chosen.steps, strict=True):
+            block.tome_step = step
     _set_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
     family = f"{type(tower.runner).__name__} ({type(tower.runner).__module__})"
     if tower.kind == "tempme":
@@ -247,11 +260,14 @@ def apply_tome_patch(
         tower.runner.tome = Merging(settings, chosen, schedule(video), family, tower.protected)
     if tower.kind != "tempme" or scheduled:
         warn_capped(tower.runner.tome.asked, chosen)
-    return _said(model)
+    return _said(model, tower.runner)
 
 
-def _said(model: nn.Module) -> nn.Module:
-    logger.info("%s", describe(model).line)
+def _said(model: nn.Module, runner: nn.Module) -> nn.Module:
+    """Log what was patched just now, whatever else in the model is."""
+    merging = _held(runner)
+    if merging is not None and logger.isEnabledFor(logging.INFO):
+        logger.info("%s", merging.describe(_name(model)).line)
     return model
 
 
@@ -336,13 +352,25 @@ def describe(model: nn.Module) -> Description:
         ValueError: several towers in the model are patched: describe them one by one.
     """
     merging = _merging(model)
-    return Description(type(model).__name__) if merging is None else merging.describe(type(model).__name__)
+    return Description(_name(model)) if merging is None else merging.describe(_name(model))
+
+
+def _name(model: nn.Module) -> str:
+    """The class of a model, not of DistributedDataParallel's or torch.compile's wrapper around it."""
+    wrapped = next((model._modules[name] for name in ("module", "_orig_mod") if [*model._modules] == [name]), None)
+    return type(model).__name__ if wrapped is None else _name(wrapped)
+
+
+def _held(module: nn.Module) -> Any:
+    """What a module is to merge; None if nobody asked it to, and for what others call by that name."""
+    tome = module.__dict__.get("tome")
+    tome = getattr(tome, "merging", tome)  # of a block
+    return tome if isinstance(tome, (vit.Merging, Merging)) and tome.family else None
 
 
 def _mergings(model: nn.Module) -> list[Any]:
-    found = (module.__dict__.get("tome") for module in _module(model).modules())
-    found = (getattr(tome, "merging", tome) for tome in found)
-    return list({id(tome): tome for tome in found if tome is not None and tome.family}.values())
+    found = (_held(module) for module in _module(model).modules())
+    return list({id(merging): merging for merging in found if merging is not None}.values())
 
 
 def _merging(model: nn.Module) -> Any:
@@ -353,11 +381,18 @@ def _merging(model: nn.Module) -> Any:
 
 
 def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
-    """Patch a model by its ``task_config`` (any object with STOP's flags as attributes, see :func:`add_tome_args`).
+    """Patch a model by its ``task_config``: a namespace, a mapping, any object with STOP's flags as attributes, see
+    :func:`add_tome_args`, or TempMe's.
 
-    Made to be the last line of a model's constructor: without flags, or with ``tome_r = 0``, the model is left alone.
+    Made to be the last line of a model's constructor: it does nothing at ``tome_r`` 0. Without any of the flags it does
+    nothing either, with a warning, which names what is like one of them: a flag may be misspelt.
     """
     config = ToMeConfig.from_args(task_config)
+    if lacks := nothing_said(task_config):
+        warn(
+            f"{type(model).__name__} is left as it is: task_config ({type(task_config).__name__}) {lacks}; "
+            "tome_r=0 says that nothing is to be merged"
+        )
     return model if config.off else apply_tome_patch(model, config=config)
 
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import ToMeConfig
 from .schedule import Schedule
+from .table import table
 
 logger = logging.getLogger("stoptome_kernels")
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,15 @@ class Description:
         if self.config is None:
             return f"{self.model}: not patched"
         if self.schedule is None:
-            return f"{self.model}: tome_r={_short(self.asked)}, tokens known when it runs"
-        first, last = self.schedule.steps[0], self.schedule.steps[-1]
-        before = f"{first.items * first.join} × " if first.items * first.join > 1 else ""
-        behind = f"{last.items} × " if before else ""
-        return (
-            f"{self.model}: {before}{self.schedule.tokens_in} → {behind}{last.tokens} tokens, ideal "
-            f"{self.schedule.speedup:.2f}×"
-        )
+            asked = "merges by its own schedule" if self._own else f"tome_r={_short(self.asked)}"
+            return f"{self.model}: {asked}, tokens known when it runs"
+        frames = f", {self.schedule.frames} frames" if self.schedule.frames > 1 else ""
+        return f"{self.model}{frames}: {self.schedule.line}"
+
+    @property
+    def _own(self) -> bool:
+        """The model tells its blocks what to merge, in each forward."""
+        return self.schedule is None and None in self.asked
 
     def __str__(self) -> str:
         if self.config is None:
@@ -62,43 +67,45 @@ class Description:
             f"{self.protected}",
             f"behind the last layer: {self.given}",
         ]
-        rows: list[tuple[str, ...]]
-        if self.schedule is None:
-            rows = [("layer", "r asked"), *((str(i), _number(r)) for i, r in enumerate(self.asked))]
-        else:
-            rows = [("layer", "r asked", "merged", "tokens" if set(self.schedule.items) == {1} else "items × tokens")]
-            for i, (asked, step) in enumerate(zip(self.asked, self.schedule.steps, strict=True)):
-                merged = f"{step.inter} + {step.r}" if step.inter else str(step.r)
-                tokens = str(step.tokens) if rows[0][3] == "tokens" else f"{step.items} × {step.tokens}"
-                rows.append((str(i), _number(asked), merged, tokens))
-        return "\n".join([*head, *table(rows)])
+        if self._own:
+            return "\n".join(head)
+        columns: dict[str, Sequence[object]] = {
+            "layer": range(len(self.asked)),
+            "r asked": [self._share(layer) if r is None else r for layer, r in enumerate(self.asked)],
+        }
+        if self.schedule is not None:
+            columns.update(self.schedule.columns())
+        return "\n".join([*head, *table(columns)])
 
-
-def _number(asked: int | None) -> str:
-    return "share" if asked is None else str(asked)
+    def _share(self, layer: int) -> str:
+        """What is asked for where it is no number: a share between items, if they are joined here, and within."""
+        assert self.config is not None  # nothing is asked for without settings
+        assert self.schedule is not None  # and shares never without a schedule
+        inter, intra = self.config.merge_token_proportions
+        return f"{inter:g} % + {intra:g} %" if self.schedule.steps[layer].join > 1 else f"{intra:g} %"
 
 
 def _short(asked: Sequence[int | None]) -> str:
     return str(asked[0]) if len(set(asked)) == 1 else str(list(asked))
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines with the columns of these rows, the first its headings, set right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+def warn(message: str) -> None:
+    """Warn as if from the line that called this package, which may be any number of calls away."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def warn_capped(asked: Sequence[int | None], schedule: Schedule) -> None:
     """Warn if layers merge fewer tokens than they were asked to: no more than half of the unprotected ones can be."""
-    short = [
-        layer for layer, (r, step) in enumerate(zip(asked, schedule.steps, strict=True)) if r is not None and step.r < r
-    ]
+    counted = [(layer, r, step.r) for layer, (r, step) in enumerate(zip(asked, schedule.steps, strict=True)) if r]
+    short = [each for each in counted if each[2] < each[1]]
     if short:
-        wanted = sum(r for r in asked if r is not None)
-        done = sum(step.r for r, step in zip(asked, schedule.steps, strict=True) if r is not None)
-        warnings.warn(
-            f"tome_r asks for {wanted} of {schedule.tokens_in} tokens to be merged, {done} are: a layer merges at most "
-            f"half of its unprotected tokens, layers {short[0]} to {short[-1]} fewer than asked "
-            f"(tokens behind each layer: {', '.join(map(str, schedule.tokens))})",
-            stacklevel=4,
+        layer, r, done = short[0]
+        warn(
+            f"tome_r asks for {sum(each[1] for each in counted)} of {schedule.tokens_in} tokens to be merged "
+            f"(in {len(counted)} layers), {sum(each[2] for each in counted)} are: a layer merges at most half of its "
+            f"unprotected tokens. Layer {layer} is the first to fall short, with {done} of {r}; tokens behind each "
+            f"layer: {', '.join(map(str, schedule.tokens))}"
         )

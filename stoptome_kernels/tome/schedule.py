@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
+from .table import table
 
 Rate = int | Sequence[int] | tuple[int, float]
 
@@ -127,7 +128,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a stack of layers, and what they save.
+    """The steps of a stack of layers, and what they save. ``str()`` of it is a table, :attr:`line` its first line.
 
     Attributes:
         steps: one for each layer.
@@ -182,6 +183,40 @@ class Schedule:
     def flops_left(self) -> float:
         """Share of the FLOPs that is left."""
         return 1 / self.speedup
+
+    @property
+    def joins(self) -> bool:
+        """Items become one somewhere."""
+        return any(step.join > 1 for step in self.steps)
+
+    @property
+    def line(self) -> str:
+        """Tokens before and behind, of a frame or, where frames are joined, of all items; and the ideal speed-up."""
+        before, behind = str(self.tokens_in), str((self.tokens or (self.tokens_in,))[-1])
+        if self.joins:
+            before, behind = f"{self.frames} × {before}", f"{self.items[-1]} × {behind}"
+        return f"{before} → {behind} tokens, ideal {self.speedup:.2f}×"
+
+    def columns(self) -> dict[str, list[str]]:
+        """The columns of the table, a cell for each layer; those about items only where items are joined."""
+        whole = self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
+        left = [step.items * _flops(step.attended, step.tokens, self.width) / whole for step in self.steps]
+        columns = {
+            "merged": [f"{step.inter} + {step.r}" if step.inter else str(step.r) for step in self.steps],
+            "tokens": [str(step.tokens) for step in self.steps],
+            "FLOPs left": [f"{100 * share:.0f} %" for share in left],
+        }
+        if not self.joins:
+            return columns
+        joined = [str(step.join) if step.join > 1 else "" for step in self.steps]
+        items = [f"{step.items} × {step.tokens}" for step in self.steps]
+        return {
+            "joined": joined, "merged": columns["merged"], "items × tokens": items, "FLOPs left": columns["FLOPs left"]
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        frames = f"{self.frames} frames: " if self.frames > 1 else ""
+        return "\n".join([frames + self.line, *table({"layer": range(len(self.steps)), **self.columns()})])
 
 
 def _flops(attended: int, tokens: int, width: int) -> int:

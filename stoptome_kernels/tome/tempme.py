@@ -125,6 +125,7 @@ class TempMeBlock(Patched):
             call, planned = _CALL, merging.schedule.steps[place.index]
             join, inter, r = planned.join, planned.inter, planned.r
             embedding = embedding_of(self) if join > 1 and merging.config.frame_pos else None
+            merging.warn_of_frozen([self])
         step = course.step(join, inter, r)
         if place.merges and step.frames == 1 and not inter and not r and course.stream.size is None:
             out = super().forward(course.stream.x, **call)  # type: ignore[misc]

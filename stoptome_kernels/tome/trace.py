@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..grouping import group
 from ..plan import MergePlan
 from .schedule import Schedule
 from .stream import Plans
+from .table import table
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The source map of a forward.
+    """The source map of a forward. ``str()`` of it is a table.
 
     Attributes:
         layers: for each layer ``(B, T, L)`` int32: the token that each of the L tokens of a frame (class token,
@@ -35,6 +37,37 @@ class Trace:
     def dest(self) -> Tensor:
         """``(B, T, L)`` int32 for the whole stack: the map behind the last layer."""
         return self.layers[-1]
+
+    @property
+    def sizes(self) -> Tensor:
+        """``(B, items · tokens)`` float32: of how many original tokens each token behind the last layer is made.
+
+        Counted in :attr:`dest`: padding, and tokens that were merged with weight 0, count as others do; a token that
+        ``dest`` never names counts 0.
+        """
+        return self._counts(-1).float()
+
+    def _counts(self, layer: int) -> Tensor:
+        dest = self.layers[layer].flatten(1)
+        _, offsets = group(dest, torch.zeros_like(dest, dtype=torch.bool), self.items[layer] * self.tokens[layer])
+        return offsets.diff(dim=1)  # by a sort: a sum by index would be in no order on a GPU, bincount wait for it
+
+    @property
+    def _line(self) -> str:
+        batch, frames, tokens = self.dest.shape
+        several = frames > 1
+        before, behind = f"{frames} × " if several else "", f"{self.items[-1]} × " if several else ""
+        return f"{before}{tokens} → {behind}{self.tokens[-1]} tokens, batch of {batch}"
+
+    def __repr__(self) -> str:
+        return f"Trace({self._line}, {len(self.layers)} layers)"
+
+    def __str__(self) -> str:
+        counts = [self._counts(layer) for layer in range(len(self.layers))]
+        largest = [int(count.max()) if count.numel() else 0 for count in counts]
+        columns = {"items": self.items, "tokens": self.tokens, "largest group": largest}
+        head = f"{self._line}, {self.protected} protected"
+        return "\n".join([head, *table({"layer": range(len(largest)), **columns})])
 
 
 def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int, inside: bool) -> Trace:

@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -220,9 +221,31 @@ def test_frame_embeddings():
     assert set(tower.state_dict()) == names
 
 
+def test_frozen_embeddings_are_said():
+    """STOP's freeze_clip freezes, in each train(), what is not on its list of new modules: at zero, for good."""
+    tower, arguments = stop_tower(), inputs()
+    stk.apply_tome_patch(
+        tower, 1, merge_layers=(1,), merge_frame_nums=(2,), merge_token_proportions=(10, 10), frame_pos=1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tower.train()(*arguments)  # they learn
+        for p in tower.parameters():
+            p.requires_grad_(False)
+        tower.eval()(*arguments)
+        with torch.no_grad():
+            tower.train()(*arguments)
+    with pytest.warns(UserWarning, match="tome_frame_embedding are frozen.*freeze_clip.*add tome_frame_embedding"):
+        tower(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tower(*arguments)  # once is enough
+
+
 def test_from_a_task_config():
     tower = stop_tower()
-    assert stk.apply_from_config(tower, SimpleNamespace(lr=1e-4)) is tower
+    with pytest.warns(UserWarning, match="has none of tome_r"):
+        assert stk.apply_from_config(tower, SimpleNamespace(lr=1e-4)) is tower
     assert type(tower) is upstream.StopTower
     stk.apply_from_config(tower, SimpleNamespace(tome_r=2, tome_prop_attn=False, merge_layers=""))
     assert tower.tome.config == stk.ToMeConfig(2, prop_attn=False)
