@@ -158,22 +158,25 @@ def _names(setting: str) -> tuple[str, ...]:
 
 
 def nothing_said(args: object) -> str:
-    """Say what arguments lack that have none of the names that :meth:`ToMeConfig.from_args` reads; else nothing.
+    """Say what arguments lack that have none of the names that :meth:`ToMeConfig.from_args` reads, or no tome_r but a
+    name that is like it; else nothing.
 
     A name whose value is None, or 0, is there.
     """
     names = {name for field in fields(ToMeConfig) for name in _names(field.name)}
     if isinstance(args, Mapping):
         given = [name for name in args if isinstance(name, str)]
-        there = not names.isdisjoint(given)
+        there = names.intersection(given)
     else:  # dir knows slots, properties and what a class has; methods are no settings
         given = [name for name in dir(args) if not callable(inspect.getattr_static(args, name, None))]
-        there = any(hasattr(args, name) for name in names)
-    if there:
-        return ""
-    like = _lookalike(given)
+        there = {name for name in names if hasattr(args, name)}
+    like = _lookalike(name for name in given if name not in there)
     meant = f" (is its {like[0]} to be {like[1]}?)" if like else ""
-    return f"has none of {', '.join(_FLAGS)}, nor TempMe's names of them{meant}"
+    if not there:
+        return f"has none of {', '.join(_FLAGS)}, nor TempMe's names of them{meant}"
+    if like and like[1] == "tome_r" and there.isdisjoint(_names("tome_r")):
+        return f"has no tome_r{meant}"
+    return ""
 
 
 def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:

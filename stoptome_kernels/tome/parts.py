@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 # the last two stand for plain weights while a graph is made
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 _EVERY_MODULE = frozenset(nn.Module().__dict__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = tuple(name for name in _EVERY_MODULE if name.endswith("_hooks"))  # those of state_dict, too
 
 
 def is_plain(*modules: Any) -> bool:
@@ -33,7 +33,10 @@ def is_plain(*modules: Any) -> bool:
     for module in modules:
         if not is_bare(module):
             return False
-        for weight in module._parameters.values():
+        own, weights = module.__dict__, module._parameters
+        if "weight" in own or "bias" in own or "in_proj_weight" in own or "in_proj_bias" in own:
+            return False  # put in the place of parameters
+        for weight in weights.values():
             if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
                 return False
     return True

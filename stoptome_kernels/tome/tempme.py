@@ -110,6 +110,13 @@ class TempMeBlock(Patched):
     tome: Place
     tome_classes: tuple[type, ...]
 
+    def extra_repr(self) -> str:
+        """With what the block merges, where that is not the model's to say."""
+        own, place = super().extra_repr(), self.__dict__.get("tome")  # type: ignore[misc]
+        planned = place is not None and place.merging.schedule
+        merges = f"tome_r={planned.steps[place.index].r}" if place is not None and planned else ""
+        return ", ".join(part for part in (own, merges) if part)
+
     def tome_undo(self) -> None:
         self.__dict__.pop("tome_classes", None)
         self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]

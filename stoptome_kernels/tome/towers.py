@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .parts import is_bare, is_plain, own_forward
+from .parts import is_bare, own_forward
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -191,11 +191,10 @@ def _check_block(block: Any, kind: str) -> None:
     for name in ("ln_1", "ln_2"):
         if not isinstance(getattr(block, name), nn.LayerNorm):
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
-    if not is_plain(block.attn) or not is_bare(block.attn.out_proj):
+    if not is_bare(block.attn) or not is_bare(block.attn.out_proj):
         raise ValueError(
-            f"{what}.attn has hooks, a forward of its own, or weights that are elsewhere or no plain tensors, which "
-            "would have no effect: its weights are read, not its forward; take that off (hooks of torch.nn.utils.prune "
-            "by prune.remove) before patching"
+            f"{what}.attn has hooks or a forward of its own, which would have no effect: its weights are read, not its "
+            "forward; take that off (hooks of torch.nn.utils.prune by prune.remove) before patching"
         )
     if getattr(block, "attn_mask", None) is not None:
         raise ValueError(f"{what} has an attention mask; merging is for the visual tower's blocks, which have none")

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,18 +46,19 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
     what = f"block {index}, a {type(block).__name__},"
     twin = bare_copy(block).eval()
     plain = are_plain(twin)
-    if plain and next(twin.parameters()).dtype != torch.float64:
+    weights = [weight for weight in tensors(twin) if weight.is_floating_point()]
+    if plain and not any(weight.dtype == torch.float64 for weight in weights):
         twin.float()  # a CPU may not compute in float16, and a block may mix it with float32 outside of autocast
-    weight = next((p for p in twin.parameters() if p.is_floating_point()), torch.empty(()))
+    weight = next((w for w in tensors(twin) if w.is_floating_point()), torch.empty((), device="cpu"))
     rng = torch.Generator().manual_seed(index)
-    x = torch.randn(shape, generator=rng).to(weight.device, weight.dtype)
+    x = torch.randn(shape, generator=rng, device="cpu").to(weight.device, weight.dtype)
     devices = [weight.device] if weight.device.type == "cuda" else []
     # by the weights' dtype, whatever the caller's autocast
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), _slow_path():
                 want = theirs(twin, x)
-        except RuntimeError as error:
+        except Exception as error:
             raise ValueError(f"{what} fails on random tokens by itself, so that it can't be tried: {error}") from error
         if want is None:
             return
@@ -75,6 +77,17 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
             f"{what} computes something else than blocks of its class do in the versions that are known (off by "
             f"{gap:.2g} of what it adds to random tokens): tokens can't be merged in it"
         )
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """Keep torch from reading weights in inference, past adapters and methods that its training calls."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _rounds(module: nn.Module) -> bool:

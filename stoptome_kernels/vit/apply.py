@@ -15,6 +15,7 @@ from ..tome.swap import Patched, swap, unswap
 from ..tome.towers import check_free, check_unsharded, warn_of_sharing
 from ..tome.trial import try_blocks
 from .block import Attention, Block
+from .recording import Encoder
 from .tokens import Layer, Merging, Shape, Tokens
 from .towers import Vit
 
@@ -60,7 +61,7 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     parts += [part for index in fresh for part in vit.attentions[index]]
     for module, _ in parts:
         check_free(module, "forward")
-    if hasattr(vit.runner_mixin, "forward"):
+    if vit.runner_mixin is not None and issubclass(vit.runner_mixin, Encoder):  # which needs its forward
         check_free(vit.runner, "forward")
     try:
         for module, mixin in parts:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
+from ..tome.parts import is_bare
 from ..tome.swap import Patched
 from .tokens import Layer, Merging, Tokens, spread
 
@@ -100,15 +101,15 @@ def _check_wrapped(block: Block, attn: Any) -> None:
         )
 
 
-class Reader(Patched):
-    """A tower whose intermediate layers can be read, as timm's and open_clip's can.
+class Watching(Patched):
+    """A tower that says when it begins to read more of its last block's tokens, or fewer, than it did at the patch.
 
     Attributes:
-        tome_watched: the settings by which it reads more of its last block's tokens, or fewer.
+        tome_watched: the settings and methods by which it does.
     """
 
     tome: Merging
-    tome_watched: tuple[str, ...]
+    tome_watched: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -119,6 +120,24 @@ class Reader(Patched):
     def tome_reads_all(self) -> bool:
         """Whether the tower, or its caller, reads more than the class token of what its last block gives."""
         raise NotImplementedError
+
+    def tome_check(self, blocks: Any, protected: int | None = None) -> None:
+        """Raise if the tower has other blocks, or other leading tokens, than it was patched with.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        now, then = (len(blocks), protected), (len(self.tome.rates), self.tome.protected)
+        if now[0] != then[0] or protected not in (None, then[1]):
+            raise RuntimeError(
+                f"{type(self).__name__} has {now[0]} blocks and {then[1] if protected is None else protected} leading "
+                f"tokens, but was patched with {then[0]} and {then[1]}: patch again (apply_tome_patch), or take the "
+                "patch out (remove_tome_patch)"
+            )
+
+
+class Reader(Watching):
+    """A tower whose intermediate layers can be read, as timm's and open_clip's can."""
 
     def tome_checkpoints(self) -> bool:
         """Whether the tower checkpoints its blocks."""
@@ -220,6 +239,41 @@ def attend_by_weights(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scal
     if size is not None:
         weights = weights + size.log()[:, None, None].to(weights.dtype)
     return (dropout(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+
+
+def is_identity(dropout: nn.Module) -> bool:
+    """Whether calling a module on attention weights does nothing."""
+    kind = type(dropout)
+    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and is_bare(dropout)
+
+
+def no_more(attn: Any, args: tuple, options: dict, *known: str) -> None:
+    """Raise if somebody, a hook say, asks more of an attention than its block does.
+
+    Raises:
+        ValueError: with the argument's name.
+    """
+    if args:
+        raise ValueError(f"{type(attn).__name__} got {len(args)} arguments more than its block gives it: {_TAKE_OFF}")
+    for name, value in options.items():
+        if name not in known and value is not None and value is not False:
+            raise ValueError(f"{type(attn).__name__} got {name}, which merged tokens can't follow: {_TAKE_OFF}")
+
+
+def no_own(block: Any, method: str) -> None:
+    """Raise if a method of a block's class, which merging has its own code for, was replaced on the block itself.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    if method in block.__dict__:
+        raise RuntimeError(
+            f"{type(block).__name__} has a {method} of its own, which would have no effect where tokens are merged: "
+            f"{_TAKE_OFF}"
+        )
+
+
+_TAKE_OFF = "take that off, or take the patch out (remove_tome_patch)"
 
 
 def no_mask(block: Any, **given) -> None:

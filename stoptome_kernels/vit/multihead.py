@@ -9,7 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block import Ask, Attention, Block, attend
+from ..tome.towers import check_free
+from .block import Ask, Attention, Block, attend, no_more
 from .tokens import Tokens
 from .towers import is_a, overrides
 
@@ -22,7 +23,9 @@ def check(block: Any, attn: Any) -> None:
     Raises:
         TypeError: it is no ``nn.MultiheadAttention``, or one that was changed.
         ValueError: one with a setting that adds keys, or keys of another width.
+        RuntimeError: one with a forward of its own.
     """
+    check_free(attn, "forward")
     what = f"{type(block).__name__} with the attention {type(attn).__name__}"
     if not is_a(attn, _HOME, "MultiheadAttention") or overrides(attn, _HOME, "forward"):
         raise TypeError(
@@ -47,7 +50,16 @@ class Multihead(Attention):
         if not isinstance(ask, Ask):
             return super().forward(query, *args, **options)  # type: ignore[misc]
         attn: Any = self
-        q, k, v = heads(attn, query if attn.batch_first else query.transpose(0, 1))
+        inputs = dict(zip(("key", "value"), args, strict=False)) | options
+        key, value = (inputs.pop(name, None) for name in ("key", "value"))
+        no_more(self, args[2:], inputs, "attn_mask")
+        if attn.bias_k is not None or attn.add_zero_attn:
+            raise ValueError(
+                f"{type(self).__name__} has been given more keys since it was patched (bias_k, add_zero_attn): take "
+                "that off, or take the patch out (remove_tome_patch)"
+            )
+        given = (query,) if (key is None or key is query) and (value is None or value is query) else (query, key, value)
+        q, k, v = heads(attn, *(x if attn.batch_first else x.transpose(0, 1) for x in given))
         out = attend(q, k, v, ask.size, dropout=attn.dropout if attn.training else 0.0)
         ask.keys = k
         # its weights, since torch doesn't call out_proj either
@@ -63,7 +75,13 @@ def attention(block: Block, attn: Any, x: Tensor, tokens: Tokens, batch_first: b
     return (out if batch_first else out.transpose(0, 1)), ask.take(block, attn)
 
 
-def heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v, each ``(N, H, T, d)``, of an in-projection whose weights are packed into one."""
-    packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def heads(attn: Any, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v, each ``(N, H, T, d)``, of an in-projection whose weights are packed into one: of x, or of x and two
+    others where a hook has made keys and values of something else."""
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if not others:
+        packed = F.linear(x, weight, bias)
+        return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    parts = zip((x, *others), weight.chunk(3), biases, strict=True)
+    return tuple(F.linear(*part).unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in parts)

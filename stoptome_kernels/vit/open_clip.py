@@ -8,10 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tome.parts import is_plain
 from ..tome.swap import Patched, original
 from . import multihead
-from .block import Ask, Attention, Block, Instead, Reader, attend, attend_by_weights, no_mask, reading
+from .block import (
+    Ask,
+    Attention,
+    Block,
+    Instead,
+    Reader,
+    attend,
+    attend_by_weights,
+    is_identity,
+    no_mask,
+    no_own,
+    reading,
+)
 from .tokens import Tokens
 from .towers import Vit, check_own_method, name_of, overrides, require, the_only, within
 
@@ -27,6 +38,7 @@ class _Residual(Block):
     ) -> Tokens:
         block: Any = self
         no_mask(block, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        no_own(block, "attention")
         residual, keys = multihead.attention(block, block.attn, block.ln_1(tokens.x), tokens)
         return _rest(block, tokens, block.ls_1(residual), keys)
 
@@ -64,8 +76,10 @@ class _Attention(Attention):
         attn_mask.keys = k
         if attn.head_scale is not None:
             v = v * attn.head_scale  # of what a head gives; attention is linear in v
-        if attn.use_fsdpa or is_plain(attn.attn_drop):
+        if attn.use_fsdpa:
             out = attend(q, k, v, attn_mask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
+        elif is_identity(attn.attn_drop):
+            out = attend(q, k, v, attn_mask.size, attn.scale)
         else:
             out = attend_by_weights(q, k, v, attn_mask.size, attn.scale, attn.attn_drop)
         return attn.out_drop(attn.out_proj(attn.ln_inner(out)))
@@ -74,7 +88,11 @@ class _Attention(Attention):
 class _Tower(Reader):
     """The tower: what reads its tokens has to know that there are fewer."""
 
-    tome_watched = ("pool_type", "attn_pool", "output_tokens")
+    tome_watched = ("pool_type", "attn_pool", "output_tokens", "forward", "_pool", "_global_pool")
+
+    def forward(self, x: Tensor):
+        self.tome_check(self.transformer.resblocks)  # type: ignore[attr-defined]
+        return super().forward(x)  # type: ignore[misc]
 
     def tome_reads_all(self) -> bool:
         return _reads_all(self)
@@ -83,6 +101,7 @@ class _Tower(Reader):
         return self.transformer.grad_checkpointing  # type: ignore[attr-defined]
 
     def tome_read(self, *args, **options):
+        self.tome_check(self.transformer.resblocks)  # type: ignore[attr-defined]
         check_own_method(self, "open_clip", "forward_intermediates")
         tower: Any = Instead(self, "transformer", _Blocks(self.transformer))  # type: ignore[arg-type, attr-defined]
         return original(self).forward_intermediates(tower, *args, **options)  # type: ignore[attr-defined]

@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.parts import is_plain
 from ..tome.swap import Patched, original
-from .block import Ask, Attention, Block, Instead, Reader, attend, attend_by_weights, no_mask, reading
+from .block import (
+    Ask,
+    Attention,
+    Block,
+    Instead,
+    Reader,
+    attend,
+    attend_by_weights,
+    is_identity,
+    no_mask,
+    no_more,
+    reading,
+)
 from .tokens import Tokens
 from .towers import Vit, check_own_method, is_a, older, require, the_only, within
 
@@ -65,7 +76,8 @@ class _Attention(Attention):
         if not isinstance(ask, Ask):
             return super().forward(x, *args, **options)  # type: ignore[misc]
         attn: Any = self
-        rope = options.get("rope")
+        rope = options.pop("rope", None)
+        no_more(self, args, options, "attn_mask")
         gate = getattr(attn, "gate", None)
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
@@ -76,8 +88,10 @@ class _Attention(Attention):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if attn.fused_attn or is_plain(attn.attn_drop):
+        if attn.fused_attn:
             out = attend(q, k, v, ask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
+        elif is_identity(attn.attn_drop):
+            out = attend(q, k, v, ask.size, attn.scale)
         else:
             out = attend_by_weights(q, k, v, ask.size, attn.scale, attn.attn_drop)
         if hasattr(attn, "norm"):
@@ -95,10 +109,13 @@ _BLOCKS: dict[tuple[str, str], type[Block]] = {
 }
 
 
+_READERS = ("forward", "forward_features", "pool", "forward_head")  # Eva's pool: since 1.0.16
+
+
 class _Model(Reader):
     """The model: what reads its tokens has to know that there are fewer."""
 
-    tome_watched = ("global_pool", "attn_pool")
+    tome_watched = ("global_pool", "attn_pool", *_READERS)
 
     def pool(self, x: Tensor, pool_type: str | None = None):
         if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense:  # type: ignore[attr-defined]
@@ -108,6 +125,10 @@ class _Model(Reader):
             )
         return super().pool(x, pool_type)  # type: ignore[misc]
 
+    def forward_features(self, *args, **options):
+        self.tome_check(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
+        return super().forward_features(*args, **options)  # type: ignore[misc]
+
     def tome_reads_all(self) -> bool:
         return _reads_all(self)
 
@@ -115,6 +136,7 @@ class _Model(Reader):
         return self.grad_checkpointing  # type: ignore[attr-defined]
 
     def tome_read(self, *args, **options):
+        self.tome_check(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
         check_own_method(self, "timm", "forward_intermediates")
         model: Any = Instead(self, "blocks", reading(self.blocks))  # type: ignore[arg-type, attr-defined]
         return original(self).forward_intermediates(model, *args, **options)  # type: ignore[attr-defined]
@@ -152,8 +174,9 @@ def _refuse_others(model: nn.Module) -> None:
 def _reads_all(tower: Any) -> bool:
     """Whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by a
     method of somebody else's."""
-    kind, names = original(tower), ("forward", "forward_features", "pool", "forward_head")  # Eva's pool: since 1.0.16
-    foreign = any(not getattr(kind, name).__module__.startswith("timm.") for name in names if hasattr(kind, name))
+    kind = original(tower)
+    foreign = any(not getattr(kind, name).__module__.startswith("timm.") for name in _READERS if hasattr(kind, name))
+    foreign = foreign or any(name in tower.__dict__ for name in _READERS)
     return foreign or tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
 
 
@@ -165,7 +188,8 @@ def _mixin(block: Any) -> type[Block]:
     if mixin is None:
         raise TypeError(
             f"don't know how to merge tokens in timm's {kind.__name__}: known are "
-            f"{', '.join(name for _, name in _BLOCKS)}; build the model with one of these (block_fn=…)"
+            f"{', '.join(name for _, name in _BLOCKS)}; build the model with one of these (block_fn=…), and patch "
+            "before another library wraps them"
         )
     attn = type(block.attn)
     if (attn.__module__, attn.__qualname__) not in _ATTENTION:

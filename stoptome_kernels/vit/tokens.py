@@ -28,8 +28,10 @@ _LAYER_NORMS = {
 }
 
 _REENTRANT = (
-    "a block was checkpointed with use_reentrant=True, which gives no gradients to tensors inside a tuple, as merged "
-    "tokens are: checkpoint with use_reentrant=False; for inference run the whole model under torch.no_grad()"
+    "a block got a plain tuple, or tokens without a gradient, in place of merged tokens (Tokens). A checkpoint with "
+    "use_reentrant=True makes that of them, which gives no gradients to tensors inside a tuple: checkpoint with "
+    "use_reentrant=False; for inference run the whole model under torch.no_grad(). A hook that changes Tokens gives "
+    "tokens.but(x=…). Or take the patch out (remove_tome_patch)"
 )
 
 
@@ -81,12 +83,6 @@ class Tokens(NamedTuple):
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> NoReturn:
         _not_a_tensor(getattr(function, "__name__", str(function)))
 
-    def _arithmetic(self, other: Any) -> NoReturn:
-        _not_a_tensor("arithmetic")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _arithmetic
-    __matmul__ = __rmatmul__ = _arithmetic
-
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple) or index is None or index is ...:
             _not_a_tensor("indexing")
@@ -98,6 +94,15 @@ class Tokens(NamedTuple):
     def but(self, **changes: Any) -> Tokens:
         """These with other fields: ``_replace``, which torch 2.6 can't trace."""
         return Tokens(**{**dict(zip(Tokens._fields, self, strict=True)), **changes})
+
+
+def _arithmetic(tokens: Tokens, other: Any) -> NoReturn:
+    _not_a_tensor("arithmetic")
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul"):
+    setattr(Tokens, f"__{_name}__", _arithmetic)
+    setattr(Tokens, f"__r{_name}__", _arithmetic)
 
 
 class Shape(NamedTuple):
@@ -233,10 +238,12 @@ class Layer:
             return x
         if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
             raise RuntimeError(_REENTRANT)
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and self.merging.carries:
+            fx = "torch.fx can't trace merging, torch.export, torch.compile and torch.jit.trace can"
             raise TypeError(
-                f"block {self.index} got {type(x).__name__} in place of a tensor: torch.fx can't trace merging, "
-                "torch.export, torch.compile and torch.jit.trace can; or take the patch out (remove_tome_patch)"
+                f"block {self.index} got {type(x).__name__} in place of a tensor: "
+                f"{fx if type(x).__name__ == 'Proxy' else 'a hook that changes Tokens gives tokens.but(x=…)'}; or take "
+                "the patch out (remove_tome_patch)"
             )
         if self.index and self.merging.carries:
             raise RuntimeError(
@@ -314,7 +321,7 @@ def _moved(position: Tensor | None, plan: MergePlan) -> Tensor:
     _, odd = match_sets(plan.tokens_in, plan.protected)
     receive = torch.arange(plan.tokens_in, device=plan.dest.device)[odd]  # the last outputs, in this order
     alone = plan.members.gather(1, plan.offsets[:, : plan.tokens_out - len(receive)].long()).long()
-    kept = torch.cat([alone, receive.expand(len(alone), -1)], 1)
+    kept = torch.cat([alone, receive.expand(alone.shape[0], -1)], 1)
     return kept if position is None else position.gather(1, kept)
 
 
@@ -322,4 +329,5 @@ def _is_layer_norm(norm: Any) -> bool:
     """Whether a norm's weights may be read: its call is torch's layer_norm of them, and nothing else."""
     kind = type(norm)
     known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
-    return known and len(norm.normalized_shape) == 1 and is_plain(norm)
+    # the class's forward may have been replaced, too
+    return known and kind.forward.__module__ == kind.__module__ and len(norm.normalized_shape) == 1 and is_plain(norm)

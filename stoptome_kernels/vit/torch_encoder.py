@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tome.swap import Patched
+from ..tome.towers import check_free
 from . import multihead
-from .block import Block, no_mask
+from .block import Block, Watching, no_mask, no_own
 from .tokens import Tokens
 from .towers import Vit, is_a, name_of, overrides
 
@@ -39,6 +40,7 @@ class _Layer(Block):
 
     def tome_run(self, tokens: Tokens, **masks) -> Tokens:
         block: Any = self
+        no_own(block, "_sa_block")
         first = block.norm_first
         x = block.norm1(tokens.x) if first else tokens.x
         residual, keys = multihead.attention(block, block.self_attn, x, tokens, block.tome_batch_first)
@@ -46,6 +48,14 @@ class _Layer(Block):
         merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
         changed = block._ff_block(normed)
         return merged.but(x=merged.x + changed if first else block.norm2(normed + changed))
+
+
+class _Encoder(Watching):
+    """``TransformerEncoder``."""
+
+    def forward(self, *args, **options):
+        self.tome_check(self.layers)  # type: ignore[attr-defined]
+        return super().forward(*args, **options)  # type: ignore[misc]
 
 
 class _Turned:
@@ -98,6 +108,7 @@ def find(model: nn.Module) -> Vit | None:
     if is_a(tower, _HOME, "TransformerEncoderLayer"):
         blocks = (tower,)
     elif is_a(tower, _HOME, "TransformerEncoder"):
+        check_free(tower, "forward")
         if overrides(tower, _HOME, "forward"):
             raise TypeError(
                 f"don't know how to merge tokens in {type(tower).__name__}, whose forward is not TransformerEncoder's"
@@ -109,6 +120,7 @@ def find(model: nn.Module) -> Vit | None:
     # the first token is the class token where there is one; where there is none, keeping it does no harm
     return Vit(
         tower, blocks, mixins, 1, True, blocks[0].linear1.in_features, guess=True, around=tuple(path),
+        runner_mixin=None if tower is blocks[0] else _Encoder,
         attentions=tuple(((block.self_attn, multihead.Multihead),) for block in blocks),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..tome.swap import Patched
 from . import multihead
-from .block import Block
+from .block import Block, Watching
 from .tokens import Tokens
 from .towers import Vit, name_of, overrides, the_only, within
 
@@ -24,6 +24,23 @@ class _EncoderBlock(Block):
         residual, keys = multihead.attention(block, block.self_attention, block.ln_1(tokens.x), tokens)
         merged, normed = block.tome.merge(tokens, block.dropout(residual), keys, block.ln_2)
         return merged.but(x=merged.x + block.mlp(normed))
+
+
+class _Tower(Watching):
+    """The tower: a forward of somebody else's may read more than the class token."""
+
+    tome_watched = ("forward", "encoder")
+
+    def forward(self, x):
+        self.tome_check(self.encoder.layers)  # type: ignore[attr-defined]
+        return super().forward(x)  # type: ignore[misc]
+
+    def tome_reads_all(self) -> bool:
+        return _reads_all(self)
+
+
+def _reads_all(tower: Any) -> bool:
+    return overrides(tower, _HOME, "forward") or overrides(tower.encoder, _HOME, "forward")
 
 
 def find(model: nn.Module) -> Vit | None:
@@ -52,9 +69,8 @@ def find(model: nn.Module) -> Vit | None:
                 "block: known is EncoderBlock"
             )
         multihead.check(block, block.self_attention)
-    # a forward of somebody else's may read more than the class token
-    dense = overrides(tower, _HOME, "forward") or overrides(tower.encoder, _HOME, "forward")
     return Vit(
-        tower, blocks, (_EncoderBlock,) * len(blocks), 1, dense, tower.hidden_dim, tower.seq_length, around=path,
+        tower, blocks, (_EncoderBlock,) * len(blocks), 1, _reads_all(tower), tower.hidden_dim, tower.seq_length, _Tower,
+        around=path,
         attentions=tuple(((block.self_attention, multihead.Multihead),) for block in blocks),
     )  # fmt: skip

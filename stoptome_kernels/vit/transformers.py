@@ -28,10 +28,43 @@ class Recorded(NamedTuple):
     Attributes:
         dense: ``(N, T, D)``, a row for each original token.
         tokens: what the next layer works on.
+        made: the same memory, which nobody wraps or replaces.
+        version: of ``made``, which counts what is done to it in place.
     """
 
     dense: Tensor
     tokens: Tokens
+    made: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Recorded:
+        """What a layer gives of these tokens."""
+        dense = spread(tokens)
+        if torch.compiler.is_compiling():
+            return cls(dense, tokens, dense, 0)  # what is counted is not known there
+        if dense.is_inference():  # of which torch counts nothing
+            with torch.inference_mode(False):
+                dense = dense.clone()
+        elif dense is tokens.x:
+            dense = dense.view_as(dense)
+        return cls(dense, tokens, dense.detach(), dense._version)
+
+    def untouched(self) -> Tokens:
+        """The tokens.
+
+        Raises:
+            RuntimeError: somebody changed the hidden states, which the next layer doesn't work on.
+        """
+        if torch.compiler.is_compiling():
+            return self.tokens
+        if self.dense.data_ptr() != self.made.data_ptr() or self.made._version != self.version:
+            raise RuntimeError(
+                "a hook changed the hidden states of a layer while they are recorded, when the next layer works on "
+                "merged tokens beside them: change tokens.x (of Tokens, without output_hidden_states), or take the "
+                "patch out (remove_tome_patch)"
+            )
+        return self.tokens
 
 
 class _Layer(Block):
@@ -44,9 +77,9 @@ class _Layer(Block):
     tome_names: tuple[str, str, str]
 
     def forward(self, x: Any, *args, **options):
-        given = super().forward(x.tokens if isinstance(x, Recorded) else x, *args, **options)
+        given = super().forward(x.untouched() if isinstance(x, Recorded) else x, *args, **options)
         if isinstance(given, Tokens) and _wants_all(self, options):
-            return Recorded(spread(given), given)
+            return Recorded.of(given)
         return given
 
     def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
@@ -162,6 +195,8 @@ class _Inner(Attention):
                 "compute something else: set it first, then patch (remove_tome_patch, set_attn_implementation, "
                 "apply_tome_patch)"
             )
+        causal = options.get("is_causal") or getattr(attn, "is_causal", False)
+        no_mask(attn, is_causal=causal, head_mask=options.get("head_mask"))
         heads = _first(attn, "num_heads", "num_attention_heads")
         projections = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key"), _first(attn, "v_proj", "value")
         biases = (getattr(attn, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6

@@ -516,6 +516,11 @@ def test_no_flag_is_there(config, named):
     assert re.findall(r"is its (.*)\?\)", text) == ([] if named is None else [named])
 
 
+def test_a_misspelt_rate_beside_other_flags():
+    with pytest.warns(UserWarning, match=r"has no tome_r \(is its tome_R to be tome_r\?\)"):
+        stk.apply_from_config(nn.Linear(2, 2), Namespace(tome_R=2, tome_prop_attn=True))
+
+
 class Slots:
     __slots__ = ("tome_r",)
 
@@ -526,7 +531,8 @@ class Slots:
 @pytest.mark.parametrize("config", [
     {"tome_r": 0}, Namespace(tome_r=0), Namespace(tome_r=None), SimpleNamespace(tome_prop_attn=True),
     {"merge_layer": ""},
-    {"tome_tracesource": False, "tomer": 2}, Namespace(trace_source=True), MappingProxyType({"frame_pos": 0}), Slots(0),
+    {"tome_tracesource": False, "patience": 2}, Namespace(trace_source=True), Slots(0),
+    MappingProxyType({"frame_pos": 0}),
     stk.add_tome_args(ArgumentParser()).parse_args([]), stk.ToMeConfig(),
     slow_tempme.settings(tome_r=0, merge_layer="", merge_frame_num="", merge_token_proportion="", frame_pos=0),
 ])  # fmt: skip

@@ -175,7 +175,7 @@ def test_protected(protected):
     close(model(*inputs), want)
     assert stk.tome_trace(model).protected == protected
     for wrong in (-1, True, 1.0, "1"):
-        with pytest.raises(ValueError, match="protected must be an int of 0 or more"):
+        with pytest.raises(ValueError, match="protected must be 0 or more"):
             stk.apply_tome_patch(model, 2, protected=wrong)
 
 
