@@ -121,15 +121,22 @@ def test_a_pool_that_is_set_later():
     assert features(model, *inputs).shape[1] < case.tokens
 
 
-@pytest.mark.parametrize("kind", [VisionTransformer, Eva])
-@pytest.mark.parametrize("merge", [0, 6])
-def test_attention_weights_that_somebody_looks_at(kind, merge):
-    """Without fused_attn the library calls attn_drop on them; a hook there sees them, and may change them."""
-    model, x, seen = kind(**SIZE).eval(), images(2)[0], []
+def wide(kind, **options):
+    """A model whose weights are so large that each part of it matters."""
+    torch.manual_seed(0)
+    model = kind(**SIZE, **options).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, p[0].numel() ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, Eva])
+@pytest.mark.parametrize("merge", [0, 6])
+def test_attention_weights_that_somebody_looks_at(kind, merge):
+    """Without fused_attn the library calls attn_drop on them; a hook there sees them, and may change them."""
+    model, x, seen = wide(kind), images(2)[0], []
     for block in model.blocks:
         block.attn.fused_attn = False
     stk.apply_tome_patch(model, merge)
@@ -147,6 +154,44 @@ def test_attention_weights_that_somebody_looks_at(kind, merge):
         model.blocks[1].attn.proj.weight.zero_()  # of no value only the bias is left
         torch.testing.assert_close(model(x), got, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Sharper(torch.nn.Dropout):
+    """Somebody's own way with attention weights."""
+
+    def forward(self, weights):
+        return weights * (weights >= weights.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("change", ["module", "scale", "dropout", "no dropout"])
+@pytest.mark.parametrize("kind", [VisionTransformer, Eva])
+def test_attention_that_is_not_fused(kind, change):
+    """Its own scale, and attn_drop in its own mode, are what the library computes with: patched, too.
+
+    What the last layer merges is no business of the class token's: its answer is that of the unpatched model.
+    """
+    x = images(2)[0]
+
+    def answer(rates, changed: bool = True):
+        model = wide(kind, attn_drop_rate=0.4)
+        if rates is not None:
+            stk.apply_tome_patch(model, rates)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+            if changed and change == "module":
+                block.attn.attn_drop = Sharper()
+            elif changed and change == "scale":
+                block.attn.scale *= 0.3
+            elif changed:
+                block.attn.train(change == "no dropout")
+                block.attn.attn_drop.train(change == "dropout")
+        model.global_pool = "token"
+        torch.manual_seed(1)
+        return model(x)
+
+    want = answer(None)
+    torch.testing.assert_close(answer([0, 0, 0, 5]), want, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(answer(None, changed=False), want, rtol=1e-3, atol=1e-4) == (change == "no dropout")
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}])
