@@ -20,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 
 from support.situations import WAYS_OUT, Family, Halved, attention, families, get, mlp_out, norm, scale
+from support.vit import build, cases
 
 FAMILIES = list(families())
 READ_ATTENTION = ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")
@@ -109,6 +110,43 @@ def test_the_trial_frees_its_copies(family):
     family.patch(model)
     gc.collect()
     assert sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects()) == before
+
+
+def test_the_trial_of_what_can_not_be_copied():
+    """Locks, in attributes and in hooks of every sort, are no reason to refuse a model."""
+    family = FAMILIES[0]
+    model, lock = family.make(), threading.Lock()
+    block = family.block(model)
+    block.mlp.lock, block.mlp.table = lock, {"lock": lock}
+    block.register_state_dict_post_hook(partial(lambda _lock, *_: None, lock))
+    block.register_load_state_dict_pre_hook(partial(lambda _lock, *_: None, lock))
+    assert torch.equal(family.run(family.patch(model)), family.run(family.patch(family.make())))
+    assert block.mlp.lock is lock
+
+
+def test_the_trial_under_another_default_device():
+    family = FAMILIES[0]
+    model = family.make()
+    with torch.device("meta"):
+        family.patch(model)
+    assert torch.equal(family.run(model), family.run(family.patch(family.make())))
+
+
+def test_the_trial_calls_what_training_calls():
+    """In inference torch reads the weights of a whole layer: adapters in it are none of that path's."""
+    for name in ("torch-post-norm", "torch-pre-norm"):
+        case = next(case for case in cases() if case.name == name)
+        model, inputs = build(case), case.inputs(2)
+        model.layers[1].linear1 = Observer(model.layers[1].linear1).eval()
+        model.layers[1].linear1.in_features = 48
+        with torch.no_grad():
+            got = case.answer(stk.apply_tome_patch(model, 5)(*inputs))
+            assert torch.equal(got, case.answer(stk.apply_tome_patch(build(case), 5)(*inputs)))
+        model = build(case)
+        model.layers[1]._sa_block = lambda x, *_, **__: 0 * x
+        with pytest.raises(ValueError, match="computes something else"):
+            stk.apply_tome_patch(model, 5)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 # threads, and layers that are read
