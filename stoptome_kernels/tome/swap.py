@@ -7,7 +7,9 @@ torch.save stay as they were.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -43,7 +45,24 @@ def restore(mixin: type, original: type):
 @cache
 def _subclass(mixin: type, original: type) -> type:
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), {**names, "tome_parts": (mixin, original)})
+    methods = {
+        name: _with_signature(getattr(mixin, name), getattr(original, name))
+        for name in dir(mixin)
+        if name[0] != "_"
+        and inspect.isfunction(getattr(mixin, name))
+        and inspect.isfunction(getattr(original, name, None))
+    }
+    return type(original.__name__, (mixin, original), {**names, **methods, "tome_parts": (mixin, original)})
+
+
+def _with_signature(method: FunctionType, like: FunctionType) -> FunctionType:
+    """A copy of a mixin's method with the signature of the one that it stands for, which torch.export and others ask
+    for."""
+    new = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    new.__kwdefaults__, new.__qualname__, new.__module__ = method.__kwdefaults__, method.__qualname__, method.__module__
+    new.__doc__ = method.__doc__ or like.__doc__
+    new.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return new
 
 
 def original(module: Any) -> type:

@@ -2,6 +2,7 @@
 """Token merging in the vision transformers of every library: what holds for all of them."""
 
 import copy
+import inspect
 import pickle
 from functools import partial
 
@@ -245,6 +246,23 @@ def test_taken_out_again(case):
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
     assert torch.equal(run(case, model, inputs), before)
+
+
+def test_signatures(case):
+    """Programs that ask what a model, a block or a part may be given get the same answer."""
+    model = build(case)
+
+    def signatures():
+        return {
+            (name, method): inspect.signature(getattr(module, method))
+            for name, module in model.named_modules()
+            for method in ("forward", "forward_features", "forward_intermediates", "pool")
+            if callable(getattr(module, method, None))
+        }
+
+    before = signatures()
+    stk.apply_tome_patch(model, 5)
+    assert signatures() == before
 
 
 def test_new_settings(case):
