@@ -73,6 +73,10 @@ class VisualTransformer(nn.Module):
         protected = 1 + c.frame_prompts
         self.tome = Merging(off, off.schedule(c.layers, protected + c.patches, c.frames, protected, c.width))
 
+    def extra_repr(self) -> str:
+        """With what is merged, once that was asked for."""
+        return self.tome.describe("visual").line if self.tome.family else ""
+
     def _embed(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W) → (N, 1 + n, D)``: class token and patches with their positions."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)

@@ -150,6 +150,25 @@ def test_the_trial_calls_what_training_calls():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class QuantizedLinear(nn.Linear):
+    """Rounds what it gets to 8 bits a token, as dynamic quantisation does: a step more or less is rounding."""
+
+    def forward(self, x):
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / step).round() * step)
+
+
+def test_quantised_layers_are_no_other_computation(family):
+    """One step of rounding is far more than float32 differs by."""
+    model = family.make()
+    for block in family.blocks(model):
+        owner, name = mlp_out(block)
+        new = QuantizedLinear(getattr(owner, name).in_features, getattr(owner, name).out_features)
+        new.load_state_dict(getattr(owner, name).state_dict())
+        setattr(owner, name, new)
+    assert torch.isfinite(family.run(family.patch(model))).all()
+
+
 # threads, and layers that are read
 
 
