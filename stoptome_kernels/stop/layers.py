@@ -29,7 +29,7 @@ class QuickGELU(nn.Module):
 class Block(nn.Module):
     """The parameters of a pre-norm block: ``ln_1, attn, ln_2, mlp`` and, with ``lora``, STOP's low-rank branch."""
 
-    tome_classes = (nn.MultiheadAttention, LayerNorm)  # whose weights may be read
+    tome_classes = (nn.MultiheadAttention, LayerNorm, QuickGELU)  # whose weights may be read, or that are fused
 
     def __init__(self, width: int, heads: int, lora: bool = False):
         super().__init__()

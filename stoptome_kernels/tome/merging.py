@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import ToMeConfig
-from .report import Description
+from .report import Description, warn
 from .schedule import Schedule, parse_r
 from .stream import Plans, Stream, run_stack
 from .trace import Trace, compose
@@ -98,11 +97,10 @@ class Merging:
         added = [block._parameters.get("tome_frame_embedding") for block in blocks if block.training]
         if torch.is_grad_enabled() and any(p is not None and not p.requires_grad for p in added):
             self._frozen_seen = True
-            warnings.warn(
+            warn(
                 "frame_pos=1 has no effect: the parameters tome_frame_embedding are frozen (requires_grad=False), and "
                 "zero from the start. STOP's freeze_clip freezes every name that is not on its list of new modules: "
-                "add tome_frame_embedding to it",
-                stacklevel=2,
+                "add tome_frame_embedding to it"
             )
 
     def rest(self, batch: int, prompts: int) -> None:

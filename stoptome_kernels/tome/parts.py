@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 # the last two stand for plain weights while a graph is made
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_READ = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 _EVERY_MODULE = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(name for name in _EVERY_MODULE if name.endswith("_hooks"))  # those of state_dict, too
 
@@ -33,10 +34,11 @@ def is_plain(*modules: Any) -> bool:
     for module in modules:
         if not is_bare(module):
             return False
-        own, weights = module.__dict__, module._parameters
-        if "weight" in own or "bias" in own or "in_proj_weight" in own or "in_proj_bias" in own:
-            return False  # put in the place of parameters
-        for weight in weights.values():
+        for weight in module._parameters.values():
+            if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
+                return False
+        for name in _READ:  # put in the place of parameters, as FSDP1 and DataParallel do with plain tensors
+            weight = module.__dict__.get(name)
             if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
                 return False
     return True
@@ -77,8 +79,9 @@ def tensors(module: nn.Module) -> Iterable[Tensor]:
 
 
 def are_plain(module: nn.Module) -> bool:
-    """Return whether a module and all in it have floating weights of torch's own kind alone, none quantised."""
-    return all(type(weight) in _PLAIN and weight.is_floating_point() for weight in module.parameters())
+    """Return whether a module and all in it have floating weights of torch's own kind alone, none quantised or fake."""
+    own = (nn.Parameter, Tensor)
+    return all(type(weight) in own and weight.is_floating_point() for weight in module.parameters())
 
 
 def _copied(value: Any) -> Any:

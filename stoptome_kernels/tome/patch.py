@@ -10,7 +10,7 @@ exact.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .. import checks, vit
 from . import tempme
 from .config import ToMeConfig, nothing_said
 from .merging import Merging
+from .parts import is_bare
 from .report import Description, logger, warn, warn_capped
 from .schedule import Rate, Schedule, Step, plan_layers
 from .stream import Stream, known_classes, run_block
@@ -93,6 +94,11 @@ class _Transformer(Patched):
         if tome.schedule.idle:
             tome.rest(x.shape[1], 0)
             return super().forward(x, video_frame, **options)  # type: ignore[misc]
+        if not is_bare(self.resblocks):  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"resblocks of {type(self).__name__} have hooks or a forward of their own, which would not be called, "
+                "since merging calls each block: put them on blocks, or take the patch out (remove_tome_patch)"
+            )
         clips = bool(tome.config.merge_layers)
         if clips and video_frame > 0 and video_frame != tome.schedule.frames:
             raise ValueError(
@@ -105,29 +111,36 @@ class _Transformer(Patched):
         return out.transpose(0, 1)
 
 
+_TRIED = 3  # frames of a video
+
+
 def _try(tower: Tower, blocks: dict[int, nn.Module]) -> None:
-    """Try out each block on upstream's ``(G + L, 1, D)``, called as upstream calls it and computed our way.
+    """Try out each block on two videos, ``(G + L·T, B, D)`` or ``(L, B·T, D)``, as upstream calls it and our way.
 
     Raises:
         TypeError, ValueError: see :func:`.try_blocks`.
     """
-    shared = tower.prompts  # upstream has as many global prompts as frame prompts
+    shared, frames, length = tower.prompts, _TRIED, tower.prompts + 4  # as many global prompts as frame prompts
+    prompted = tower.kind == "prompted"
 
     def theirs(block: nn.Module, x: Tensor) -> Tensor:
-        return block.forward((x, 1, True) if tower.kind == "prompted" else (x, 1))[0]
+        return block.forward((x, frames, True) if prompted else (x, frames))[0]
 
     def ours(block: nn.Module, x: Tensor) -> Tensor:
         block.tome_classes = known_classes(block)  # type: ignore[assignment]
-        step = plan_layers(0, 1, x.shape[0] - shared, 1, 1 + shared).steps[0]
-        rows = x.transpose(0, 1)
-        stream = Stream(rows[:, shared:], rows[:, :shared] if shared else None)
-        stream, _ = run_block(block, stream, step, inside=shared)
-        parts = [stream.x] if stream.prompts is None else [stream.prompts, stream.x]
-        return torch.cat(parts, 1).transpose(0, 1)
+        if not prompted:
+            step = plan_layers(0, 1, length).steps[0]
+            return run_block(block, Stream(x.transpose(0, 1)), step)[0].x.transpose(0, 1)
+        step = plan_layers(0, 1, length, frames, 1 + shared).steps[0]
+        rows = x[shared:].unflatten(0, (-1, frames)).permute(2, 1, 0, 3).flatten(0, 1)  # (B·T, L, D)
+        stream, _ = run_block(block, Stream(rows, x[:shared].transpose(0, 1)), step, inside=shared)
+        rows = stream.x.unflatten(0, (-1, frames)).permute(2, 1, 0, 3).flatten(0, 1)  # (L·T, B, D)
+        return torch.cat([stream.prompts.transpose(0, 1), rows])  # type: ignore[union-attr]
 
+    shape = (shared + length * frames, 2, tower.width) if prompted else (length, 2 * frames, tower.width)
     if tower.kind == "tempme":
-        theirs, ours = tempme.upstream_alone, tempme.ours_alone  # type: ignore[assignment]
-    try_blocks(blocks, (tower.prompts + 6, 1, tower.width), theirs, ours)
+        theirs, ours, shape = tempme.upstream_alone, tempme.ours_alone, (length, 1, tower.width)  # type: ignore
+    try_blocks(blocks, shape, theirs, ours)
 
 
 # what becomes of the module that calls the blocks, and of a block
@@ -279,7 +292,7 @@ def _module(model: object) -> nn.Module:
 
 def _is_given(value: object) -> bool:
     """Whether an argument says something: an empty sequence doesn't, an array of NumPy's does."""
-    return not (isinstance(value, Sequence) and len(value) == 0)
+    return not (isinstance(value, Sized) and len(value) == 0)
 
 
 def _settings(config: ToMeConfig | None, **settings) -> ToMeConfig:
@@ -418,5 +431,5 @@ def _set_embeddings(blocks: Sequence[Any], rows: Sequence[int]) -> None:
             if have is not None:
                 del block.tome_frame_embedding
         elif have is None or have.shape[1] != count:
-            like = block.ln_1.weight
-            block.tome_frame_embedding = nn.Parameter(like.new_zeros(1, count, 1, like.shape[0]))
+            like = block.attn.in_proj_weight
+            block.tome_frame_embedding = nn.Parameter(like.new_zeros(1, count, 1, like.shape[1]))

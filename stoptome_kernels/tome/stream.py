@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ..api import attention, match, merge, merge_norm
 from ..ops import merge_norm as fused
 from ..plan import MergePlan
-from .parts import bare_copy, is_bare, is_plain
+from .parts import are_plain, bare_copy, is_bare, is_plain
 from .schedule import Schedule, Step
 from .swap import Patched
 
@@ -76,26 +76,36 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def known_classes(block: Any) -> tuple[type, ...]:
-    """The classes of a block's attention and norms, whose weights are read for as long as they have these classes.
+    """The classes of a block's attention, activation and norms, whose weights are read, or that are fused, for as long
+    as they have these classes.
 
     Of norms those that compute what torch's LayerNorm does, in whatever dtype: others are called.
     """
     norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _is_layer_norm(norm))
-    return type(block.attn), *norms
+    return type(block.attn), type(getattr(block.mlp, "gelu", None)), *norms
 
 
 @torch.no_grad()
 def _is_layer_norm(norm: nn.LayerNorm) -> bool:
-    if type(norm) is nn.LayerNorm or norm.weight.is_meta:
+    if type(norm) is nn.LayerNorm or norm.weight is None or not are_plain(norm):
         return type(norm) is nn.LayerNorm
     twin = bare_copy(norm)
-    x = torch.linspace(-2, 3, 2 * norm.weight.numel()).sin().view(2, -1).to(norm.weight)
-    return torch.allclose(twin(x), layer_norm(twin, x), rtol=1e-2, atol=1e-2)
+    twin = twin.to_empty(device="cpu").float() if norm.weight.is_meta else twin.float()  # whose numbers don't matter
+    x = torch.linspace(-2, 3, 2 * norm.weight.numel(), device="cpu").sin().view(2, -1).to(twin.weight)
+    for part, low in ((twin.weight, 0.5), (twin.bias, -0.5)):
+        if part is not None:
+            part.copy_(torch.linspace(low, low + 1, part.numel(), device=part.device))
+    return torch.allclose(twin(x), layer_norm(twin, x), rtol=1e-4, atol=1e-5)
 
 
 def _is_read(block: Any, norm: Any) -> bool:
     """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
-    return (type(norm) is nn.LayerNorm or type(norm) in block.tome_classes) and is_plain(norm)
+    if type(norm) is not nn.LayerNorm and (type(norm) not in block.tome_classes or norm.__dict__.keys() - _NORM):
+        return False  # what a norm of somebody's own keeps in itself may change what it computes
+    return is_plain(norm) and nn.LayerNorm.forward.__module__ == nn.LayerNorm.__module__
+
+
+_NORM = frozenset(nn.LayerNorm(1).__dict__) | {"weight", "bias"}
 
 
 def _normed(block: Any, norm: Any, x: Tensor) -> Tensor:
@@ -106,19 +116,36 @@ def check_attention(block: Any) -> None:
     """Raise if a block's attention is more than the weights that are read.
 
     Raises:
-        RuntimeError: it, or its projection of the output, has hooks, another class, a forward of its own, or weights
-            that are elsewhere.
+        RuntimeError: it, or its projection of the output, has hooks, another class, a forward of its own, other
+            settings, or weights that are elsewhere; the message says which.
     """
-    attn = block.attn
-    if type(attn) in block.tome_classes and is_plain(attn):
-        out = attn.out_proj  # which a block of our own calls, and torch's attention reads
-        if not isinstance(block, Patched) or (isinstance(out, nn.Linear) and type(out) in _LINEAR and is_bare(out)):
-            return
-    raise RuntimeError(
-        f"{type(block).__name__}.attn has hooks, an adapter, a forward of its own, another class or weights that are "
-        "elsewhere, which would have no effect, since its weights are read: take that off, fold it into the weights "
-        "(PEFT: merge_and_unload), or take the patch out (remove_tome_patch)"
-    )
+    attn, theirs = block.attn, isinstance(block, Patched)
+    found = ""
+    if type(attn) not in block.tome_classes:
+        found = f"is {type(attn).__name__} of {type(attn).__module__}"
+    elif not is_bare(attn):
+        found = "has hooks, or a forward of its own"
+    elif not is_plain(attn):
+        found = "has weights that are elsewhere (offloaded), or no plain tensors"
+    elif isinstance(attn, nn.MultiheadAttention) and (
+        attn.dropout or attn.bias_k is not None or attn.add_zero_attn or attn.batch_first
+    ):
+        found = "has dropout, bias_k, add_zero_attn or batch_first set"
+    elif theirs and not _is_linear(attn.out_proj):  # a block of our own calls it, torch's attention reads it
+        found = "has an out_proj with hooks, a forward of its own, or of another class"
+    elif theirs and getattr(block, "attn_mask", None) is not None:
+        found = "is to have an attn_mask"
+    elif theirs and (own := [name for name in ("attention", "attend", "feed_forward") if name in block.__dict__]):
+        found = f"stands beside a method put on the block itself ({own[0]})"
+    if found:
+        raise RuntimeError(
+            f"{type(block).__name__}.attn {found}, which would have no effect, since its weights are read: take that "
+            f"off, or fold it into the weights (PEFT: merge_and_unload){', or remove_tome_patch' if theirs else ''}"
+        )
+
+
+def _is_linear(out: Any) -> bool:
+    return isinstance(out, nn.Linear) and type(out) in _LINEAR and is_bare(out)
 
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -189,19 +216,21 @@ def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
     """
     # a compiler fuses such passes by itself; torch 2.13's leaves out the alpha of an addition to a product (its issues
     # 167313, 196577)
-    quick = _is_quick(block.mlp) and not torch.compiler.is_compiling()
+    quick = _is_quick(block) and not torch.compiler.is_compiling()
     out = _quick(block.mlp, x, normed) if quick else x + block.mlp(normed)
     if not hasattr(block, "LoRA"):
         return out
     return out + 0.1 * (_low_rank(block.LoRA, x) if _is_low_rank(block.LoRA) else block.LoRA(x))
 
 
-def _is_quick(mlp: Any) -> bool:
+def _is_quick(block: Any) -> bool:
+    mlp = block.mlp
     if type(mlp) is not nn.Sequential or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
         return False
     fc, gelu, proj = mlp
     linear = all(type(m) is nn.Linear and m.bias is not None for m in (fc, proj))
-    return linear and type(gelu).__name__ == "QuickGELU" and is_plain(mlp, fc, gelu, proj)
+    known = type(gelu).__name__ == "QuickGELU" and type(gelu) in block.tome_classes
+    return linear and known and is_plain(mlp, fc, gelu, proj)
 
 
 def _is_low_rank(branch: Any) -> bool:

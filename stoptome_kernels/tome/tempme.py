@@ -295,12 +295,10 @@ def upstream_alone(block: Any, x: Tensor) -> Tensor | None:
     if not _merges(block):
         return block.forward(x).transpose(0, 1)
     counts = block.__dict__.get("_tome_info")
-    if counts is not None:
-        counts.update(size=None, source=None, cls_num=1, frame_num=1, token_num=x.shape[1])
-    try:
-        return block.forward(x, **_CALL).transpose(0, 1)
-    except (AttributeError, KeyError):
+    if counts is None:
         return None
+    counts.update(size=None, source=None, cls_num=1, frame_num=1, token_num=x.shape[1])
+    return block.forward(x, **_CALL).transpose(0, 1)
 
 
 def ours_alone(block: Any, x: Tensor) -> Tensor:

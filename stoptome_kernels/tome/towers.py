@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import gc
 import operator
-import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .parts import is_bare, own_forward
+from .report import warn
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -164,10 +164,9 @@ def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
     inside = {id(module._modules) for module in model.modules()}
     for holder in gc.get_referrers(*blocks):
         if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
-            warnings.warn(
+            warn(
                 f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
-                "from now on: patch a copy (copy.deepcopy) if that is not wanted",
-                stacklevel=4,
+                "from now on: patch a copy (copy.deepcopy) if that is not wanted"
             )
             return
 
@@ -203,8 +202,8 @@ def _check_block(block: Any, kind: str) -> None:
 def _check_attention(attn: Any, what: str) -> None:
     if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
         raise TypeError(
-            f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {type(attn).__name__}: "
-            "take adapters off, or fold them into the weights, before patching"
+            f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {type(attn).__name__} of "
+            f"{type(attn).__module__}: take adapters off, or fold them into the weights, before patching"
         )
     for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
         if getattr(attn, setting) != right:

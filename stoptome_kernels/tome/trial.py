@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .parts import are_plain, bare_copy, tensors
 
 _EXACT, _ROUNDED = 1e-3, 0.05
+_LOCK = threading.Lock()  # random numbers and torch's fast path are the process's
 
 
 def try_blocks(
@@ -38,19 +41,20 @@ def try_blocks(
         ValueError: the results differ by more than rounding, or a block fails by itself.
     """
     for index, block in blocks.items():
-        if not any(tensor.is_meta for tensor in tensors(block)):
-            _try(index, block, shape, theirs, ours)
+        if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors(block)):
+            with _LOCK:
+                _try(index, block, shape, theirs, ours)
 
 
 def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
     what = f"block {index}, a {type(block).__name__},"
     twin = bare_copy(block).eval()
     plain = are_plain(twin)
-    weights = [weight for weight in tensors(twin) if weight.is_floating_point()]
-    if plain and not any(weight.dtype == torch.float64 for weight in weights):
-        twin.float()  # a CPU may not compute in float16, and a block may mix it with float32 outside of autocast
-    weight = next((w for w in tensors(twin) if w.is_floating_point()), torch.empty((), device="cpu"))
     rng = torch.Generator().manual_seed(index)
+    if plain:
+        twin.float()  # a CPU may not compute in float16, and a block may mix it with float32 outside of autocast
+        _fill(twin, rng)
+    weight = next((w for w in tensors(twin) if w.is_floating_point()), torch.empty((), device="cpu"))
     x = torch.randn(shape, generator=rng, device="cpu").to(weight.device, weight.dtype)
     devices = [weight.device] if weight.device.type == "cuda" else []
     # by the weights' dtype, whatever the caller's autocast
@@ -77,6 +81,18 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
             f"{what} computes something else than blocks of its class do in the versions that are known (off by "
             f"{gap:.2g} of what it adds to random tokens): tokens can't be merged in it"
         )
+
+
+@torch.no_grad()
+def _fill(twin: nn.Module, rng: torch.Generator) -> None:
+    """Give parameters that say nothing yet (zero, next to it, or never set) random values: a branch that adds nothing
+    would hide what it computes."""
+    for weight in twin.parameters():
+        if weight.numel() and not 1e-2 <= weight.abs().max().item() < 1e4:
+            drawn = torch.rand(weight.shape, generator=rng, device="cpu") + 0.1
+            if weight.dim() > 1:
+                drawn = (drawn - 0.6) * 3 * weight[0].numel() ** -0.5
+            weight.copy_(drawn)
 
 
 @contextmanager

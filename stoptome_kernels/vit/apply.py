@@ -52,8 +52,9 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     before = getattr(before, "merging", before)  # of a layer alone, which runs itself
     if any(isinstance(block, Patched) and block.tome.merging is not before for block in vit.blocks):
         raise ValueError(
-            f"blocks of {type(vit.runner).__name__} are part of another model, which is patched already: patch copies "
-            "(copy.deepcopy), or that model alone"
+            f"blocks of {type(vit.runner).__name__} are part of another model, which is patched already, or copies of "
+            "such: take the patch out of the blocks (remove_tome_patch) and patch again, or patch a copy of the model "
+            "(copy.deepcopy)"
         )
     warn_of_sharing(vit.around[0], vit.blocks)
     fresh = {index: block for index, block in enumerate(vit.blocks) if not isinstance(block, Patched)}
@@ -69,7 +70,7 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
             if isinstance(module, Attention):
                 module.tome_settle()
         _try(vit, fresh)
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         for module, _ in parts:
             unswap(module)
         raise

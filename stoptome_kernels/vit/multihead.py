@@ -29,8 +29,8 @@ def check(block: Any, attn: Any) -> None:
     what = f"{type(block).__name__} with the attention {type(attn).__name__}"
     if not is_a(attn, _HOME, "MultiheadAttention") or overrides(attn, _HOME, "forward"):
         raise TypeError(
-            f"don't know how to merge tokens in {what}: known is torch.nn.MultiheadAttention; patch before another "
-            "library replaces it"
+            f"don't know how to merge tokens in {what} of {type(attn).__module__}: known is "
+            "torch.nn.MultiheadAttention; patch before another library replaces it (PEFT: merge_and_unload)"
         )
     for setting, given, allowed in (
         ("kdim or vdim", attn.in_proj_weight is None, "that of the tokens"),

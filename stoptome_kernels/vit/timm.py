@@ -39,11 +39,13 @@ _ATTENTION = {
 
 
 class _PreNorm(Block):
-    """``Block`` and ``EvaBlock``."""
+    """``Block``."""
 
-    def tome_run(self, tokens: Tokens, rope: Tensor | None = None, **masks) -> Tokens:
+    tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")  # beside tokens, in this order
+
+    def tome_run(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
         block: Any = self
-        no_mask(block, **masks)
+        rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
         residual = block.drop_path1(_scaled(block, 1, residual))
         merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
@@ -54,17 +56,46 @@ class _PreNorm(Block):
 
 
 class _PostNorm(Block):
-    """``ResPostBlock`` and ``EvaBlockPostNorm``: normalised behind each branch."""
+    """``ResPostBlock``: normalised behind each branch."""
 
-    def tome_run(self, tokens: Tokens, rope: Tensor | None = None, **masks) -> Tokens:
+    tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")
+
+    def tome_run(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
         block: Any = self
-        no_mask(block, **masks)
+        rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, tokens.x, tokens, rope)
         merged, _ = block.tome.merge(tokens, block.drop_path1(block.norm1(residual)), keys, None)
         return merged.but(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
 
     def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
+
+
+class _EvaPreNorm(_PreNorm):
+    """``EvaBlock``."""
+
+    tome_takes = ("rope", "attn_mask", "is_causal")
+
+
+class _EvaPostNorm(_PostNorm):
+    """``EvaBlockPostNorm``."""
+
+    tome_takes = ("rope", "attn_mask", "is_causal")
+
+
+def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor | None:
+    """The embeddings that a block was given, by position or by name.
+
+    Raises:
+        ValueError: a mask.
+    """
+    for name, value in zip(block.tome_takes, args, strict=False):
+        if name == "rope":
+            rope = value
+        else:
+            masks[name] = value
+    no_mask(block, **masks)
+    return rope
 
 
 class _Attention(Attention):
@@ -104,8 +135,8 @@ class _Attention(Attention):
 _BLOCKS: dict[tuple[str, str], type[Block]] = {
     ("timm.models.vision_transformer", "Block"): _PreNorm,
     ("timm.models.vision_transformer", "ResPostBlock"): _PostNorm,
-    ("timm.models.eva", "EvaBlock"): _PreNorm,
-    ("timm.models.eva", "EvaBlockPostNorm"): _PostNorm,
+    ("timm.models.eva", "EvaBlock"): _EvaPreNorm,
+    ("timm.models.eva", "EvaBlockPostNorm"): _EvaPostNorm,
 }
 
 

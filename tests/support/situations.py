@@ -23,6 +23,7 @@ from support import ROOT, slow_tempme
 from support.vit import build, cases
 
 AS_BEFORE, REFUSED = "as unpatched", "refused"
+# What is refused is always about the attention.
 WAYS_OUT = re.compile(r"remove_tome_patch|patch first|patch before|patch again|before patching|take that off|deepcopy")
 TABLE = ROOT / "docs" / "situations.md"
 
@@ -434,7 +435,7 @@ def outcome(situation: Situation, family: Family, call: Callable = run, alike: C
         with situation.everywhere(family, model) if situation.everywhere else nullcontext():
             got = call(family, model)
     except (RuntimeError, TypeError, ValueError) as error:
-        if not WAYS_OUT.search(str(error)):
+        if not (WAYS_OUT.search(str(error)) and re.search("attention|attn", str(error), re.IGNORECASE)):
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
         return REFUSED
     assert alike(got, want), f"{where}: off by {(got - want).abs().max():.3g}"

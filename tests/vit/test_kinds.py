@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 
-from support.situations import WAYS_OUT, Family, Halved, attention, families, get, mlp_out, norm, scale
+from support.situations import Family, Halved, attention, families, get, mlp_out, norm, scale
 from support.vit import build, cases
 
 FAMILIES = list(families())
@@ -350,7 +350,7 @@ MULTIHEAD = [family for family in MULTIHEAD if family.name not in READ_ATTENTION
 
 
 def given_to(family: Family, change: Callable) -> Callable:
-    """Run a patched and an unpatched model whose second attention gets other arguments; give both answers."""
+    """Give a call of a patched model whose second attention gets other arguments."""
 
     def call():
         model = family.patch(family.make())
@@ -403,13 +403,18 @@ def test_layer_norm_of_another_make(family, monkeypatch):
     model = family.patch(family.make())
     plain = family.run(model)
     forward = nn.LayerNorm.forward
-    if type(get(norm(family.block(model)))) is nn.LayerNorm and family.name not in READ_ATTENTION:
+    kind = type(get(norm(family.block(model))))
+    if kind is nn.LayerNorm or family.name in (
+        "STOP, DGL",
+        "CLIP4Clip",
+        "TempMe",
+    ):  # others have a forward of their own
         with monkeypatch.context() as patched:
             patched.setattr(nn.LayerNorm, "forward", lambda self, x: 0.5 * forward(self, x))
             got = family.run(model)
         model = family.make()
         for module in model.modules():
-            if type(module) is nn.LayerNorm:
+            if type(module) in (nn.LayerNorm, kind):
                 module.weight.data *= 0.5
                 module.bias.data *= 0.5
         torch.testing.assert_close(got, family.run(family.patch(model)), rtol=1e-4, atol=1e-5)
@@ -446,7 +451,7 @@ def mean_of_tokens(tower, x, *_, **__):
         (
             "torchvision-vit",
             "forward",
-            lambda tower, x: tower.encoder(tower._process_input(x).repeat(1, 2, 1)[:, :65]).mean(1),
+            mean_of_an_encoder,
         ),
     ],
 )
@@ -496,15 +501,14 @@ def test_hidden_states_that_a_hook_changes(family, change, inference):
 # what can't follow merging
 
 
-def test_what_can_not_follow(family):
+@pytest.mark.parametrize("family", FAMILIES[:-1], ids=lambda family: family.name)  # StopModel's classes stay
+def test_jit_script(family):
     model = family.patch(family.make())
-    if any(isinstance(module, Patched) for module in model.modules()):
-        with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile.*remove_tome_patch"):
-            torch.jit.script(model)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile.*remove_tome_patch"):
+        torch.jit.script(model)
 
 
 @pytest.mark.parametrize("family", TIMM[:1], ids=lambda family: family.name)
 def test_fx(family):
     with pytest.raises(TypeError, match=r"torch.fx can't trace merging.*torch.export"):
         torch.fx.symbolic_trace(family.patch(family.make()))
-    assert WAYS_OUT.search("remove_tome_patch")
