@@ -9,13 +9,16 @@ exact.
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import checks, vit
 from . import tempme
@@ -143,6 +146,64 @@ def _try(tower: Tower, blocks: dict[int, nn.Module]) -> None:
     try_blocks(blocks, shape, theirs, ours)
 
 
+class _Factor(nn.Module):
+    """In the place of a block: multiplies."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, given):
+        return given[0] * self.factor, *given[1:]
+
+
+@torch.no_grad()
+def _try_runner(tower: Tower) -> None:
+    """Refuse a tower whose own loop does more to global prompts and class tokens than to call one block after another.
+
+    Raises:
+        ValueError: it does.
+    """
+    weight = tower.around[-2].positional_embedding
+    if weight.is_meta or isinstance(weight, FakeTensor) or tower.kind == "tempme":
+        return
+    factors = [1 + 0.125 * (layer + 1) for layer in range(len(tower.blocks))]
+    transformer = _with(tower.around[-1], "resblocks", _with_all(tower.around[-1].resblocks, map(_Factor, factors)))
+    rng, prompts, frames = torch.Generator().manual_seed(0), tower.prompts, _TRIED
+    try:
+        if tower.kind == "prompted":
+            frames = tower.frames or 1
+            x = torch.randn(prompts + tower.tokens * frames, 2, tower.width, generator=rng, device="cpu").to(weight)
+            deep = x.new_zeros(len(factors), 2, frames * prompts, tower.width)
+            runner: Any = _with(tower.runner, "transformer", transformer)
+            got, read = runner.forward_deep_prompt(x, deep), prompts + frames  # global prompts and class tokens
+        else:
+            x = torch.randn(tower.tokens, 2 * frames, tower.width, generator=rng, device="cpu").to(weight)
+            got, read = transformer.forward(x, frames), len(x)
+    except (AttributeError, KeyError):  # it looks into its blocks
+        return
+    want = x[:read] * math.prod(factors)
+    if got[:read].shape != want.shape or not torch.allclose(got[:read].float(), want.float(), rtol=0.05, atol=0.05):
+        raise ValueError(
+            f"{type(tower.runner).__name__} does more between its blocks than to call one after the other, which "
+            "merging would leave out: tokens can't be merged in it"
+        )
+
+
+def _with(module: nn.Module, name: str, child: nn.Module) -> Any:
+    """A shallow copy of a module with another child of this name."""
+    twin: Any = copy.copy(module)
+    twin.__dict__["_modules"] = module._modules | {name: child}
+    return twin
+
+
+def _with_all(blocks: nn.Module, children: Iterable[nn.Module]) -> Any:
+    """The same with other children; hooks of a sequence of blocks are refused where they would be called."""
+    twin: Any = copy.copy(blocks)
+    twin.__dict__["_modules"] = dict(zip(blocks._modules, children, strict=True))
+    return twin
+
+
 # what becomes of the module that calls the blocks, and of a block
 _MIXINS: dict[str, tuple[type, type]] = {
     "prompted": (_PromptedTower, _Block),
@@ -257,6 +318,8 @@ def apply_tome_patch(
     if tower.kind in _MIXINS:
         fresh = {index: block for index, block in enumerate(tower.blocks) if not isinstance(block, Patched)}
         _try(tower, fresh)
+        if not isinstance(tower.runner, Patched):
+            _try_runner(tower)
         for_runner, for_block = _MIXINS[tower.kind]
         swap(tower.runner, for_runner)
         for block in fresh.values():

@@ -66,6 +66,35 @@ def test_branches_that_add_nothing_yet_are_seen():
         stk.apply_tome_patch(model, 2)
 
 
+class Between(upstream.Clip4ClipTransformer):
+    """Does something between two blocks."""
+
+    def forward(self, x, video_frame=-1):
+        for block in self.resblocks:
+            x = block((x, video_frame))[0] + 1
+        return x
+
+
+class Prompted(upstream.StopTower):
+    """Changes what comes out of the blocks."""
+
+    def forward_deep_prompt(self, x, unified_visual_prompt):
+        return 2 * super().forward_deep_prompt(x, unified_visual_prompt)
+
+
+def test_loops_of_somebody_elses_are_seen():
+    model = CLIP4CLIP.make()
+    model.transformer.__class__ = Between
+    with pytest.raises(ValueError, match="Between does more between its blocks"):
+        CLIP4CLIP.patch(model)
+    assert not stk.is_patched(model)
+    model = stop_tower()
+    model.__class__ = Prompted
+    with pytest.raises(ValueError, match="Prompted does more between its blocks"):
+        stk.apply_tome_patch(model, 2)
+    assert not stk.is_patched(model)
+
+
 def test_a_block_that_fails_by_itself():
     for family, error in ((READ[2], AttributeError), (CLIP4CLIP, KeyError)):
 
