@@ -100,11 +100,21 @@ def _is_layer_norm(norm: nn.LayerNorm) -> bool:
 
 def _is_read(block: Any, norm: Any) -> bool:
     """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
-    if type(norm) is not nn.LayerNorm and (type(norm) not in block.tome_classes or norm.__dict__.keys() - _NORM):
-        return False  # what a norm of somebody's own keeps in itself may change what it computes
+    if type(norm) is not nn.LayerNorm and (
+        type(norm) not in block.tome_classes or (isinstance(block, Patched) and _keeps_more(norm))
+    ):
+        return False
     return is_plain(norm) and nn.LayerNorm.forward.__module__ == nn.LayerNorm.__module__
 
 
+def _keeps_more(norm: Any) -> bool:
+    """Whether a norm of somebody's own keeps something in itself, which may change what it computes."""
+    if torch.compiler.is_compiling() and _OLD:
+        return True  # it can't be asked there, and is called
+    return bool(norm.__dict__.keys() - _NORM)
+
+
+_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 _NORM = frozenset(nn.LayerNorm(1).__dict__) | {"weight", "bias"}
 
 

@@ -50,7 +50,7 @@ class Multihead(Attention):
         if not isinstance(ask, Ask):
             return super().forward(query, *args, **options)  # type: ignore[misc]
         attn: Any = self
-        inputs = dict(zip(("key", "value"), args, strict=False)) | options
+        inputs = {**dict(zip(("key", "value"), args, strict=False)), **options}
         key, value = (inputs.pop(name, None) for name in ("key", "value"))
         no_more(self, args[2:], inputs, "attn_mask")
         if attn.bias_k is not None or attn.add_zero_attn:
