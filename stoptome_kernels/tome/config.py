@@ -153,7 +153,7 @@ class ToMeConfig:
 
 
 def _names(setting: str) -> tuple[str, ...]:
-    """What a setting may be called in arguments; if several are there, the last counts."""
+    """Return the names of a setting in arguments; if several are there, the last counts."""
     return (_TEMPME.get(setting, setting), f"tome_{setting}", setting)
 
 
@@ -180,7 +180,7 @@ def nothing_said(args: object) -> str:
 
 
 def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:
-    """Of these names the one that is most like a flag's, and the flag; None if none is."""
+    """Return the name that is most like a flag's, and the flag; None if none is."""
     flags = (*_FLAGS, *_TEMPME.values())
     pairs = [(name, flag) for name in given if not name.startswith("_") for flag in flags]
 

@@ -52,7 +52,7 @@ class Merging:
         return tuple(r if layer < first else None for layer, r in enumerate(rates))
 
     def describe(self, model: str) -> Description:
-        """What a model merges."""
+        """Return a description of what is merged in a model of this name."""
         if self.protected > 1:
             given = "global prompts and class tokens"
         elif self.schedule.idle:

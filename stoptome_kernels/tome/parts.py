@@ -72,6 +72,11 @@ def own_forward(module: Any) -> Any:
     return forward
 
 
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Return whether a tensor has no numbers to compute with: it is on meta, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def tensors(module: nn.Module) -> Iterable[Tensor]:
     """Yield parameters and buffers of a module and of all modules in it."""
     yield from module.parameters()

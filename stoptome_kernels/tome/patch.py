@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import checks, vit
 from . import tempme
 from .config import ToMeConfig, nothing_said
 from .merging import Merging
-from .parts import is_bare
-from .report import Description, logger, warn, warn_capped
+from .parts import is_bare, is_elsewhere
+from .report import Description, family_of, logger, warn, warn_capped
 from .schedule import Rate, Schedule, Step, plan_layers
 from .stream import Stream, known_classes, run_block
 from .swap import Patched, check_unswap, patched, swap, unswap
@@ -165,17 +164,19 @@ def _try_runner(tower: Tower) -> None:
         ValueError: it does.
     """
     weight = tower.around[-2].positional_embedding
-    if weight.is_meta or isinstance(weight, FakeTensor) or tower.kind == "tempme":
+    if is_elsewhere(weight) or tower.kind == "tempme":
         return
     factors = [1 + 0.125 * (layer + 1) for layer in range(len(tower.blocks))]
-    transformer = _with(tower.around[-1], "resblocks", _with_all(tower.around[-1].resblocks, map(_Factor, factors)))
+    stack = tower.around[-1]
+    blocks = _with(stack.resblocks, dict(zip(stack.resblocks._modules, map(_Factor, factors), strict=True)))
+    transformer = _with(stack, {"resblocks": blocks})
     rng, prompts, frames = torch.Generator().manual_seed(0), tower.prompts, _TRIED
     try:
         if tower.kind == "prompted":
             frames = tower.frames or 1
             x = torch.randn(prompts + tower.tokens * frames, 2, tower.width, generator=rng, device="cpu").to(weight)
             deep = x.new_zeros(len(factors), 2, frames * prompts, tower.width)
-            runner: Any = _with(tower.runner, "transformer", transformer)
+            runner = _with(tower.runner, {"transformer": transformer})
             got, read = runner.forward_deep_prompt(x, deep), prompts + frames  # global prompts and class tokens
         else:
             x = torch.randn(tower.tokens, 2 * frames, tower.width, generator=rng, device="cpu").to(weight)
@@ -190,17 +191,10 @@ def _try_runner(tower: Tower) -> None:
         )
 
 
-def _with(module: nn.Module, name: str, child: nn.Module) -> Any:
-    """A shallow copy of a module with another child of this name."""
+def _with(module: nn.Module, children: dict[str, nn.Module]) -> Any:
+    """A shallow copy of a module with other children under these names."""
     twin: Any = copy.copy(module)
-    twin.__dict__["_modules"] = module._modules | {name: child}
-    return twin
-
-
-def _with_all(blocks: nn.Module, children: Iterable[nn.Module]) -> Any:
-    """The same with other children; hooks of a sequence of blocks are refused where they would be called."""
-    twin: Any = copy.copy(blocks)
-    twin.__dict__["_modules"] = dict(zip(blocks._modules, children, strict=True))
+    twin.__dict__["_modules"] = module._modules | children
     return twin
 
 
@@ -329,7 +323,7 @@ def apply_tome_patch(
         for block, step in zip(tower.blocks, chosen.steps, strict=True):
             block.tome_step = step
     _set_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
-    family = f"{type(tower.runner).__name__} ({type(tower.runner).__module__})"
+    family = family_of(tower.runner)
     if tower.kind == "tempme":
         tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames, family)
     else:
@@ -419,7 +413,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> Description:
-    """What a model merges: tokens behind each layer, asked for and carried out, and the ideal speed-up.
+    """Describe what a model merges: tokens behind each layer, asked for and carried out, and the ideal speed-up.
 
     Returns:
         ``print()`` shows it as a table; ``.line`` is one line for a log, ``.schedule`` holds the numbers.
@@ -438,7 +432,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _held(module: nn.Module) -> Any:
-    """What a module is to merge; None if nobody asked it to, and for what others call by that name."""
+    """Return the settings and schedule that a module holds; None without, and for what others call ``tome``."""
     tome = module.__dict__.get("tome")
     tome = getattr(tome, "merging", tome)  # of a block
     return tome if isinstance(tome, (vit.Merging, Merging)) and tome.family else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patched model merges, for a reader: a table, a line for a log, a warning where less is done than asked."""
+"""Descriptions of patched models: a table, a line for a log, a warning where less is merged than asked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 @dataclass(frozen=True)
 class Description:
-    """What a model merges. ``str()`` of it is a table, :attr:`line` fits into a log.
+    """A description of what a model merges. ``str()`` of it is a table, :attr:`line` fits into a log.
 
     Attributes:
         model: name of the model's class.
@@ -78,11 +78,16 @@ class Description:
         return "\n".join([*head, *table(columns)])
 
     def _share(self, layer: int) -> str:
-        """What is asked for where it is no number: a share between items, if they are joined here, and within."""
+        """Return the shares asked for in a layer: between items, if it joins any, and within them."""
         assert self.config is not None  # nothing is asked for without settings
         assert self.schedule is not None  # and shares never without a schedule
         inter, intra = self.config.merge_token_proportions
         return f"{inter:g} % + {intra:g} %" if self.schedule.steps[layer].join > 1 else f"{intra:g} %"
+
+
+def family_of(tower: object) -> str:
+    """Return the class of a tower and its library, for :attr:`Description.family`."""
+    return f"{type(tower).__name__} ({type(tower).__module__})"
 
 
 def _short(asked: Sequence[int | None]) -> str:

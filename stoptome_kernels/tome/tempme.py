@@ -86,7 +86,7 @@ class TempMeMerging(Merging):
         self.counts, self.frames, self.layers, self.made_counts = counts, frames, layers, made_counts
 
     def describe(self, model: str) -> Description:
-        """What a model merges; by its own schedule that is known in a forward alone."""
+        """Return a description; of the model's own schedule nothing is known before a forward."""
         if self.schedule is None:
             asked: tuple[int | None, ...] = (None,) * self.layers
             return Description(

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .parts import are_plain, bare_copy, tensors
+from .parts import are_plain, bare_copy, is_elsewhere, tensors
 
 _EXACT, _ROUNDED = 1e-3, 0.05
 _LOCK = threading.Lock()  # random numbers and torch's fast path are the process's
@@ -41,7 +40,7 @@ def try_blocks(
         ValueError: the results differ by more than rounding, or a block fails by itself.
     """
     for index, block in blocks.items():
-        if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors(block)):
+        if not any(map(is_elsewhere, tensors(block))):
             with _LOCK:
                 _try(index, block, shape, theirs, ours)
 

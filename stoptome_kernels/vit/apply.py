@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..tome.config import ToMeConfig
+from ..tome.report import family_of
 from ..tome.schedule import parse_r
 from ..tome.swap import Patched, swap, unswap
 from ..tome.towers import check_free, check_unsharded, warn_of_sharing
@@ -98,8 +99,7 @@ def _protecting(vit: Vit, protected: int | None) -> Vit:
 
 
 def _shape(vit: Vit) -> Shape:
-    kind = type(vit.runner)
-    return Shape(f"{kind.__name__} ({kind.__module__})", vit.protected, vit.width, vit.tokens, vit.positions)
+    return Shape(family_of(vit.runner), vit.protected, vit.width, vit.tokens, vit.positions)
 
 
 def _try(vit: Vit, blocks: dict[int, Any]) -> None:

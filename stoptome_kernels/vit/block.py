@@ -81,7 +81,22 @@ class Ask:
 
 
 class Attention(Patched):
-    """A block's attention. Called with :class:`Ask` it attends by sizes and tells its keys; else it does as before."""
+    """A block's attention. Called with :class:`Ask` it attends by sizes and tells its keys; else it does as before.
+
+    Attributes:
+        tome_mask: the argument that ``Ask`` stands in for.
+    """
+
+    tome_mask = "attn_mask"
+
+    def forward(self, *args, **options):
+        if not isinstance(options.get(self.tome_mask), Ask):
+            return super().forward(*args, **options)  # type: ignore[misc]
+        return self.tome_attend(options.pop(self.tome_mask), *args, **options)
+
+    def tome_attend(self, ask: Ask, *args, **options):
+        """Attend by sizes, and give the keys to ``ask``."""
+        raise NotImplementedError
 
     def tome_settle(self) -> None:
         """Note what the module was like when it was tried out."""
@@ -232,22 +247,26 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_by_weights(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, dropout: nn.Module) -> Tensor:
-    """The same ``(N, H, T, d) → (N, T, H·d)`` with its weights ``(N, H, T, T)`` written out for a module that is called
-    on them."""
-    weights = (q * scale) @ k.mT
+def attend_as(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+    """The same ``(N, H, T, d) → (N, T, H·d)`` as an attention of timm's or open_clip's does it: fused, with the
+    probability of its ``attn_drop``; or with its ``scale``, and ``attn_drop`` called on weights ``(N, H, T, T)``."""
+    if fused:
+        return attend(q, k, v, size, dropout=attn.attn_drop.p if attn.training else 0.0)
+    if _is_identity(attn.attn_drop):
+        return attend(q, k, v, size, attn.scale)
+    weights = (q * attn.scale) @ k.mT
     if size is not None:
         weights = weights + size.log()[:, None, None].to(weights.dtype)
-    return (dropout(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+    return (attn.attn_drop(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
 
-def is_identity(dropout: nn.Module) -> bool:
+def _is_identity(dropout: nn.Module) -> bool:
     """Whether calling a module on attention weights does nothing."""
     kind = type(dropout)
     return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and is_bare(dropout)
 
 
-def no_more(attn: Any, args: tuple, options: dict, *known: str) -> None:
+def no_more(attn: Any, args: tuple, options: dict) -> None:
     """Raise if somebody, a hook say, asks more of an attention than its block does.
 
     Raises:
@@ -255,9 +274,7 @@ def no_more(attn: Any, args: tuple, options: dict, *known: str) -> None:
     """
     if args:
         raise ValueError(f"{type(attn).__name__} got {len(args)} arguments more than its block gives it: {_TAKE_OFF}")
-    for name, value in options.items():
-        if name not in known and value is not None and value is not False:
-            raise ValueError(f"{type(attn).__name__} got {name}, which merged tokens can't follow: {_TAKE_OFF}")
+    _refuse(attn, options, f"which merged tokens can't follow: {_TAKE_OFF}")
 
 
 def no_own(block: Any, method: str) -> None:
@@ -282,9 +299,11 @@ def no_mask(block: Any, **given) -> None:
     Raises:
         ValueError: one of these arguments is given.
     """
+    way_out = "call the model without it, or take the patch out (remove_tome_patch)"
+    _refuse(block, given, f"which says something of tokens that are merged: {way_out}")
+
+
+def _refuse(module: Any, given: dict, why: str) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
-            raise ValueError(
-                f"{type(block).__name__} got {name}, which says something of tokens that are merged: call the model "
-                "without it, or take the patch out (remove_tome_patch)"
-            )
+            raise ValueError(f"{type(module).__name__} got {name}, {why}")

@@ -44,15 +44,12 @@ def check(block: Any, attn: Any) -> None:
 class Multihead(Attention):
     """``nn.MultiheadAttention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
 
-    def forward(self, query, *args, **options):
-        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``; with ``Ask`` it is key and value too."""
-        ask = options.get("attn_mask")
-        if not isinstance(ask, Ask):
-            return super().forward(query, *args, **options)  # type: ignore[misc]
+    def tome_attend(self, ask: Ask, query: Tensor, *args, **options):
+        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""
         attn: Any = self
         inputs = {**dict(zip(("key", "value"), args, strict=False)), **options}
         key, value = (inputs.pop(name, None) for name in ("key", "value"))
-        no_more(self, args[2:], inputs, "attn_mask")
+        no_more(self, args[2:], inputs)
         if attn.bias_k is not None or attn.add_zero_attn:
             raise ValueError(
                 f"{type(self).__name__} has been given more keys since it was patched (bias_k, add_zero_attn): take "

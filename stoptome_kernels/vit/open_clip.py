@@ -10,19 +10,7 @@ from torch import Tensor, nn
 
 from ..tome.swap import Patched, original
 from . import multihead
-from .block import (
-    Ask,
-    Attention,
-    Block,
-    Instead,
-    Reader,
-    attend,
-    attend_by_weights,
-    is_identity,
-    no_mask,
-    no_own,
-    reading,
-)
+from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_own, reading
 from .tokens import Tokens
 from .towers import Vit, check_own_method, name_of, overrides, require, the_only, within
 
@@ -66,22 +54,15 @@ def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
 class _Attention(Attention):
     """open_clip's own ``Attention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
 
-    def forward(self, x, attn_mask=None):
+    def tome_attend(self, ask: Ask, x: Tensor):
         """``x (N, T, D)``."""
-        if not isinstance(attn_mask, Ask):
-            return super().forward(x, attn_mask)  # type: ignore[misc]
         attn: Any = self
         q, k, v = multihead.heads(attn, x)
         q, k = attn.ln_q(q), attn.ln_k(k)
-        attn_mask.keys = k
+        ask.keys = k
         if attn.head_scale is not None:
             v = v * attn.head_scale  # of what a head gives; attention is linear in v
-        if attn.use_fsdpa:
-            out = attend(q, k, v, attn_mask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
-        elif is_identity(attn.attn_drop):
-            out = attend(q, k, v, attn_mask.size, attn.scale)
-        else:
-            out = attend_by_weights(q, k, v, attn_mask.size, attn.scale, attn.attn_drop)
+        out = attend_as(attn, attn.use_fsdpa, q, k, v, ask.size)
         return attn.out_drop(attn.out_proj(attn.ln_inner(out)))
 
 

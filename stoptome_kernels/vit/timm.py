@@ -11,19 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tome.swap import Patched, original
-from .block import (
-    Ask,
-    Attention,
-    Block,
-    Instead,
-    Reader,
-    attend,
-    attend_by_weights,
-    is_identity,
-    no_mask,
-    no_more,
-    reading,
-)
+from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_more, reading
 from .tokens import Tokens
 from .towers import Vit, check_own_method, is_a, older, require, the_only, within
 
@@ -101,14 +89,10 @@ def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor |
 class _Attention(Attention):
     """``Attention``, ``AttentionRope``, ``EvaAttention``, which take :class:`.block.Ask` for an ``attn_mask``."""
 
-    def forward(self, x, *args, **options):
+    def tome_attend(self, ask: Ask, x: Tensor, *args, rope: Tensor | None = None, **options):
         """``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
-        ask = options.get("attn_mask")
-        if not isinstance(ask, Ask):
-            return super().forward(x, *args, **options)  # type: ignore[misc]
         attn: Any = self
-        rope = options.pop("rope", None)
-        no_more(self, args, options, "attn_mask")
+        no_more(self, args, options)
         gate = getattr(attn, "gate", None)
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
@@ -119,12 +103,7 @@ class _Attention(Attention):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if attn.fused_attn:
-            out = attend(q, k, v, ask.size, dropout=attn.attn_drop.p if attn.training else 0.0)
-        elif is_identity(attn.attn_drop):
-            out = attend(q, k, v, ask.size, attn.scale)
-        else:
-            out = attend_by_weights(q, k, v, ask.size, attn.scale, attn.attn_drop)
+        out = attend_as(attn, attn.fused_attn, q, k, v, ask.size)
         if hasattr(attn, "norm"):
             out = attn.norm(out)
         if gate is not None:

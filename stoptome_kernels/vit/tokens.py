@@ -167,7 +167,7 @@ class Merging:
         return self.shape.family
 
     def describe(self, model: str) -> Description:
-        """What a model merges."""
+        """Return a description of what is merged in a model of this name."""
         tokens = self.shape.tokens
         given = (
             "a row for each original token"

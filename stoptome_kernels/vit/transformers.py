@@ -175,6 +175,7 @@ class _Inner(Attention):
         tome_implementation: the name of the attention implementation that it was tried out with.
     """
 
+    tome_mask = "attention_mask"
     tome_implementation: str | None
 
     def tome_settle(self) -> None:
@@ -183,11 +184,8 @@ class _Inner(Attention):
     def tome_undo(self) -> None:
         self.__dict__.pop("tome_implementation", None)
 
-    def forward(self, hidden_states, *args, **options):
+    def tome_attend(self, ask: Ask, hidden_states: Tensor, *args, **options):
         """``hidden_states (N, T, D)``."""
-        ask = options.get("attention_mask")
-        if not isinstance(ask, Ask):
-            return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
         attn: Any = self
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
             raise ValueError(
@@ -231,12 +229,12 @@ _IMPLEMENTATIONS = (
 class _Outer(Attention):
     """The attention that holds another, and the projection of its output."""
 
-    def forward(self, hidden_states, *args, **options):
+    tome_mask = "attention_mask"
+
+    def tome_attend(self, ask: Ask, hidden_states: Tensor, *args, **options):
         """``hidden_states (N, T, D)``."""
-        if not isinstance(options.get("attention_mask"), Ask):
-            return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
         attn: Any = self
-        return attn.output(attn.attention(hidden_states, **options)[0], hidden_states)
+        return attn.output(attn.attention(hidden_states, attention_mask=ask, **options)[0], hidden_states)
 
 
 class _Family(NamedTuple):
