@@ -8,8 +8,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.stream import Plans, Stream, check_attention, feed_forward, layer_norm, run_block
+from ..tome.stream import Plans, Stream, feed_forward, run_block
 from ..tome.stream import heads as projections
+from ..tome.weights import check_attention, layer_norm
 
 
 class LayerNorm(nn.LayerNorm):

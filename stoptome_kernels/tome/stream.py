@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..api import attention, match, merge, merge_norm
-from ..ops import merge_norm as fused
 from ..plan import MergePlan
-from .parts import are_plain, bare_copy, is_bare, is_plain
+from .parts import is_plain
 from .schedule import Schedule, Step
-from .swap import Patched
+from .weights import check_attention, is_read, normalise
 
 _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
 
@@ -68,97 +67,6 @@ def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
     groups = x.unflatten(0, (-1, count))
     lengths = [*segments, x.shape[1] - sum(segments)]
     return torch.cat([part.flatten(1, 2) for part in groups.split(lengths, 2)], 1)
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What the module computes, in x's dtype, whatever that of its parameters."""
-    return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def known_classes(block: Any) -> tuple[type, ...]:
-    """The classes of a block's attention, activation and norms, whose weights are read, or that are fused, for as long
-    as they have these classes.
-
-    Of norms those that compute what torch's LayerNorm does, in whatever dtype: others are called.
-    """
-    norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _is_layer_norm(norm))
-    return type(block.attn), type(getattr(block.mlp, "gelu", None)), *norms
-
-
-@torch.no_grad()
-def _is_layer_norm(norm: nn.LayerNorm) -> bool:
-    if type(norm) is nn.LayerNorm or norm.weight is None or not are_plain(norm):
-        return type(norm) is nn.LayerNorm
-    twin = bare_copy(norm)
-    twin = twin.to_empty(device="cpu").float() if norm.weight.is_meta else twin.float()  # whose numbers don't matter
-    x = torch.linspace(-2, 3, 2 * norm.weight.numel(), device="cpu").sin().view(2, -1).to(twin.weight)
-    for part, low in ((twin.weight, 0.5), (twin.bias, -0.5)):
-        if part is not None:
-            part.copy_(torch.linspace(low, low + 1, part.numel(), device=part.device))
-    return torch.allclose(twin(x), layer_norm(twin, x), rtol=1e-4, atol=1e-5)
-
-
-def _is_read(block: Any, norm: Any) -> bool:
-    """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
-    if type(norm) is not nn.LayerNorm and (
-        type(norm) not in block.tome_classes or (isinstance(block, Patched) and _keeps_more(norm))
-    ):
-        return False
-    return is_plain(norm) and nn.LayerNorm.forward.__module__ == nn.LayerNorm.__module__
-
-
-def _keeps_more(norm: Any) -> bool:
-    """Whether a norm of somebody's own keeps something in itself, which may change what it computes."""
-    if torch.compiler.is_compiling() and _OLD:
-        return True  # it can't be asked there, and is called
-    return bool(norm.__dict__.keys() - _NORM)
-
-
-_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
-_NORM = frozenset(nn.LayerNorm(1).__dict__) | {"weight", "bias"}
-
-
-def _normed(block: Any, norm: Any, x: Tensor) -> Tensor:
-    return layer_norm(norm, x) if _is_read(block, norm) else norm(x)
-
-
-def check_attention(block: Any) -> None:
-    """Raise if a block's attention is more than the weights that are read.
-
-    Raises:
-        RuntimeError: it, or its projection of the output, has hooks, another class, a forward of its own, other
-            settings, or weights that are elsewhere; the message says which.
-    """
-    attn, theirs = block.attn, isinstance(block, Patched)
-    found = ""
-    if type(attn) not in block.tome_classes:
-        found = f"is {type(attn).__name__} of {type(attn).__module__}"
-    elif not is_bare(attn):
-        found = "has hooks, or a forward of its own"
-    elif not is_plain(attn):
-        found = "has weights that are elsewhere (offloaded), or no plain tensors"
-    elif isinstance(attn, nn.MultiheadAttention) and (
-        attn.dropout or attn.bias_k is not None or attn.add_zero_attn or attn.batch_first
-    ):
-        found = "has dropout, bias_k, add_zero_attn or batch_first set"
-    elif theirs and not _is_linear(attn.out_proj):  # a block of our own calls it, torch's attention reads it
-        found = "has an out_proj with hooks, a forward of its own, or of another class"
-    elif theirs and getattr(block, "attn_mask", None) is not None:
-        found = "is to have an attn_mask"
-    elif theirs and (own := [name for name in ("attention", "attend", "feed_forward") if name in block.__dict__]):
-        found = f"stands beside a method put on the block itself ({own[0]})"
-    if found:
-        raise RuntimeError(
-            f"{type(block).__name__}.attn {found}, which would have no effect, since its weights are read: take that "
-            f"off, or fold it into the weights (PEFT: merge_and_unload){', or remove_tome_patch' if theirs else ''}"
-        )
-
-
-def _is_linear(out: Any) -> bool:
-    return isinstance(out, nn.Linear) and type(out) in _LINEAR and is_bare(out)
-
-
-_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def heads(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
@@ -311,7 +219,7 @@ def run_block(
     check_attention(block)
     attn = block.attn
 
-    normed = _normed(block, block.ln_1, x)
+    normed = normalise(block, block.ln_1, x)
     metric = None  # the keys
     if last:  # the class tokens alone ask
         (q,) = heads(attn, normed[:, : step.frames], 0, 1)
@@ -336,7 +244,7 @@ def run_block(
             over = None if weights is None else weights.view(batch, -1)
             answer = attention(prompt_q, _per_video(k, batch), _per_video(v, batch), over, prefix_k, prefix_v)
             prompts = prompts + _project(attn, answer)
-            prompts = feed_forward(block, prompts, _normed(block, block.ln_2, prompts))
+            prompts = feed_forward(block, prompts, normalise(block, block.ln_2, prompts))
 
     plan = None
     if step.r and (trace or not last):
@@ -346,8 +254,8 @@ def run_block(
     ln = block.ln_2
     if plan is None or last:
         x = x + attended
-        normed = _normed(block, ln, x)
-    elif _is_read(block, ln):
+        normed = normalise(block, ln, x)
+    elif is_read(block, ln):
         x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
     else:
         x, size = merge(x + attended, plan, size)
@@ -434,7 +342,7 @@ def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -
     rows = [] if prompts is None else [prompts]
     if frame_prompts is not None:
         rows.append(frame_prompts.flatten(1, 2))
-    return _normed(block, block.ln_1, torch.cat(rows, 1)) if rows else None
+    return normalise(block, block.ln_1, torch.cat(rows, 1)) if rows else None
 
 
 def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:

@@ -21,9 +21,11 @@ from .config import ToMeConfig
 from .merging import Merging
 from .report import Description
 from .schedule import Schedule, Step
-from .stream import Plans, Stream, known_classes, run_block
+from .stream import Plans, Stream, run_block
 from .swap import Patched, original
 from .towers import Tower, own_embedding
+from .trial import try_blocks
+from .weights import ReadBlock, known_classes
 
 _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing
 
@@ -104,22 +106,10 @@ class Place:
     merges: bool
 
 
-class TempMeBlock(Patched):
+class TempMeBlock(ReadBlock):
     """A block that the model calls with ``M_frame_num`` and ``M_token_num``; called otherwise it does as before."""
 
     tome: Place
-    tome_classes: tuple[type, ...]
-
-    def extra_repr(self) -> str:
-        """With what the block merges, where that is not the model's to say."""
-        own, place = super().extra_repr(), self.__dict__.get("tome")  # type: ignore[misc]
-        planned = place is not None and place.merging.schedule
-        merges = f"tome_r={planned.steps[place.index].r}" if place is not None and planned else ""
-        return ", ".join(part for part in (own, merges) if part)
-
-    def tome_undo(self) -> None:
-        self.__dict__.pop("tome_classes", None)
-        self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]
 
     def forward(self, x, *args, **call):
         if args or "M_frame_num" not in call:
@@ -286,7 +276,16 @@ def _merges(block: nn.Module) -> bool:
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-def upstream_alone(block: Any, x: Tensor) -> Tensor | None:
+def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+    """Try out each block on a frame, ``(L, 1, D)``.
+
+    Raises:
+        TypeError, ValueError: see :func:`.try_blocks`.
+    """
+    try_blocks(blocks, (4, 1, tower.width), _theirs, _ours)
+
+
+def _theirs(block: Any, x: Tensor) -> Tensor | None:
     """What a block of upstream's makes of ``(L, 1, D)`` by itself, for the trial: without merging.
 
     None where it can't do without what the model around it prepares: then there is nothing to compare with.
@@ -301,7 +300,7 @@ def upstream_alone(block: Any, x: Tensor) -> Tensor | None:
     return block.forward(x, **_CALL).transpose(0, 1)
 
 
-def ours_alone(block: Any, x: Tensor) -> Tensor:
+def _ours(block: Any, x: Tensor) -> Tensor:
     """The same computed our way. A block without TempMe's patch leaves its low-rank update out: so does the trial."""
     block.tome_classes = known_classes(block)
     if not _merges(block):
