@@ -42,19 +42,20 @@ def integer(value: object, name: str, what: str) -> int:
         )
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    if not isinstance(value, bool):
+    # NumPy's bools have an __index__ that raises, or warns before NumPy 2.3
+    if type(value).__name__ not in ("bool", "bool_"):
         try:
             return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:  # NumPy's bools and arrays have an __index__ that raises
+        except TypeError:  # NumPy's arrays have one that raises
             pass
     raise TypeError(f"{name} must be an int ({what}), got {type(value).__name__}")
 
 
-def count(value: object, name: str, what: str) -> int:
-    """``value`` as an int that is not negative, see :func:`integer`."""
+def count(value: object, name: str, what: str, least: int = 0) -> int:
+    """``value`` as an int of ``least`` or more, see :func:`integer`."""
     number = integer(value, name, what)
-    if number < 0:
-        raise ValueError(f"{name} must be 0 or more ({what}), got {number}")
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more ({what}), got {number}")
     # the operators' schema takes 64 bits; what is larger is larger than any tensor
     return min(number, 2**63 - 1) if isinstance(number, int) else number
 
