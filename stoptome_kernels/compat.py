@@ -267,9 +267,7 @@ def bipartite_soft_matching_random2d(
     """
     tokens = _tokens(metric, backend)
     w, h = checks.count(w, "w", "tokens in a row"), checks.count(h, "h", "rows of tokens")
-    sx, sy = checks.count(sx, "sx", "width of a cell"), checks.count(sy, "sy", "height of a cell")
-    if sx < 1 or sy < 1:
-        raise ValueError(f"sx and sy must be 1 or more (width and height of a cell), got {sx} and {sy}")
+    sx, sy = checks.count(sx, "sx", "width of a cell", least=1), checks.count(sy, "sy", "height of a cell", least=1)
     if tokens != w * h:
         raise ValueError(
             f"metric must have T = w·h = {w}·{h} = {w * h} tokens, got T = {tokens} in {tuple(metric.shape)}"

@@ -99,8 +99,7 @@ def visualize(
     down, across = _grid(dest.shape[1], protected, height, width, grid)
     if scale is None:
         scale = -(-READABLE // min(height, width))
-    if (scale := checks.count(scale, "scale", "how many times to enlarge")) < 1:
-        raise ValueError("scale must be 1 or more, got 0")
+    scale = checks.count(scale, "scale", "how many times to enlarge", least=1)
     if line is None:
         line = max(1, scale * min(height // down, width // across) // 16)
     line = checks.count(line, "line", "thickness of outlines in pixels")

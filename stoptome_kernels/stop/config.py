@@ -72,9 +72,7 @@ class StopConfig:
             least = 0 if name == "text_prompts" else 1
             if name in (*_CHOICES, "lora") or value is None:
                 continue
-            number = checks.integer(value, name, f"{least} or more")
-            if number < least:
-                raise ValueError(f"{name} must be an int of {least} or more, got {number}")
+            number = checks.count(value, name, "a size of the model", least)
             object.__setattr__(self, name, number)  # NumPy's ints are held as Python's
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size}")

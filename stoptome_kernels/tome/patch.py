@@ -117,9 +117,7 @@ def apply_tome_patch(
             "not be merged (class token, prompts): leave it out"
         )
     if frames is not None:
-        frames = checks.integer(frames, "frames", "frames of a video")
-        if frames < 1:
-            raise ValueError(f"frames must be an int of 1 or more (frames of a video), got {frames}")
+        frames = checks.count(frames, "frames", "frames of a video", least=1)
     if frames not in (None, tower.frames) and tower.kind != "sequence" and tower.frames is not None:
         raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames}; leave it out")
     clips, video = bool(settings.merge_layers), frames or tower.frames or 1

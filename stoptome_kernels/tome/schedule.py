@@ -254,10 +254,10 @@ def plan_layers(
         TypeError: a number is of another kind (NumPy's are fine, bools are none).
         ValueError: the frames can't be joined so, or a frame has no token that may be merged.
     """
-    layers, tokens, frames, width = (
-        _positive(value, name)
-        for value, name in ((layers, "layers"), (tokens, "tokens"), (frames, "frames"), (width, "width"))
-    )
+    layers = checks.count(layers, "layers", "layers of the model", least=1)
+    tokens = checks.count(tokens, "tokens", "tokens of a frame", least=1)
+    frames = checks.count(frames, "frames", "frames of a video", least=1)
+    width = checks.count(width, "width", "width of the model", least=1)
     protected = checks.integer(protected, "protected", "tokens of a frame that are never merged")
     rates = parse_r(tome_r, layers)
     if not 0 <= protected <= tokens:
@@ -285,13 +285,6 @@ def plan_layers(
         length = attended - r
         steps.append(Step(join, inter, r, items, frames // items, attended, length))
     return Schedule(tuple(steps), tokens, width)
-
-
-def _positive(value: object, name: str) -> int:
-    number = checks.integer(value, name, "1 or more")
-    if number < 1:
-        raise ValueError(f"{name} must be an int of 1 or more, got {number}")
-    return number
 
 
 def _share(tokens: int, per_cent: Fraction) -> int:

@@ -383,7 +383,7 @@ def test_wrong_checkpoints(tmp_path):
     [
         ({"image_size": 33}, "image_size must be a multiple"),
         ({"width": 70}, "width must be a multiple of 64"),
-        ({"layers": 0}, "layers must be an int of 1 or more"),
+        ({"layers": 0}, "layers must be 1 or more"),
         ({"visual_output": "cls"}, "visual_output must be one of"),
         ({"temporal_prompt": "group2-2"}, "use temporal_prompt='DGL'"),
         ({"text_prompts": 3}, "text_prompts must be even"),

@@ -533,7 +533,7 @@ M = torch.randn(2, 12, 4)
         (lambda: bipartite_soft_matching(M, 2)[0](M[:, 1:]), ValueError, "x has shape"),
         (lambda: bipartite_soft_matching(M, 2)[1](M), ValueError, "y has shape"),
         (lambda: bipartite_soft_matching_random2d(M, 5, 2, 2, 2, 3), ValueError, r"w·h = 5·2 = 10 tokens, got T = 12"),
-        (lambda: bipartite_soft_matching_random2d(M, 4, 3, 0, 2, 3), ValueError, "sx and sy must be 1 or more"),
+        (lambda: bipartite_soft_matching_random2d(M, 4, 3, 0, 2, 3), ValueError, "sx must be 1 or more"),
         (lambda: bipartite_soft_matching_random2d(M, 4.0, 3, 2, 2, 3), TypeError, "w must be an int"),
         (lambda: bipartite_soft_matching_random2d(M, 4, 3, 2, 2, 3.0), TypeError, "r must be an int"),
         (lambda: bipartite_soft_matching_random2d(M, 4, 3, 2, 2, 3, False, 7), TypeError, "generator must be a torch"),
