@@ -24,7 +24,7 @@ SPREAD = tuple(
 FIRST = tuple(
     f"tests/{name}.py" for name in (
         "retrieval/test_accuracy", "bench/test_gpu_suite", "retrieval/test_run", "build/test_aot", "bench/test_stop",
-        "bench/test_launches", "vit/test_parallel", "build/test_packaging",
+        "bench/test_launches", "vit/test_situations", "vit/test_parallel", "build/test_packaging",
     )
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support.situations import AS_BEFORE, SITUATIONS, Family, Situation, expected, families, near, outcome
+from support.situations import AS_BEFORE, SITUATIONS, Family, Situation, expected, families, near, outcome, run
 
 FAMILIES = list(families())
 PAGE = expected()
@@ -67,10 +67,10 @@ def checkpointed(family: Family, model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in family.blocks(model)[0].parameters() if p.grad is not None])
 
 
-WAYS = {
-    "autocast": (under_autocast, alike_in_bfloat16),
-    "compiled": (compiled, near),
-    "checkpointed": (checkpointed, near),
+WAYS = {  # how a model runs, what is the same, and how the model runs that it is compared with
+    "autocast": (under_autocast, alike_in_bfloat16, under_autocast),
+    "compiled": (compiled, near, run),
+    "checkpointed": (checkpointed, near, checkpointed),
 }
 
 
@@ -90,5 +90,4 @@ WAYS = {
     ],
 )
 def test_combined(family: Family, situation: Situation, way: str):
-    call, alike = WAYS[way]
-    assert outcome(situation, family, call, alike) == AS_BEFORE
+    assert outcome(situation, family, *WAYS[way]) == AS_BEFORE
