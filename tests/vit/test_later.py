@@ -113,17 +113,19 @@ def mean_of_tokens(tower, x, *_, **__):
     return x.mean(1)
 
 
+def mean_for_all_tokens(encoder, x):
+    x = type(encoder).forward(encoder, x)
+    return x.mean(1, keepdim=True).expand_as(x)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("name", "method", "reader"),
     [
         ("timm-res-post", "forward_head", mean_of_tokens),
-        ("open_clip-clip", "_global_pool", lambda tower, x: (x.mean(1), x[:, 1:])),
-        (
-            "torchvision-vit",
-            "forward",
-            mean_of_an_encoder,
-        ),
+        ("open_clip-clip", "visual._global_pool", lambda tower, x: (x.mean(1), x[:, 1:])),
+        ("torchvision-vit", "forward", mean_of_an_encoder),
+        ("torchvision-vit", "encoder.forward", mean_for_all_tokens),
     ],
 )
 def test_readers_of_somebody_elses_on_the_model(name, method, reader, when):
@@ -131,8 +133,9 @@ def test_readers_of_somebody_elses_on_the_model(name, method, reader, when):
     family = next(family for family in FAMILIES if family.name == name)
 
     def put(model):
-        tower = getattr(model, "visual", model)
-        setattr(tower, method, MethodType(reader, tower))
+        path, _, last = method.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, last, MethodType(reader, owner))
         return model
 
     model = family.patch(put(family.make())) if when == "before" else put(family.patch(family.make()))
