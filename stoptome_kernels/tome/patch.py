@@ -158,7 +158,7 @@ def apply_tome_patch(
     else:
         tower.runner.tome = Merging(settings, chosen, schedule(video), family, tower.protected)
     if tower.kind != "tempme" or scheduled:
-        warn_capped(tower.runner.tome.asked, chosen)
+        warn_capped(tower.runner.tome.asked, chosen, settings.merge_token_proportions)
     return _said(model, tower.runner)
 
 

@@ -102,8 +102,14 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def warn_capped(asked: Sequence[int | None], schedule: Schedule) -> None:
-    """Warn if layers merge fewer tokens than they were asked to: no more than half of the unprotected ones can be."""
+def warn_capped(asked: Sequence[int | None], schedule: Schedule, proportions: Sequence[float] = ()) -> None:
+    """Warn if layers merge fewer tokens than they were asked to: no more than half of the unprotected ones can be.
+
+    Args:
+        asked: tokens to merge in each layer; None where a share is asked for.
+        schedule: what is carried out.
+        proportions: the shares asked for in per cent, between joined items and within one; empty if nothing is joined.
+    """
     counted = [(layer, r, step.r) for layer, (r, step) in enumerate(zip(asked, schedule.steps, strict=True)) if r]
     short = [each for each in counted if each[2] < each[1]]
     if short:
@@ -113,4 +119,11 @@ def warn_capped(asked: Sequence[int | None], schedule: Schedule) -> None:
             f"(in {len(counted)} layers), {sum(each[2] for each in counted)} are: a layer merges at most half of its "
             f"unprotected tokens. Layer {layer} is the first to fall short, with {done} of {r}; tokens behind each "
             f"layer: {', '.join(map(str, schedule.tokens))}"
+        )
+    if any(share > 50 for share in proportions):
+        inter, intra = proportions
+        warn(
+            f"merge_token_proportions asks for {inter:g} % (between joined items) and {intra:g} % (within an item): at "
+            "most half of the unprotected tokens can be merged at a time; tokens of an item behind each layer: "
+            f"{', '.join(map(str, schedule.tokens))}"
         )

@@ -415,6 +415,20 @@ def test_less_is_merged_than_asked(name):
     assert [int(number) for number in left.split(", ")] == tokens == list(stk.describe(model).schedule.tokens)
 
 
+def test_shares_above_half():
+    clips = {"merge_layers": [1, 2], "merge_frame_nums": [2, 2], "merge_token_proportions": [60, 50.5]}
+    model = stop()
+    (found,) = warned(lambda: stk.apply_tome_patch(model, [0, 0, 0], **clips))
+    assert found.filename == __file__
+    tokens = stk.describe(model).schedule.tokens
+    assert str(found.message).startswith(
+        "merge_token_proportions asks for 60 % (between joined items) and 50.5 % (within"
+    )
+    assert str(found.message).endswith(f"behind each layer: {', '.join(map(str, tokens))}")
+    clips["merge_token_proportions"] = [50, 50]
+    assert warned(lambda: stk.apply_tome_patch(model, [0, 0, 0], **clips)) == []
+
+
 @pytest.mark.parametrize("name", ["40-of-30", "timm"])
 def test_forwards_say_nothing_more(name):
     make, settings, *_ = CAPPED[name]
