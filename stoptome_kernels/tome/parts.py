@@ -47,15 +47,22 @@ def is_plain(*modules: Any) -> bool:
 def is_bare(module: Any) -> bool:
     """Return whether calling a module is its class's forward and nothing else, whatever its weights are."""
     return not (
+        has_own(module)
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def has_own(module: Any) -> bool:
+    """Return whether hooks or a forward were put on this very module."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .merging import Merging
-from .parts import is_bare, is_elsewhere
+from .parts import has_own, is_elsewhere
 from .schedule import Step, plan_layers
 from .stream import Stream, run_block
 from .swap import Patched
@@ -64,7 +64,7 @@ class SequenceTransformer(Patched):
         if tome.schedule.idle:
             tome.rest(x.shape[1], 0)
             return super().forward(x, video_frame, **options)  # type: ignore[misc]
-        if not is_bare(self.resblocks):  # type: ignore[attr-defined]
+        if has_own(self.resblocks):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"resblocks of {type(self).__name__} have hooks or a forward of their own, which would not be called, "
                 "since merging calls each block: put them on blocks, or take the patch out (remove_tome_patch)"
