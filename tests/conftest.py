@@ -17,9 +17,12 @@ import torch
 from support import GOLDEN, GPU
 from support.lanes import (  # noqa: F401
     pytest_addoption,
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure_node,
     pytest_runtest_protocol,
+    pytest_runtest_teardown,
+    pytest_sessionfinish,
     pytest_xdist_make_scheduler,
 )
 

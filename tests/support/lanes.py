@@ -7,6 +7,7 @@ tests/conftest.py takes its hooks; tests/README.md says what the lanes are for.
 from __future__ import annotations
 
 import fcntl
+import gc
 import tempfile
 import zlib
 from pathlib import Path
@@ -85,6 +86,30 @@ def scope(nodeid: str) -> str:
     """Return the name that tests of one process share."""
     file = nodeid.partition("::")[0]
     return nodeid if file in SPREAD else file
+
+
+def pytest_collection_finish(session):
+    set_aside()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    if item.get_closest_marker("compiled"):
+        set_aside()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    gc.unfreeze()  # Triton's bindings list what is not freed at the end
+
+
+def set_aside():
+    """Take what is alive out of the garbage collector's sight: it, and apply_tome_patch, look at all objects often.
+
+    Half a million come with the imports, and torch's compiler keeps thousands of each graph for ever.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
