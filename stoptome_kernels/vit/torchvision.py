@@ -32,7 +32,7 @@ class _Tower(Watching):
     tome_watched = ("forward", "encoder")
 
     def forward(self, x):
-        encoder: Any = self.encoder
+        encoder: Any = self.encoder  # type: ignore[attr-defined]
         self.tome_check(encoder.layers)
         if "forward" in encoder.__dict__ and not self.tome.dense:  # put there since the patch
             self.tome.dense = True
