@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user is told: tables, lines, the log, warnings, printed models, sizes of tokens."""
+"""Descriptions and traces of patched models: tables, lines, the log, printed models, sizes of tokens."""
 
 import copy
 import logging
 import pickle
 import re
-import warnings
-from argparse import ArgumentParser, Namespace
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +17,10 @@ from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.tome import Trace, plan_layers
 from torch import nn
 
-from peers import upstream
-from support import slow_tempme
-from support.vit import build, cases
-from support.vit.timm import SIZE, VisionTransformer, images  # in this order: see libraries.py
+from support.families import CASES, CLIPS, clip4clip_tower, stop_model, stop_tower, tempme_model
+from support.vit import build
+from support.vit.timm import dynamic, images  # in this order: see libraries.py
 
-CASES = {case.name: case for case in cases()}
-CLIPS = {"merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (20, 10)}
 TRACE = {"trace_source": True}
 
 
@@ -37,35 +31,6 @@ class Wrapper(nn.Module):
         super().__init__()
         self.add_module(name, model)
         self.__dict__.update(attributes)
-
-
-def stop() -> StopModel:
-    torch.manual_seed(0)
-    config = StopConfig(
-        image_size=32, patch_size=8, width=64, layers=3, embed_dim=24, frames=4, global_prompts=3, frame_prompts=2,
-        text_prompts=4, text_width=64, text_heads=1, text_layers=1, vocab_size=50, context_length=16, max_words=10,
-        temporal_prompt="DGL",
-    )  # fmt: skip
-    return StopModel(config).eval()
-
-
-def upstream_stop() -> nn.Module:
-    torch.manual_seed(0)
-    return upstream.StopTower(64, 3, 12, 4, 4).eval()
-
-
-def clip4clip(patches: int = 12, layers: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return upstream.Clip4ClipTower(64, layers, patches).eval()
-
-
-def tempme() -> nn.Module:
-    torch.manual_seed(0)
-    return slow_tempme.Model(slow_tempme.settings()).eval()
-
-
-def dynamic() -> nn.Module:
-    return VisionTransformer(**SIZE, dynamic_img_size=True).eval()
 
 
 def run_clip4clip(tower: Any) -> torch.Tensor:
@@ -114,38 +79,41 @@ def layer_alone() -> nn.Module:
 
 LEFT, DENSE = "the tokens that are left (sizes: ", "a row for each original token"
 KINDS = {
-    "stop": Kind(stop, {"tome_r": 2}, "StopModel, 4 frames: 19 → 13 tokens, ideal 1.21×", "VisualT", run_stop),
-    "stop-off": Kind(stop, {}, "StopModel, 4 frames: 19 → 19 tokens, ideal 1.00×", "prompts and class", run_stop),
+    "stop": Kind(stop_model, {"tome_r": 2}, "StopModel, 4 frames: 19 → 13 tokens, ideal 1.21×", "VisualT", run_stop),
+    "stop-off": Kind(stop_model, {}, "StopModel, 4 frames: 19 → 19 tokens, ideal 1.00×", "prompts and class", run_stop),
     "stop-clips": Kind(
-        stop, {"tome_r": 2, **CLIPS}, "StopModel, 4 frames: 4 × 19 → 2 × 24 tokens, ideal 1.30×", "20 % + 10 %",
+        stop_model, {"tome_r": 2, **CLIPS}, "StopModel, 4 frames: 4 × 19 → 2 × 24 tokens, ideal 1.30×", "20 % + 10 %",
         run_stop,
     ),
     "upstream": Kind(
-        upstream_stop, {"tome_r": 2}, "StopTower, 4 frames: 17 → 11 tokens, ideal 1.24×", "StopTower (", run_upstream
+        stop_tower, {"tome_r": 2}, "StopTower, 4 frames: 17 → 11 tokens, ideal 1.24×", "StopTower (", run_upstream
     ),
     "upstream-clips": Kind(
-        upstream_stop, {"tome_r": 2, **CLIPS}, "StopTower, 4 frames: 4 × 17 → 2 × 20 tokens, ideal 1.35×",
+        stop_tower, {"tome_r": 2, **CLIPS}, "StopTower, 4 frames: 4 × 17 → 2 × 20 tokens, ideal 1.35×",
         "prompt", run_upstream,
     ),
     "clip4clip": Kind(
-        clip4clip, {"tome_r": 2}, "Clip4ClipTower: 13 → 7 tokens, ideal 1.35×", LEFT, run_clip4clip
+        clip4clip_tower, {"tome_r": 2}, "Clip4ClipTower: 13 → 7 tokens, ideal 1.35×", LEFT, run_clip4clip
     ),
     "clip4clip-frames": Kind(
-        clip4clip, {"tome_r": 2, "frames": 4}, "Clip4ClipTower, 4 frames: 13 → 7 tokens, ideal 1.35×", LEFT,
+        clip4clip_tower, {"tome_r": 2, "frames": 4}, "Clip4ClipTower, 4 frames: 13 → 7 tokens, ideal 1.35×", LEFT,
         run_clip4clip,
     ),
     "clip4clip-clips": Kind(
-        clip4clip, {"tome_r": 2, "frames": 4, **CLIPS}, "Clip4ClipTower, 4 frames: 4 × 13 → 2 × 16 tokens, ideal 1.36×",
-        "behind the last layer: class tokens\n", run_clip4clip,
+        clip4clip_tower, {"tome_r": 2, "frames": 4, **CLIPS},
+        "Clip4ClipTower, 4 frames: 4 × 13 → 2 × 16 tokens, ideal 1.36×", "behind the last layer: class tokens\n",
+        run_clip4clip,
     ),
     "clip4clip-off": Kind(
-        clip4clip, {"tome_r": 0}, "Clip4ClipTower: 13 → 13 tokens, ideal 1.00×", "layer: all tokens\n", run_clip4clip
+        clip4clip_tower, {"tome_r": 0}, "Clip4ClipTower: 13 → 13 tokens, ideal 1.00×", "layer: all tokens\n",
+        run_clip4clip,
     ),
     "tempme": Kind(
-        tempme, {}, "Model: merges by its own schedule, tokens known when it runs", "as published", run_tempme, False
+        tempme_model, {}, "Model: merges by its own schedule, tokens known when it runs", "as published",
+        run_tempme, False,
     ),
     "tempme-clips": Kind(
-        tempme, {"tome_r": 2, **CLIPS}, "Model, 4 frames: 4 × 17 → 2 × 17 tokens, ideal 1.50×", "20 % + 10 %",
+        tempme_model, {"tome_r": 2, **CLIPS}, "Model, 4 frames: 4 × 17 → 2 × 17 tokens, ideal 1.50×", "20 % + 10 %",
         run_tempme,
     ),
     "timm": library("timm-registers", "VisionTransformer: 69 → 45 tokens, ideal 1.25×", LEFT),
@@ -173,13 +141,6 @@ def logged(caplog, call: Callable[[], Any]) -> list[str]:
     ours = [record for record in caplog.records if record.name == "stoptome_kernels"]
     assert all(record.levelno == logging.INFO for record in ours)
     return [record.getMessage() for record in ours]
-
-
-def warned(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return caught
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -274,7 +235,7 @@ def test_sizes_weigh_what_forward_features_gives(prop_attn):
 
 def test_sizes_are_those_that_blocks_hand_on():
     """CLIP4Clip's last block gives its stream to a hook, sizes with it."""
-    tower, seen = clip4clip(), []
+    tower, seen = clip4clip_tower(), []
     stk.apply_tome_patch(tower, 2, trace_source=True)
     tower.transformer.resblocks[-1].register_forward_hook(lambda module, args, out: seen.append(out[0].size))
     run_clip4clip(tower)
@@ -303,7 +264,7 @@ def test_what_stop_logs(caplog, monkeypatch):
 
 def test_tables_by_hand():
     """12 patches of which 5 are merged, then half of 7; in a very wide model attention's own FLOPs are nothing."""
-    tower = upstream_stop()
+    tower = stop_tower()
     with pytest.warns(UserWarning, match="tome_r asks for"):
         stk.apply_tome_patch(tower, [5, 5], prop_attn=False)
     *head, table = str(stk.describe(tower)).split("\n", 4)
@@ -336,7 +297,7 @@ def test_tables_by_hand():
 
 def test_several_towers():
     """Each can be patched, and is described by itself; of the two together nothing can be said."""
-    both = nn.ModuleDict({"one": build(CASES["timm-vit"]), "two": stop()})
+    both = nn.ModuleDict({"one": build(CASES["timm-vit"]), "two": stop_model()})
     stk.apply_tome_patch(both["one"], 6)
     assert stk.describe(both).line == "ModuleDict: 65 → 41 tokens, ideal 1.26×"
     stk.apply_tome_patch(both["two"], 1)
@@ -350,14 +311,14 @@ def test_several_towers():
 def test_patching_beside_a_patched_tower(caplog):
     """What is logged is what was patched, even where the model holds another tower that was patched before."""
     teacher = stk.apply_tome_patch(build(CASES["torch-pre-norm"]), 6)
-    model = Wrapper(clip4clip(), "visual")
+    model = Wrapper(clip4clip_tower(), "visual")
     model.teacher = teacher
     says = logged(caplog, lambda: stk.apply_tome_patch(model, 2))
     assert says == ["Wrapper: 13 → 7 tokens, ideal 1.35×"]
 
 
 def test_wrappers_are_not_named():
-    model = stk.apply_tome_patch(clip4clip(), 2)
+    model = stk.apply_tome_patch(clip4clip_tower(), 2)
     for wrapped in (Wrapper(model), Wrapper(model, "_orig_mod"), Wrapper(Wrapper(model, "_orig_mod"))):
         assert stk.describe(wrapped) == stk.describe(model)
     assert stk.describe(Wrapper(nn.Linear(2, 2))).line == "Linear: not patched"
@@ -379,197 +340,13 @@ def test_no_module(call, wrong):
         call(wrong)
 
 
-# Warnings: the schedule is capped
-
-NUMBERS = re.compile(
-    r"tome_r asks for (\d+) of (\d+) tokens to be merged \(in (\d+) layers\), (\d+) are: .* "
-    r"Layer (\d+) is the first to fall short, with (\d+) of (\d+); tokens behind each layer: ([\d, ]+)$"
-)
-CAPPED = {  # asked, tokens, layers, done, first short layer with how many of how many, tokens
-    "stop": (stop, {"tome_r": 100}, (300, 19, 3, 14, 0, 8, 100), [11, 7, 5]),
-    "upstream": (upstream_stop, {"tome_r": 100}, (300, 17, 3, 10, 0, 6, 100), [11, 8, 7]),
-    "40-of-30": (lambda: clip4clip(29, 4), {"tome_r": 10}, (40, 30, 4, 26, 1, 9, 10), [20, 11, 6, 4]),
-    "in-between": (clip4clip, {"tome_r": [1, 0, 7]}, (8, 13, 2, 6, 2, 5, 7), [12, 12, 7]),
-    "clips": (stop, {"tome_r": 9, **CLIPS}, (9, 19, 1, 8, 0, 8, 9), [11, 17, 16]),
-    "tempme": (tempme, {"tome_r": [2, 30]}, (32, 17, 2, 9, 1, 7, 30), [15, 8, 8, 8, 8]),
-    "timm": (lambda: build(CASES["timm-vit"]), {"tome_r": 100}, (400, 65, 4, 60, 0, 32, 100), [33, 17, 9, 5]),
-    "torchvision": (
-        lambda: build(CASES["torchvision-vit"]),
-        {"tome_r": (20, 0.5)},
-        (79, 65, 4, 54, 2, 19, 23),
-        [55, 39, 20, 11],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CAPPED)
-def test_less_is_merged_than_asked(name):
-    """Said once, where the user patches, with true numbers."""
-    make, settings, numbers, tokens = CAPPED[name]
-    model = make()
-    (found,) = warned(lambda: stk.apply_tome_patch(model, **settings))
-    assert found.category is UserWarning
-    assert found.filename == __file__
-    *got, left = NUMBERS.fullmatch(str(found.message)).groups()
-    assert tuple(map(int, got)) == numbers
-    assert [int(number) for number in left.split(", ")] == tokens == list(stk.describe(model).schedule.tokens)
-
-
-def test_shares_above_half():
-    clips = {"merge_layers": [1, 2], "merge_frame_nums": [2, 2], "merge_token_proportions": [60, 50.5]}
-    model = stop()
-    (found,) = warned(lambda: stk.apply_tome_patch(model, [0, 0, 0], **clips))
-    assert found.filename == __file__
-    tokens = stk.describe(model).schedule.tokens
-    assert str(found.message).startswith(
-        "merge_token_proportions asks for 60 % (between joined items) and 50.5 % (within"
-    )
-    assert str(found.message).endswith(f"behind each layer: {', '.join(map(str, tokens))}")
-    clips["merge_token_proportions"] = [50, 50]
-    assert warned(lambda: stk.apply_tome_patch(model, [0, 0, 0], **clips)) == []
-
-
-@pytest.mark.parametrize("name", ["40-of-30", "timm"])
-def test_forwards_say_nothing_more(name):
-    make, settings, *_ = CAPPED[name]
-    model = make()
-    assert len(warned(lambda: stk.apply_tome_patch(model, **settings))) == 1
-    run = run_clip4clip if name == "40-of-30" else (lambda model: model(*images(2)))
-    assert warned(lambda: [run(model) for _ in range(2)]) == []
-
-
-@pytest.mark.parametrize(("make", "run"), [
-    (dynamic, lambda model, side: model(torch.randn(2, 3, side, side))),
-    (lambda: build(CASES["torch-pre-norm"]), lambda model, side: model(torch.randn(2, 1 + side**2 // 16, 48))),
-])  # fmt: skip
-def test_images_of_any_size(make, run):
-    """Said at the first forward that falls short, and at no other."""
-    model = make()
-    assert warned(lambda: stk.apply_tome_patch(model, 10, trace_source=True)) == []
-    assert warned(lambda: run(model, 40)) == []  # 101 tokens are enough
-    (found,) = warned(lambda: run(model, 24))
-    *got, left = NUMBERS.fullmatch(str(found.message)).groups()
-    assert tuple(map(int, got)) == (40, 37, 4, 32, 2, 8, 10)
-    assert tuple(map(int, left.split(", "))) == stk.tome_trace(model).tokens == (27, 17, 9, 5)
-    assert warned(lambda: [run(model, 24), run(model, 16), copy.deepcopy(model)]) == []
-    assert len(warned(lambda: [stk.apply_tome_patch(model, 20), run(model, 16)])) == 1  # asked anew
-
-
-@pytest.mark.parametrize(("make", "settings"), [
-    (stop, {"tome_r": 2}), (stop, {"tome_r": 0}), (stop, {"tome_r": [8, 4, 2]}), (stop, {"tome_r": 2, **CLIPS}),
-    (upstream_stop, {"tome_r": [6]}), (clip4clip, {"tome_r": [6, 3, 1]}), (tempme, {}),
-    (lambda: build(CASES["timm-vit"]), {"tome_r": [32, 16, 8, 4]}), (dynamic, {"tome_r": [32, 16, 8, 4]}),
-])  # fmt: skip
-def test_all_that_was_asked_for(make, settings):
-    model = make()
-    assert warned(lambda: stk.apply_tome_patch(model, **settings)) == []
-    if isinstance(model, VisionTransformer):
-        assert warned(lambda: model(*images(2))) == []
-
-
-# Warnings: no flag of ours in a task_config
-
-# of CLIP4Clip's main, and names of STOP's and others that are a little like ours
-FOREIGN = re.findall(r"\w+", """
-    do_pretrain do_train do_eval train_csv val_csv data_path features_path num_thread_reader lr epochs batch_size
-    batch_size_val lr_decay n_display video_dim seed max_words max_frames feature_framerate margin hard_negative_rate
-    negative_weighting n_pair output_dir cross_model init_model resume_model do_lower_case warmup_proportion
-    gradient_accumulation_steps n_gpu cache_dir fp16 fp16_opt_level task_type datatype world_size local_rank rank
-    coef_lr use_mil sampled_use_mil text_num_hidden_layers visual_num_hidden_layers cross_num_hidden_layers loose_type
-    expand_msrvtt_sentences train_frame_order eval_frame_order freeze_layer_num slice_framepos linear_patch sim_header
-    pretrained_clip_name temporal_prompt time_embedding num_tokens frame_token_pos tower name mode
-""")  # fmt: skip
-
-
-@dataclass
-class Slotted:
-    __slots__ = ("lr", "tomer")
-    lr: float
-    tomer: int
-
-
-class Shared:
-    tome_rate = 2
-
-    @property
-    def lr(self) -> float:
-        return 0.1
-
-    def merge_layer_(self) -> None:
-        """No setting."""
-
-
-@pytest.mark.parametrize(("config", "named"), [
-    (SimpleNamespace(**dict.fromkeys(FOREIGN, 1)), None),
-    (dict.fromkeys(FOREIGN, 1), None),
-    (Namespace(tome_R=2, lr=1), "tome_R to be tome_r"),
-    ({"tome-r": 2, 3: 4}, "tome-r to be tome_r"),
-    (MappingProxyType({"tomeR": 2}), "tomeR to be tome_r"),
-    (OrderedDict(Merge_Layer="3-6", lr=1), "Merge_Layer to be merge_layer"),
-    (Slotted(0.1, 2), "tomer to be tome_r"),
-    (Shared(), "tome_rate to be tome_r"),
-    (Namespace(tome_tracesources=True, tome_props=1), "tome_tracesources to be tome_tracesource"),
-    (Namespace(TOME_R=2), "TOME_R to be tome_r"),
-    (Namespace(_tome_r=2), None),
-    (Namespace(), None),
-    ({}, None),
-    (None, None),
-])  # fmt: skip
-def test_no_flag_is_there(config, named):
-    """The model is left alone, with one warning, which says what was looked for, and what is like it."""
-    tower = clip4clip()
-    (found,) = warned(lambda: stk.apply_from_config(tower, config))
-    assert not stk.is_patched(tower)
-    assert found.filename == __file__
-    text = str(found.message)
-    assert text.startswith(
-        f"Clip4ClipTower is left as it is: task_config ({type(config).__name__}) has none of tome_r, "
-    )
-    parser = stk.add_tome_args(ArgumentParser())
-    assert all(f"{name}," in text for name in vars(parser.parse_args([])))
-    assert re.findall(r"is its (.*)\?\)", text) == ([] if named is None else [named])
-
-
-def test_a_misspelt_rate_beside_other_flags():
-    with pytest.warns(UserWarning, match=r"has no tome_r \(is its tome_R to be tome_r\?\)"):
-        stk.apply_from_config(nn.Linear(2, 2), Namespace(tome_R=2, tome_prop_attn=True))
-
-
-class Slots:
-    __slots__ = ("tome_r",)
-
-    def __init__(self, tome_r: int):
-        self.tome_r = tome_r
-
-
-@pytest.mark.parametrize("config", [
-    {"tome_r": 0}, Namespace(tome_r=0), Namespace(tome_r=None), SimpleNamespace(tome_prop_attn=True),
-    {"merge_layer": ""},
-    {"tome_tracesource": False, "patience": 2}, Namespace(trace_source=True), Slots(0),
-    MappingProxyType({"frame_pos": 0}),
-    stk.add_tome_args(ArgumentParser()).parse_args([]), stk.ToMeConfig(),
-    slow_tempme.settings(tome_r=0, merge_layer="", merge_frame_num="", merge_token_proportion="", frame_pos=0),
-])  # fmt: skip
-def test_a_flag_is_there(config):
-    tower = clip4clip()
-    assert warned(lambda: stk.apply_from_config(tower, config)) == []
-    assert not stk.is_patched(tower)
-
-
-@pytest.mark.parametrize("config", [{"tome_r": 2}, Namespace(tome_r=2, tome_R=3), Slots(2), stk.ToMeConfig(2)])
-def test_a_flag_says_something(config):
-    tower = clip4clip()
-    assert warned(lambda: stk.apply_from_config(tower, config)) == []
-    assert stk.describe(tower).config == stk.ToMeConfig(2)
-
-
 # Printed models
 
 
 @pytest.mark.parametrize(("make", "settings", "shown"), [
-    (upstream_stop, {"tome_r": [3, 2]}, ["tome_r=3", "tome_r=2", "tome_r=0"]),
-    (upstream_stop, {"tome_r": [3], **CLIPS}, ["tome_r=3", "tome_join=2, tome_inter=5, tome_r=2", "tome_r=2"]),
-    (clip4clip, {"tome_r": 2}, ["tome_r=2"] * 3),
+    (stop_tower, {"tome_r": [3, 2]}, ["tome_r=3", "tome_r=2", "tome_r=0"]),
+    (stop_tower, {"tome_r": [3], **CLIPS}, ["tome_r=3", "tome_join=2, tome_inter=5, tome_r=2", "tome_r=2"]),
+    (clip4clip_tower, {"tome_r": 2}, ["tome_r=2"] * 3),
     (lambda: build(CASES["timm-vit"]), {"tome_r": [1, 2, 3]}, ["tome_r=1", "tome_r=2", "tome_r=3", "tome_r=0"]),
     (lambda: build(CASES["torch-pre-norm"]), {"tome_r": [1, 2, 3]}, ["tome_r=1", "tome_r=2", "tome_r=3", "tome_r=0"]),
 ])  # fmt: skip

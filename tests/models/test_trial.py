@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peers import upstream
-from support.situations import families, get, norm, stop_model, stop_tower
+from support.families import families, get, norm, stop_model, stop_tower
 
 READ = [family for family in families() if family.name in ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")]
 CLIP4CLIP = READ[1]

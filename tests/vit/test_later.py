@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention is given, and what parts and towers are made into, after the patch: computed, or refused."""
+"""Changes to attention, parts and towers after the patch: followed, or refused."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,8 @@ import stoptome_kernels as stk
 import torch
 from torch import nn
 
-from support.situations import Family, Halved, attention, families, get, norm, same, scale
+from support.families import Family, attention, families, get, norm, same, scale
+from support.situations import Halved
 
 FAMILIES = list(families())
 READ_ATTENTION = ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from support.situations import Family, families, same, tensors
+from support.families import Family, families, same, tensors
 
 READ = [family for family in families() if family.layers]
 

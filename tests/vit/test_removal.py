@@ -11,7 +11,7 @@ from stoptome_kernels.tome.swap import Patched
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from support.situations import Family, families
+from support.families import Family, families
 
 FAMILIES = list(families())
 TIMM = [family for family in FAMILIES if family.name.startswith("timm")]

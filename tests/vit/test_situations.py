@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support.situations import AS_BEFORE, SITUATIONS, Family, Situation, expected, families, near, outcome, run
+from support.families import Family, families
+from support.situations import AS_BEFORE, SITUATIONS, Situation, expected, near, outcome, run
 
 FAMILIES = list(families())
 PAGE = expected()

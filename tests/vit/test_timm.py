@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 
 from support.vit import build
-from support.vit.timm import CASES, SIZE, images, takes
+from support.vit.timm import CASES, SIZE, dynamic, images, takes
 
 BY_NAME = {case.name.removeprefix("timm-"): case for case in CASES}
 PARAMETERS = [
@@ -196,7 +196,7 @@ def test_attention_that_is_not_fused(kind, change):
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}])
 def test_any_size_of_image(options):
-    model = VisionTransformer(**SIZE, dynamic_img_size=True, global_pool="avg", **options).eval()
+    model = dynamic(global_pool="avg", **options)
     stk.apply_tome_patch(model, 10, trace_source=True)
     for height, width in ((32, 32), (16, 24), (8, 8), (4, 4)):
         patches = height * width // 16

@@ -12,7 +12,7 @@ import stoptome_kernels as stk
 import torch
 from torch import nn
 
-from support.situations import Family, attention, families, get, mlp_out, norm, same
+from support.families import Family, attention, families, get, mlp_out, norm, same
 from support.vit import build, cases
 
 FAMILIES = list(families())

@@ -25,6 +25,11 @@ def images(batch: int) -> tuple:
     return (torch.randn(batch, 3, 32, 32),)
 
 
+def dynamic(**options) -> VisionTransformer:
+    """Return a model for images of any size, in eval mode."""
+    return VisionTransformer(**SIZE, dynamic_img_size=True, **options).eval()
+
+
 def attended(block: Any, x: Tensor, slow: Slow, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the block's attention gives, with the sizes as its mask, and the keys before any rotation."""
     plain, given = F.scaled_dot_product_attention, []
