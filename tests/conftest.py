@@ -45,7 +45,10 @@ hypothesis.settings.load_profile("default")
 NEEDED = {
     "ops/test_native.py": ("stoptome_kernels._native",),
     "retrieval/*": ("av", "faiss", "ftfy", "PIL", "safetensors", "tokenizers"),
-    "models/test_report.py": ("open_clip", "timm", "torchvision", "transformers"),
+    **dict.fromkeys(
+        ("models/test_report.py", "models/test_trial.py", "models/test_warnings.py"),
+        ("open_clip", "timm", "torchvision", "transformers"),
+    ),
     "vit/*": ("accelerate", "onnxruntime", "open_clip", "peft", "timm", "torchvision", "transformers"),
 }
 MISSING = {
