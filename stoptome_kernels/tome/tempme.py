@@ -286,7 +286,7 @@ def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
 
 
 def _theirs(block: Any, x: Tensor) -> Tensor | None:
-    """What a block of upstream's makes of ``(L, 1, D)`` by itself, for the trial: without merging.
+    """Return what a block of upstream's makes of ``(L, 1, D)`` by itself, without merging.
 
     None where it can't do without what the model around it prepares: then there is nothing to compare with.
     """
@@ -301,7 +301,7 @@ def _theirs(block: Any, x: Tensor) -> Tensor | None:
 
 
 def _ours(block: Any, x: Tensor) -> Tensor:
-    """The same computed our way. A block without TempMe's patch leaves its low-rank update out: so does the trial."""
+    """Return the same computed our way: a block without TempMe's patch leaves its low-rank update out."""
     block.tome_classes = known_classes(block)
     if not _merges(block):
         block.attn.TVPt_LoRA_b.data.zero_()  # of a copy

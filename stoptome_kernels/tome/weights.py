@@ -14,7 +14,7 @@ from .swap import Patched
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What the module computes, in x's dtype, whatever that of its parameters."""
+    """Return what the norm computes, in x's dtype, whatever that of its parameters."""
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
@@ -42,10 +42,11 @@ class ReadBlock(Patched):
 
 
 def known_classes(block: Any) -> tuple[type, ...]:
-    """The classes of a block's attention, activation and norms, whose weights are read, or that are fused, for as long
-    as they have these classes.
+    """Return the classes of a block's attention, activation and norms.
 
-    Of norms those that compute what torch's LayerNorm does, in whatever dtype: others are called.
+    Their weights are read, or they are fused, for as long as they have these classes.
+
+    Of norms those alone that compute what torch's LayerNorm does, in whatever dtype: others are called.
     """
     norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _is_layer_norm(norm))
     return type(block.attn), type(getattr(block.mlp, "gelu", None)), *norms

@@ -248,7 +248,7 @@ def attend(
 
 
 def attend_as(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
-    """The same ``(N, H, T, d) → (N, T, H·d)`` as an attention of timm's or open_clip's does it: fused, with the
+    """Attend ``(N, H, T, d) → (N, T, H·d)`` as an attention of timm's or open_clip's does: fused, with the
     probability of its ``attn_drop``; or with its ``scale``, and ``attn_drop`` called on weights ``(N, H, T, T)``."""
     if fused:
         return attend(q, k, v, size, dropout=attn.attn_drop.p if attn.training else 0.0)
