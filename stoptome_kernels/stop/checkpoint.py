@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
+from . import archive
 from .config import StopConfig
 
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's archives
@@ -26,36 +26,37 @@ class Loaded(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights in a file: a state_dict, a dictionary that holds one, or a TorchScript archive (OpenAI's CLIP)."""
+    """Return the weights in a file: a state_dict, a dictionary that holds one, or a TorchScript archive.
+
+    Nothing in the file is run, see :mod:`.archive`; OpenAI's files of CLIP are TorchScript archives.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, is of another kind, or holds no weights.
+    """
     path = os.fspath(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        found = _archive(path, error)
+    found = archive.load(path)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no weights, but a {type(found).__name__}")
-    return own_names({name: value for name, value in found.items() if isinstance(value, Tensor)})
-
-
-def _archive(path: str, error: Exception) -> Mapping:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; these files are what OpenAI gives out
-        try:
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError:
-            reason = str(error).splitlines()[0]
+    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path} holds no weights by name: one is called {name!r:.80}")
+        if value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(
-                f"{path} can't be read as weights ({reason}); save the state_dict alone, not the model"
-            ) from error
+                f"{path} holds {name} as a {value.layout} tensor on {value.device}; save it as a dense one"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path} holds {name} of shape {tuple(value.shape)}, but less data than that")
+    return own_names(weights)
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names without those of wrappers (``module.``, ``_orig_mod.``, ``clip.``) and what is no weight of CLIP's."""
+    """Return the weights by their names without those of wrappers (``module.``, ``_orig_mod.``, ``clip.``), and without
+    what is no weight of CLIP's."""
     found = {}
     for name, value in state.items():
         for prefix in ("module.", "_orig_mod.", "module.", "clip.", "_orig_mod."):
@@ -66,59 +67,63 @@ def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
-    """The configuration that weights were made with; ``changes`` take precedence.
+    """Return the configuration that weights were made with; ``changes`` take precedence.
 
     Raises:
         ValueError: weights of something else; the message names what is missing.
     """
 
-    def of(name: str) -> Tensor:
+    def of(name: str, dims: int) -> tuple[int, ...]:
         if name not in state:
             raise ValueError(f"these weights are no CLIP with a vision transformer: {name} is missing")
-        return state[name]
+        shape = tuple(state[name].shape)
+        if len(shape) != dims or 0 in shape:
+            raise ValueError(f"these weights are no CLIP with a vision transformer: {name} has shape {shape}")
+        return shape
 
     def layers(prefix: str) -> int:
         names = {name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
         return len(names)
 
-    width, _, patch, _ = of("visual.conv1.weight").shape
-    patches = of("visual.positional_embedding").shape[0] - 1
-    text_width = of("ln_final.weight").shape[0]
+    width, _, patch, _ = of("visual.conv1.weight", 4)
+    patches = of("visual.positional_embedding", 2)[0] - 1
+    (text_width,) = of("ln_final.weight", 1)
     found: dict = {
         "patch_size": patch,
         "image_size": patch * round(patches**0.5),
         "width": width,
         "layers": layers("visual.transformer.resblocks."),
-        "embed_dim": of("text_projection").shape[1],
+        "embed_dim": of("text_projection", 2)[1],
         "text_width": text_width,
         "text_heads": text_width // 64,
         "text_layers": layers("transformer.resblocks."),
-        "vocab_size": of("token_embedding.weight").shape[0],
-        "context_length": of("positional_embedding").shape[0],
+        "vocab_size": of("token_embedding.weight", 2)[0],
+        "context_length": of("positional_embedding", 2)[0],
         "lora": "visual.transformer.resblocks.0.LoRA.0.weight" in state or "visual.prompt_embeddings" not in state,
         "temporal_prompt": "group2-2" if "visual.TemporalPrompt.Cal_Net.weight" in state else "DGL",
     }
     if "visual.prompt_embeddings" not in state and (patch, patches, width) == (32, 49, 768):
         found["temporal_prompt"] = "group2-2"  # plain CLIP, to become STOP proper
     if "visual.prompt_embeddings" in state:
-        found["global_prompts"] = state["visual.prompt_embeddings"].shape[1]
+        found["global_prompts"] = of("visual.prompt_embeddings", 3)[1]
     if "visual_prompt_embedding" in state:
-        _, prompts, deep = state["visual_prompt_embedding"].shape
+        _, prompts, deep = of("visual_prompt_embedding", 3)
         found |= {
             "shared_latent_space": "linear", "frame_prompts": prompts, "text_prompts": 2 * prompts,
             "prompt_layers": deep // width,
         }  # fmt: skip
     elif "unified_prompt_embedding.weight" in state:
-        table = state["unified_prompt_embedding.weight"]
+        table = of("unified_prompt_embedding.weight", 2)
         # text_prompts + frames · frame_prompts rows: two of the three must be known, and STOP's are 8 and 4
-        prompts, text = changes.get("frame_prompts", 4), changes.get("text_prompts", 8)
-        frames, rest = divmod(table.shape[0] - text, prompts)
+        prompts = checks.count(changes.get("frame_prompts", 4), "frame_prompts", "a size of the model", 1)
+        text = checks.count(changes.get("text_prompts", 8), "text_prompts", "a size of the model")
+        frames, rest = divmod(table[0] - text, prompts)
         if rest or frames < 1:
             raise ValueError(
-                f"unified_prompt_embedding has {table.shape[0]} rows, which are not {text} text prompts and {prompts} "
+                f"unified_prompt_embedding has {table[0]} rows, which are not {text} text prompts and {prompts} "
                 "for each frame; give text_prompts=… and frame_prompts=…"
             )
-        found |= {"frames": frames, "prompt_layers": table.shape[1] // width}
+        found |= {"frames": frames, "prompt_layers": table[1] // width}
     found["max_words"] = min(32, found["context_length"])
     return StopConfig(**found | changes)
 
@@ -132,6 +137,8 @@ def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
                 f"{name} is {tuple(value.shape)} in the weights and {tuple(own[name].shape)} in the model: they were "
                 "made for another StopConfig; StopModel.from_checkpoint reads it off the weights"
             )
+        if name in own and own[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype} in the weights and {own[name].dtype} in the model")
     known = {name: value for name, value in state.items() if name in own}
     if not known:
         raise ValueError("none of these weights has the name of a parameter of the model")

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights from strangers: whatever is in a file, nothing of it is run, and what is damaged is refused by name."""
+
+import copyreg
+import io
+import os
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from stoptome_kernels.stop import archive, checkpoint
+from torch import Tensor, nn
+
+
+class Tied(nn.Module):
+    """What CLIP's archives hold: half and single precision, numbers as buffers, lists of modules; and a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 2).half(), nn.LayerNorm(3)])
+        self.twin = nn.Linear(3, 2).half()
+        self.twin.weight = self.blocks[0].weight
+        self.register_buffer("input_resolution", torch.tensor(224))
+        self.register_buffer("turned", torch.randn(4, 6, dtype=torch.bfloat16)[1:, ::2].t())
+        self.register_buffer("none", torch.zeros(0, 5, dtype=torch.bool))
+        self.heads, self.scales = 8, [0.5, 2.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def scripted(path: Path, module: nn.Module) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated; OpenAI's files are such ones
+        torch.jit.script(module).save(os.fspath(path))
+    return path
+
+
+def saved(path: Path, value=None, **options) -> Path:
+    torch.save(Tied().state_dict() if value is None else value, path, **options)
+    return path
+
+
+def same(found: dict, want: dict) -> bool:
+    return found.keys() == want.keys() and all(
+        found[name].dtype == want[name].dtype and torch.equal(found[name], want[name]) for name in want
+    )
+
+
+def repacked(path: Path, **records: bytes) -> None:
+    """Other contents for some records of an archive, with the checksums that go with them."""
+    with zipfile.ZipFile(path) as old:
+        contents = {record.filename: old.read(record) for record in old.infolist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in contents.items():
+            new.writestr(name, records.get(Path(name).stem, data))
+
+
+def test_tensors_of_torchscript_are_those_that_torch_reads(tmp_path):
+    module = Tied()
+    module.train(False)
+    found = archive.load(scripted(tmp_path / "clip.pt", module))
+    assert same(found, module.state_dict())
+    assert checkpoint.read(tmp_path / "clip.pt").keys() == {*module.state_dict()} - {"input_resolution"}
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_files_of_torch_save(tmp_path, mmap):
+    want = Tied().state_dict()
+    assert same(archive.load(saved(tmp_path / "a.pt", want), mmap=mmap), want)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(tmp_path / "b.pt", want)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(archive.load(tmp_path / "b.pt", mmap=mmap), want)
+    assert same(archive.load(saved(tmp_path / "c.pt", want, _use_new_zipfile_serialization=False)), want)
+
+
+# -- what would run ---------------------------------------------------------------------------------------------------
+
+
+class Overwrites(nn.Module):
+    """Torch runs its ``__setstate__`` when it loads it."""
+
+    def __init__(self, victim: str):
+        super().__init__()
+        self.weight = torch.ones(2)
+        self.victim = victim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.victim, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, str, bool]):
+        victim = torch.from_file(state[1], shared=True, size=4, dtype=torch.uint8).fill_(7)
+        self.weight = state[0] * victim[0]  # else the compiler would leave the file alone
+        self.victim, self.training = state[1], state[2]
+
+
+def test_torchscript_is_not_run(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    path = scripted(tmp_path / "hostile.pt", Overwrites(os.fspath(victim)))
+    victim.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds no weights"):
+        checkpoint.read(path)
+    assert victim.read_bytes() == b"mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.load(os.fspath(path))
+    assert victim.read_bytes() == b"\7\7\7\7"  # the file is as hostile as it should be
+
+
+def touches(path: Path) -> dict[str, bytes]:
+    """Pickles by what they do; each creates the file if it is loaded without restraint."""
+    name = os.fspath(path).encode()
+    text = b"X" + len(name).to_bytes(4, "little") + name  # BINUNICODE
+    mode = b"X\1\0\0\0w"
+
+    class Reduced:
+        def __reduce__(self):
+            return open, (os.fspath(path), "w")
+
+    return {
+        "REDUCE": b"cio\nopen\n(" + text + mode + b"tR.",
+        "REDUCE in a dictionary": pickle.dumps({"weight": torch.ones(1), "x": Reduced()}, 2),
+        "STACK_GLOBAL": b"\x80\4" + b"\x8c\2io\x8c\4open\x93(" + text + mode + b"tR.",
+        "INST": b"(" + text + mode + b"iio\nopen\n.",
+        "OBJ": b"(cio\nopen\n" + text + mode + b"o.",
+        "NEWOBJ": b"\x80\2cio\nFileIO\n(" + text + mode + b"t\x81.",
+        "NEWOBJ_EX": b"\x80\4cio\nFileIO\n(" + text + mode + b"t}\x92.",
+        "dotted": b"\x80\4" + b"\x8c\6torch.\x94\x8c\4open\x93(" + text + mode + b"tR.",
+        "EXT1": b"\x80\2\x82\xf0(" + text + mode + b"tR.",
+        "setattr": b"cbuiltins\nsetattr\n(c__main__\nX\n" + text + mode + b"tR.",
+        "of an allowed function": b"ctorch._utils\n_rebuild_tensor_v2\n}" + text + mode + b"sb.",
+        "of an object": b"\x80\2c__torch__\nM\n)\x81}X\x0c\0\0\0__setstate__cio\nopen\nsb" + text + b"b.",
+    }
+
+
+@pytest.fixture
+def extension():
+    """An extension code of pickle for ``open``, as any library of the process may have one; used once, it is cached."""
+    copyreg.add_extension("io", "open", 0xF0)
+    pickle.loads(b"\x80\2\x82\xf0.")
+    yield
+    copyreg.remove_extension("io", "open", 0xF0)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "torch.save", "TorchScript"])
+@pytest.mark.parametrize("trick", touches(Path("none")))
+def test_pickles_that_ask_for_functions(tmp_path, extension, trick, kind):
+    made, path = tmp_path / "made", tmp_path / "hostile.pt"
+    data = touches(made)[trick]
+    if kind == "legacy":
+        path.write_bytes(data)
+    else:
+        scripted(path, Tied()) if kind == "TorchScript" else saved(path)
+        repacked(path, data=data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} "):
+        checkpoint.read(path)
+    assert not made.exists()
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "mmap"),
+    [
+        ("torch.save", False),
+        ("torch.save", True),
+        pytest.param("TorchScript", False, marks=pytest.mark.slow),
+    ],
+)
+def test_one_wrong_bit(tmp_path, kind, mmap):
+    """Every third byte: the file is refused by name, or the weights are the same."""
+    path = tmp_path / "a.pt"
+    scripted(path, Tied()) if kind == "TorchScript" else saved(path)
+    want, data, draw = archive.load(path), path.read_bytes(), random.Random(1)
+    refused = []
+    for at in range(draw.randrange(3), len(data), 3):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert same(archive.load(path, mmap=mmap), want), at
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > len(data) / 20  # most of so small a file is names, paddings and code
+    assert [line for line in refused if not line.startswith(f"{path} can't be read as weights (") or "\n" in line] == []
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_that_end_too_early(tmp_path, legacy):
+    path = saved(tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy)
+    data = path.read_bytes()
+    for length in range(0, len(data) - 1, 37):
+        path = tmp_path / "cut.pt"
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} can't be read as weights"):
+            archive.load(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"text\n", b"PK\3\4", b"\x80\2}.", b"\x80\2K\5.", b"(lp0\n.", b"PK\5\6" + 18 * b"\0"]
+)
+def test_other_files(tmp_path, data):
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'a.pt'))} "):
+        checkpoint.read(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))} can't be read as weights"):
+        checkpoint.read(tmp_path)
+
+
+def rebuilt(offset: int, size: tuple, stride: tuple, key: object = "0", dtype: str = "Float") -> bytes:
+    """The pickle of a module of TorchScript with one tensor that says this of itself."""
+    out = io.BytesIO()
+
+    def put(value):
+        out.write(pickle.dumps(value, 2)[2:-1])
+
+    out.write(b"\x80\2c__torch__\nM\n)\x81}")
+    put("weight")
+    out.write(b"ctorch._utils\n_rebuild_tensor_v2\n((")
+    put("storage")
+    out.write(f"ctorch\n{dtype}Storage\n".encode())
+    for value in (key, "cpu", 5):
+        put(value)
+    out.write(b"tQ")
+    for value in (offset, size, stride, False):
+        put(value)
+    out.write(b"ccollections\nOrderedDict\n)RtRsb.")
+    return out.getvalue()
+
+
+def test_a_tensor_within_its_data(tmp_path):
+    path = scripted(tmp_path / "a.pt", nn.Linear(3, 2))
+    weight = archive.load(path)["weight"]
+    repacked(path, data=rebuilt(1, (2, 2), (2, 1)))
+    assert torch.equal(archive.load(path)["weight"], weight.flatten()[1:5].view(2, 2))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (3, (2, 2), (2, 1)), (-1, (2,), (1,)), (0, (2, -1), (1, 1)), (0, (3,), (-1,)), (0, (2,), (1, 1)),
+        (0, (1 << 40,), (0,)), (0, (7,), (1,)), (7, (1,), (1,)), (0, ("2",), (1,)), (0, (True,), (1,)),
+        (0, (2,), (1,), "9"), (0, (2,), (1,), 0), (0, (2,), (1,), "../data.pkl"), (0, (2,), (1,), "0", "Untyped"),
+        (0, (2,), (1,), "0", "Quantized"),
+    ],
+)  # fmt: skip
+def test_tensors_that_reach_out_of_their_data(tmp_path, said):
+    path = scripted(tmp_path / "a.pt", nn.Linear(3, 2))
+    repacked(path, data=rebuilt(*said))
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        archive.load(path)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({0: torch.ones(2)}, "holds no weights by name: one is called 0"),
+        ({"a": torch.ones(1).expand(1 << 40)}, r"holds a of shape \(1099511627776,\), but less data"),
+        ({"a": torch.ones(2).to_sparse()}, r"holds a as a torch.sparse_coo tensor"),
+        ({"a": torch.ones(2, device="meta")}, r"holds a as .* on meta"),
+        ([torch.ones(2)], "holds no weights, but a list"),
+        ({"state_dict": {}}, "holds no weights"),
+    ],
+)
+def test_tensors_that_are_no_weights(tmp_path, state, says):
+    path = saved(tmp_path / "a.pt", state)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {says}"):
+        checkpoint.read(path)
+
+
+def test_compressed_and_overlapping_records(tmp_path):
+    """Neither is what torch writes: a few bytes could stand for gigabytes."""
+    path = saved(tmp_path / "a.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(ValueError, match="its records are compressed"):
+        archive.load(tmp_path / "b.pt")
+    data = path.read_bytes()
+    first = data.index(b"PK\1\2")
+    (tmp_path / "c.pt").write_bytes(data.replace(data[first + 20 : first + 28], 2 * (1 << 20).to_bytes(4, "little")))
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        archive.load(tmp_path / "c.pt")
