@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from retrieval import atomic, features
+from retrieval import atomic, features, sealed
 from retrieval.corpus import Video
 from retrieval.errors import UsageError
 from retrieval.features import FeatureStore, Shard
@@ -158,8 +158,8 @@ def test_shards_are_dealt_to_processes_whatever_is_there(tmp_path):
 def test_a_shard_tells_its_videos(tmp_path, whole):
     data = whole["features-00001-of-00003.safetensors"]
     assert safetensors.torch.load(data)["features"].tolist() == [[n, n + 0.25, n + 0.5] for n in (4, 5, 7)]
-    told = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][features.KEY])
-    assert (told["format"], told["fingerprint"], told["kept"]) == (1, "model", [0, 1, 3])
+    told = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][sealed.KEY])
+    assert (told["format"], told["fingerprint"], told["kept"]) == (2, "model", [0, 1, 3])
     assert told["kept_videos"] == [
         ["video4", "videos/4.mp4", [4, 5.5]], ["video5", "videos/5.mp4", [5, 6.5]], ["video7", "videos/7.mp4", [7, 8.5]]
     ]  # fmt: skip
@@ -245,7 +245,7 @@ def test_a_truncated_shard_is_pending(tmp_path, whole, left):
 def test_a_damaged_manifest(tmp_path, text):
     store(tmp_path)
     (tmp_path / features.MANIFEST).write_text(text, "latin-1")
-    with pytest.raises(UsageError, match="give another folder or remove it"):
+    with pytest.raises(UsageError, match=r"manifest.json .*give another folder or remove this one"):
         store(tmp_path)
 
 

@@ -9,22 +9,38 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import safetensors
-import safetensors.torch
+import msgspec
 import torch
 from torch import Tensor
 
-from . import atomic
+from . import atomic, sealed
 from .corpus import Video
 from .errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DTYPES = (torch.float32, torch.float16)
-# all metadata under one key: safetensors writes several in random order, and equal shards should be equal files
-KEY = "stop_retrieval"
+_AGAIN = "remove it and run --index again"
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What tells a store from others, as its manifest has it."""
+
+    format: int
+    fingerprint: str
+    corpus: str
+    shard_size: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Header(Identity, frozen=True, forbid_unknown_fields=True):
+    """What a shard tells of itself."""
+
+    start: int
+    stop: int
+    kept: list[int]
+    kept_videos: list[tuple[str, str, tuple[float, float] | None]]
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,7 @@ def fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(state):
-        value = state[name].detach().cpu()
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        sealed.update(digest, name, state[name])
     return digest.hexdigest()
 
 
@@ -71,7 +85,9 @@ class FeatureStore:
 
     A shard is a safetensors file of ``features`` whose metadata names the videos they belong to. It is written whole or
     not at all, by whichever process; what is there is never computed again. That goes for videos that could not be
-    read, too: to try them again, remove the folder.
+    read, too: to try them again, remove the folder. A shard that breaks off, or whose header can't be read, counts as
+    not there; one that is whole and holds something else than was written is damaged, which somebody should know of,
+    and is refused.
 
     Args:
         folder: made if it isn't there.
@@ -80,8 +96,8 @@ class FeatureStore:
         shard_size: videos in a shard. A store that is there keeps the size it began with.
 
     Raises:
-        UsageError: the folder can't be written to, or it holds features of another model or corpus. So do all methods
-            that touch the folder.
+        UsageError: the folder can't be written to, it holds features of another model or corpus, or a file in it is
+            damaged. So do all methods that touch the folder.
     """
 
     def __init__(
@@ -93,18 +109,16 @@ class FeatureStore:
             raise ValueError(f"shard_size must be 1 or more, got {shard_size}")
         self.folder, self.videos, self.fingerprint = Path(folder), tuple(videos), fingerprint
         corpus = hashlib.sha256(json.dumps([_plain(video) for video in videos]).encode()).hexdigest()
-        self._identity = {"format": FORMAT, "fingerprint": fingerprint, "corpus": corpus, "shard_size": shard_size}
+        wanted = Identity(FORMAT, fingerprint, corpus, shard_size)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{self.folder} can't be made: {error.strerror or error}; give another folder") from error
         atomic.sweep(self.folder)
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            text = json.dumps(self._identity, indent=1) + "\n"
-            atomic.replace(manifest, lambda file: file.write_text(text))
-        self.shard_size: int = self._manifest().get("shard_size", shard_size)
-        self._identity["shard_size"] = self.shard_size
+        if not (self.folder / MANIFEST).exists():
+            sealed.write_json(self.folder / MANIFEST, msgspec.to_builtins(wanted))
+        self.shard_size = self._manifest().shard_size
+        self._identity = msgspec.structs.replace(wanted, shard_size=self.shard_size)
         self._agree()
         starts = range(0, len(self.videos), self.shard_size)
         self.shards = tuple(Shard(n, at, min(at + self.shard_size, len(self.videos))) for n, at in enumerate(starts))
@@ -141,14 +155,14 @@ class FeatureStore:
                 f"got {features.dtype} of shape {tuple(features.shape)}"
             )
         kept = list(kept)
-        if len(kept) != len(features) or kept != sorted({*kept} & {*range(shard.stop - shard.start)}):
+        if not _belong(features, kept, shard):
             raise ValueError(
                 f"kept must be {len(features)} rising numbers from 0 to {shard.stop - shard.start - 1}, got {kept}"
             )
         self._agree()
         videos = [_plain(self.videos[shard.start + n]) for n in kept]
-        told = {KEY: json.dumps(self._header(shard) | {"kept": kept, "kept_videos": videos})}
-        data = safetensors.torch.save({"features": features.detach().cpu().contiguous()}, told)
+        told = self._header(shard) | {"kept": kept, "kept_videos": videos}
+        data = sealed.pack({"features": features.cpu()}, told)
         atomic.replace(self._path(shard), lambda file: file.write_bytes(data))
 
     def load(self) -> Features:
@@ -162,7 +176,7 @@ class FeatureStore:
         parts: list[Tensor] = []
         first: Path | None = None
         for shard in self.shards:
-            read = self._read(shard, data=True)
+            read = self._read(shard)
             if read is None:
                 missing = len(self.pending())
                 raise UsageError(f"{self.folder} lacks {missing} of {len(self.shards)} shards: run --index again")
@@ -179,23 +193,26 @@ class FeatureStore:
             parts.append(features)
         return Features(tuple(videos), torch.cat(parts) if parts else torch.zeros(0, 0), self.fingerprint)
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> Identity:
         path = self.folder / MANIFEST
         try:
-            found = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} can't be read ({error}); give another folder or remove it") from error
-        return found if isinstance(found, dict) else {}
+            return sealed.read_json(path, Identity)
+        except sealed.Damaged as error:
+            raise UsageError(f"{path} {error}; give another folder or remove this one") from error
+        except OSError as error:
+            raise UsageError(
+                f"{path} can't be read: {error.strerror or error}; give another folder or remove this one"
+            ) from error
 
     def _agree(self) -> None:
         """Of two processes that began different stores in one folder at once, the one that came first learns of it."""
-        self._must_be_ours(self.folder / MANIFEST, self._manifest(), self._identity)
+        self._must_be_ours(MANIFEST, msgspec.to_builtins(self._manifest()), msgspec.to_builtins(self._identity))
 
-    def _must_be_ours(self, path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
+    def _must_be_ours(self, name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        differing = [field for field in wanted if found[field] != wanted[field]]
         if differing:
             raise UsageError(
-                f"{self.folder} holds features of another model or corpus: {path.name} differs in "
+                f"{self.folder} holds features of another model or corpus: {name} differs in "
                 f"{', '.join(differing)}; give another folder or remove it"
             )
 
@@ -203,21 +220,31 @@ class FeatureStore:
         return self.folder / f"features-{shard.number:05d}-of-{len(self.shards):05d}.safetensors"
 
     def _header(self, shard: Shard) -> dict[str, Any]:
-        return self._identity | {"start": shard.start, "stop": shard.stop}
+        return msgspec.to_builtins(self._identity) | {"start": shard.start, "stop": shard.stop}
 
-    def _read(self, shard: Shard, data: bool = False) -> tuple[list[int], Tensor] | None:
-        """Which videos a shard holds and, if asked for, the features; None if it isn't there or isn't whole."""
+    def _read(self, shard: Shard) -> tuple[list[int], Tensor] | None:
+        """Which videos a shard holds and their features; None if it isn't there or isn't whole."""
         path = self._path(shard)
         try:
-            with safetensors.safe_open(path, "pt") as file:  # compares the length of the file with what its header says
-                told = json.loads((file.metadata() or {}).get(KEY, "{}"))
-                features = file.get_tensor("features") if data else torch.empty(0)
-        except (FileNotFoundError, safetensors.SafetensorError):
+            tensors, told = sealed.unpack(path, _Header)
+        except (FileNotFoundError, sealed.NotWhole):
             return None
+        except sealed.Damaged as error:
+            raise UsageError(f"{path} {error}; {_AGAIN}") from error
         except OSError as error:
-            raise UsageError(f"{path} can't be read: {error.strerror or error}") from error
-        self._must_be_ours(path, told, self._header(shard))
-        return told["kept"], features
+            raise UsageError(f"{path} can't be read: {error.strerror or error}; {_AGAIN}") from error
+        self._must_be_ours(path.name, msgspec.to_builtins(told), self._header(shard))
+        features = tensors.get("features")
+        if len(tensors) != 1 or features is None or features.dim() not in (2, 3):
+            raise UsageError(f"{path} holds other tensors than features; {_AGAIN}")
+        if not _belong(features, told.kept, shard):
+            raise UsageError(f"{path} holds {len(features)} features of the videos {told.kept[:9]}; {_AGAIN}")
+        return told.kept, features
+
+
+def _belong(features: Tensor, kept: list[int], shard: Shard) -> bool:
+    """Whether ``kept`` names a video of the shard for each of the features, in their order."""
+    return len(kept) == len(features) and kept == sorted({*kept} & {*range(shard.stop - shard.start)})
 
 
 def _plain(video: Video) -> list[Any]:

@@ -4,24 +4,42 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import atomic
+from . import atomic, sealed
 from .errors import UsageError
 from .features import Features
 
-FORMAT = 1
+FORMAT = 2
 INDEX, ENTRIES = "index.faiss", "entries.json"
 READS = 3  # of a folder that is written at the same time, before it counts as damaged
+# what FAISS writes before the vectors of a flat index: magic, channels, vectors, two numbers that mean nothing, whether
+# it is trained, metric (0: inner product), floats
+_HEAD = struct.Struct("<4siqqqBiq")
+
+
+class _Generation(msgspec.Struct, forbid_unknown_fields=True):
+    """The model and the videos of an index: id, path and span of each."""
+
+    fingerprint: str
+    entries: list[tuple[str, str, tuple[float, float] | None]]
+
+
+class _Entries(msgspec.Struct, forbid_unknown_fields=True):
+    """Generations by the SHA-256 of the index that they belong to."""
+
+    format: int
+    generations: dict[str, _Generation]
 
 
 @dataclass(frozen=True)
@@ -71,12 +89,11 @@ def build(features: Features, folder: str | os.PathLike[str]) -> None:
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors.numpy())
     data = faiss.serialize_index(index).tobytes()
-    entries = [[video.id, video.path, video.span] for video in features.videos]
-    generation = {hashlib.sha256(data).hexdigest(): {"fingerprint": features.fingerprint, "entries": entries}}
+    entries = [(video.id, video.path, video.span) for video in features.videos]
+    generation = {hashlib.sha256(data).hexdigest(): _Generation(features.fingerprint, entries)}
 
-    def write_entries(generations: dict[str, Any]) -> None:
-        text = json.dumps({"format": FORMAT, "generations": generations}) + "\n"
-        atomic.replace(folder / ENTRIES, lambda file: file.write_text(text))
+    def write_entries(generations: dict[str, _Generation]) -> None:
+        sealed.write_json(folder / ENTRIES, msgspec.to_builtins(_Entries(FORMAT, generations)))
 
     # two files can't be replaced at once: entries of both generations are there while the index changes
     try:
@@ -95,8 +112,10 @@ class Index:
         fingerprint: of the model whose features it holds.
     """
 
-    def __init__(self, index: Any, entries: list[list[Any]], fingerprint: str):
-        self._index, self._entries, self.fingerprint = index, entries, fingerprint
+    def __init__(self, vectors: np.ndarray, generation: _Generation):
+        self._index = _faiss().IndexFlatIP(vectors.shape[1])
+        self._index.add(vectors)
+        self._entries, self.fingerprint = generation.entries, generation.fingerprint
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -108,20 +127,20 @@ class Index:
         Raises:
             UsageError: there is none, it is damaged, or no FAISS.
         """
-        faiss, folder = _faiss(), Path(folder)
+        require()
+        folder = Path(folder)
         reason = f"{ENTRIES} does not belong to {INDEX}"
         for _ in range(READS):
             try:
                 data = (folder / INDEX).read_bytes()
                 generation = _generations(folder).get(hashlib.sha256(data).hexdigest())
+                if generation is not None:
+                    return cls(_vectors(data, len(generation.entries)), generation)
             except FileNotFoundError as error:
                 raise UsageError(f"no index in {folder}: build it with --index") from error
             except (OSError, ValueError) as error:
-                reason = str(error)
+                reason = getattr(error, "strerror", None) or str(error)
                 break
-            if generation:
-                index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-                return cls(index, generation["entries"], generation["fingerprint"])
         raise UsageError(f"the index in {folder} is damaged ({reason}): build it anew with --index")
 
     def search(self, text_features: Tensor, k: int) -> list[list[Hit]]:
@@ -153,20 +172,43 @@ class Index:
         ]
 
     def _hit(self, rank: int, score: np.float32, place: np.int64) -> Hit:
-        id, path, span = self._entries[place]
-        return Hit(rank, float(score), id, path, tuple(span) if span else None)
+        return Hit(rank, float(score), *self._entries[place])
 
 
-def _generations(folder: Path) -> dict[str, Any]:
+def _generations(folder: Path) -> dict[str, _Generation]:
     """Entries by the digest of the index they belong to.
 
     Raises:
         OSError, ValueError: they can't be read.
     """
-    found = json.loads((folder / ENTRIES).read_bytes())
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "generations" not in found:
+    try:
+        found = sealed.read_json(folder / ENTRIES, _Entries)
+    except sealed.Damaged as error:
+        raise ValueError(f"{ENTRIES} {error}") from error
+    if found.format != FORMAT:
         raise ValueError(f"{ENTRIES} is of another version")
-    return found["generations"]
+    return found.generations
+
+
+def _vectors(data: bytes, count: int) -> np.ndarray:
+    """``(count, E)`` float32 of a flat index by inner product, the only kind that is written; FAISS, whose own reader
+    trusts the sizes in a file, never sees one.
+
+    Raises:
+        ValueError: it is of another kind or size.
+    """
+    floats = (len(data) - _HEAD.size) // 4
+    if len(data) < _HEAD.size:
+        raise ValueError(f"{INDEX} breaks off")
+    magic, channels, vectors, _, _, trained, metric, told = _HEAD.unpack_from(data)
+    if (magic, trained, metric) != (b"IxFI", 1, 0):
+        raise ValueError(f"{INDEX} is no flat index by inner product")
+    if channels < 1 or (vectors, told, len(data)) != (count, count * channels, _HEAD.size + 4 * count * channels):
+        raise ValueError(f"{INDEX} holds {vectors} vectors of {channels} channels in {floats} numbers, not {count}")
+    found = np.frombuffer(data, "<f4", offset=_HEAD.size).reshape(count, channels)
+    if count < 1 or not np.isfinite(found).all():
+        raise ValueError(f"{INDEX} holds no vectors, or some that are not finite")
+    return found.astype(np.float32, copy=False)
 
 
 def _normalized(features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ what (``"differs_in"``).
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import msgspec
 import numpy as np
 
-from . import drawing, scenes
+from . import drawing, scenes, sealed
 from .errors import UsageError
 
 VERSION = 2  # to be raised when the same settings give other videos or captions
@@ -33,6 +35,14 @@ CAPTIONS = 3  # of a training video
 # One thread: more would wait for each other at such sizes. Without mbtree, whose lookahead reads memory in x264's
 # veryfast preset that nobody wrote: the same film then gave other bytes.
 _ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a set was made with, and the SHA-256 of each of its files, by their paths in its folder."""
+
+    version: int
+    settings: dict[str, int]
+    files: dict[str, str]
 
 
 class Paths(NamedTuple):
@@ -63,7 +73,7 @@ def write(
     fps: int = 8,
     processes: int = 1,
 ) -> Paths:
-    """Make a set, or find it made: what is there by the same settings is used as it is.
+    """Make a set, or find it made: what is there by the same settings is used as it is, if no bit of it has changed.
 
     The same settings give the same bytes with the same PyAV, Pillow and NumPy, whatever the number of processes. The
     folder appears when it is complete, so that a killed process leaves no part of a set in it.
@@ -76,8 +86,8 @@ def write(
         processes: that draw and encode.
 
     Raises:
-        UsageError: the folder holds something else or can't be written, there aren't so many scenes, or scikit-image,
-            whose photographs are the backgrounds, is missing.
+        UsageError: the folder holds something else or can't be written, a file in it is damaged, there aren't so many
+            scenes, or scikit-image, whose photographs are the backgrounds, is missing.
         ValueError: a size or number that no video has.
     """
     settings = {"train": train, "val": val, "seed": seed, "size": size, "frames": frames, "fps": fps}
@@ -138,20 +148,34 @@ def _found(folder: Path, settings: dict[str, int]) -> bool:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, and no folder for synthetic videos: give another one")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        there = {"version": manifest["version"], **manifest["settings"]}
+        manifest = sealed.read_json(folder / MANIFEST, _Manifest)
     except FileNotFoundError:
         if next(folder.iterdir(), None) is None:
             return False
         raise UsageError(f"{folder} holds no synthetic videos but something else: give another folder") from None
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(f"{folder / MANIFEST} can't be read: delete {folder}, and it is made anew") from None
+    except sealed.Damaged as error:
+        raise UsageError(f"{folder / MANIFEST} {error}; delete {folder}, and it is made anew") from error
+    there = {**manifest.settings, "version": manifest.version}
     for name, value in {"version": VERSION, **settings}.items():
         if there.get(name) != value:
             raise UsageError(
                 f"{folder} holds synthetic videos with {name} {there.get(name)}, not {value}: delete it or give another"
             )
+    files = _files(folder)
+    for name, digest in manifest.files.items():
+        if name not in files or _digest(files[name]) != digest:
+            what = "is damaged" if name in files else "is missing"
+            raise UsageError(f"{folder / name} {what}; delete {folder}, and it is made anew")
     return True
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files in a folder and below by their names in it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _make(folder: Path, settings: dict[str, int], processes: int) -> None:
@@ -171,12 +195,13 @@ def _make(folder: Path, settings: dict[str, int], processes: int) -> None:
             with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
                 for _ in pool.map(save, [*train, *val], chunksize=16):
                     pass
-        _write_json(made / "MSRVTT_data.json", data)
+        (made / "MSRVTT_data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         _write_csv(made / "MSRVTT_train.9k.csv", ["video_id"], ([clip.id] for clip in train))
         captions = {sentence["video_id"]: sentence["caption"] for sentence in data["sentences"]}
         rows = ([f"ret{i}", f"msr{clip.id[5:]}", clip.id, captions[clip.id]] for i, clip in enumerate(val))
         _write_csv(made / "MSRVTT_JSFUSION_test.csv", ["key", "vid_key", "video_id", "sentence"], rows)
-        _write_json(made / MANIFEST, {"version": VERSION, "settings": settings})
+        files = {name: _digest(path) for name, path in _files(made).items()}
+        sealed.write_json(made / MANIFEST, {"version": VERSION, "settings": settings, "files": files})
         try:
             made.rename(folder)
         except OSError:
@@ -199,10 +224,6 @@ def encode(path: str | os.PathLike[str], film: np.ndarray, fps: int) -> None:
         for picture in film:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_csv(path: Path, header: list[str], rows: Iterable[list[str]]) -> None:

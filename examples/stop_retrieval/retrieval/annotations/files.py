@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+from .. import strict
 from ..errors import UsageError
 
 # of files that differ in nothing else, the first of these is taken
@@ -64,12 +65,12 @@ class File:
 
     def json(self) -> Any:
         with self._open() as file:
-            try:
-                return json.load(file)
-            except json.JSONDecodeError as error:
-                raise self.wrong(f"is no JSON: {error.msg} in line {error.lineno}; is it all there?") from error
-            except RecursionError as error:
-                raise self.wrong("is no JSON of captions: it is nested too deeply") from error
+            text = file.read()
+        try:
+            return strict.loads(text)
+        except ValueError as error:
+            hint = "; is it all there?" if isinstance(error.__cause__, json.JSONDecodeError) else ""
+            raise self.wrong(f"{error}{hint}") from error
 
     def table(self, columns: Sequence[str]) -> list[dict[str, str]]:
         """Rows of a comma-separated file with a header, by the header's names; ``columns`` must be among them."""
