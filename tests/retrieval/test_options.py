@@ -29,7 +29,9 @@ UPSTREAM = shlex.split("""
 
 
 def read(*argv: str, run=None):
-    return options.complete(options.read(["--output_dir", "o", *argv]), run)
+    args = options.complete(options.read(["--output_dir", "o", *argv]), run)
+    args.world = 1
+    return args
 
 
 def test_the_command_of_the_readme():

@@ -16,7 +16,7 @@ import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopModel
 
-from retrieval import options, run, state
+from retrieval import checkpoint, options, run
 from retrieval.model import Retrieval, build
 from retrieval.tokenizer import Tokenizer
 from retrieval.video import read_video
@@ -398,7 +398,7 @@ def test_out_of_memory_names_what_helps(data, clip, tmp_path, capsys, monkeypatc
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(state, "capture", full)
+    monkeypatch.setattr(checkpoint, "capture", full)
     assert run.main(msrvtt(data, clip, tmp_path / "out")) == 1
     said = capsys.readouterr().err
     for flag in ("--batch_size", "--max_frames", "--gradient_checkpointing", "--tome_r"):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import stoptome_kernels as stk
 from stoptome_kernels.stop.config import LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
 
-from . import recipes
+from . import ignored, recipes
 from .errors import UsageError
 
 DATATYPES = ("msrvtt", "msvd", "didemo", "activity", "lsmdc", "vatex", "synthetic")
@@ -40,57 +40,14 @@ _MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportio
 _OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
 # what may differ when a run goes on: it changes no weight
 FREE_TO_CHANGE = (
-    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm",
-    "camoe_dsl", "top_k", "shard_size", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv",
+    *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm", "camoe_dsl", "top_k",
+    "shard_size", "max_pixels", "tome_trace_source", "data_path", "features_path", "train_csv", "val_csv",
     "pretrained_dir",
 )  # fmt: skip
 
-# flags of STOP's main.py that mean nothing here, and why; those in _SWITCHES take no value
-_SWITCHES = {
-    "do_pretrain": "STOP's code never reads it",
-    "debug": "everything is logged",
-    "do_lower_case": "CLIP's tokenizer always does",
-    "use_mil": "STOP's loss is cross-entropy",
-    "sampled_use_mil": "STOP's loss is cross-entropy",
-    "loose_type": "the only kind that meanP has",
-    "dp": "one process drives one device: torchrun --nproc_per_node=N main.py …",
-    "use-bn-sync": "the model has no batch norm",
-}
-_VALUED = {
-    "inference_speed_test": "bench/stop.py measures that",
-    "data_dir": "STOP's code never reads it",
-    "lmdb_dataset": "videos are read as files from --features_path",
-    "save_feature_path": "--index writes the features",
-    "lr_decay": "the schedule is a cosine",
-    "video_dim": "STOP's code never reads it",
-    "margin": "STOP's loss is cross-entropy",
-    "hard_negative_rate": "STOP's loss is cross-entropy",
-    "negative_weighting": "STOP's loss is cross-entropy",
-    "n_pair": "STOP's loss is cross-entropy",
-    "load_from_pretrained": "--init_model takes the weights alone, --resume everything",
-    "cross_model": "meanP has no cross encoder",
-    "cross_num_hidden_layers": "meanP has no cross encoder",
-    "text_num_hidden_layers": "the weights tell it",
-    "visual_num_hidden_layers": "the weights tell it",
-    "cache_dir": "nothing is downloaded",
-    "task_type": "retrieval is what this program does",
-    "freeze_layer_num": "STOP's code never reads it; --freeze_clip 1 freezes the backbone",
-    "linear_patch": "STOP's towers take 2d patches",
-    "time_embedding": "STOP's code never reads the embedding it makes",
-    "pre_norm": "STOP's code never reads it",
-    "tfm_heads": "STOP's code never reads it",
-    "tfm_layers": "STOP's code never reads it",
-    "unified_transformer_layers": "the prompt transformer has one layer",
-    "unified_prompt_layers": "every layer has prompts of its own",
-    "dist_backend": "nccl on GPUs, gloo on CPUs",
-    "world_size": "torchrun says how many processes there are",
-    "local_rank": "torchrun says it",
-    "init_method": "torchrun says where the processes meet",
-    "multigpu": "torchrun --nproc_per_node=N main.py …",
-    "gpu": "CUDA_VISIBLE_DEVICES chooses GPUs",
-    "n_gpu": "torchrun --nproc_per_node=N main.py …",
-    "remote": "torchrun starts processes on several machines",
-}
+# of the values that a flag takes those that a complete run has, see _check
+_NORMAL = {"sim_header": ("meanP",), "optim": ("AdamW",), "precision": ("fp32", "amp", "bf16")}
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,10 +72,12 @@ class _Ignored(argparse.Action):
         self.help_text = help_text
 
 
-def _at_least(least: int):
+def _at_least(least: int, most: int = 2**31 - 1):
     def read(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text!r}")
+        if not re.fullmatch(r"-?[0-9]{1,20}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text[:40]!r}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be an integer of at most {most}, got {text}")
         return int(text)
 
     return read
@@ -164,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shard_size", type=_at_least(1), default=256, help="videos in one file of features")
     add("--resume", metavar="auto|FILE", help="go on from a checkpoint; auto: from the newest in --output_dir, if any")
     add("--init_model", metavar="FILE", help="weights to begin with: STOP's or this program's checkpoint, or CLIP's")
-    add("--seed", type=_at_least(0), default=42)
+    add("--seed", type=_at_least(0, 2**63 - 1), default=42)
 
     add = p.add_argument_group("data").add_argument
     add("--datatype", choices=DATATYPES, help="default: msrvtt if a path is given, else synthetic")
@@ -180,11 +139,13 @@ def parser() -> argparse.ArgumentParser:
     add("--train_frame_order", type=int, choices=(0, 1, 2), default=0, help="0: ordinary, 1: reversed, 2: shuffled")
     add("--eval_frame_order", type=int, choices=(0, 1, 2), default=0)
     add("--num_thread_reader", type=_at_least(0), help="processes that decode videos (0: the one that trains)")
+    add("--max_pixels", type=_at_least(1), default=8192 * 8192, help="of a frame; a video of larger ones is skipped "
+        "before they take any memory (default: %(default)s, 8192 × 8192)")  # fmt: skip
     add("--cache_frames", nargs="?", const=True, type=_switch, metavar="0|1", help="keep frames of small videos in "
         "memory, three times as many as are taken; in each process that decodes")  # fmt: skip
     add("--synthetic_train", type=_at_least(1), help="synthetic: videos to train on")
     add("--synthetic_val", type=_at_least(1), help="synthetic: videos to evaluate on")
-    add("--synthetic_seed", type=_at_least(0), default=0, help="synthetic: other videos")
+    add("--synthetic_seed", type=_at_least(0, 2**63 - 1), default=0, help="synthetic: other videos")
 
     add = p.add_argument_group("model").add_argument
     add("--pretrained_clip_name", choices=(*WEIGHTS, TINY), help=f"{TINY}: a small model with random weights")
@@ -232,9 +193,9 @@ def parser() -> argparse.ArgumentParser:
         help="also with QB-Norm, by a bank of N training captions and videos")  # fmt: skip
     add("--camoe_dsl", "--dsl", dest="camoe_dsl", **switch, help="also with the dual softmax of CAMoE")
 
-    for name, why in _SWITCHES.items():
+    for name, why in ignored.SWITCHES.items():
         p.add_argument(f"--{name}", nargs=0, action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
-    for name, why in _VALUED.items():
+    for name, why in ignored.VALUED.items():
         p.add_argument(f"--{name}", action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
     p.set_defaults(notes=[])
     return p
@@ -295,20 +256,25 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--tome_preset {args.tome_preset} and --{tome[0]} both set token merging; give one of them")
 
 
-def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> argparse.Namespace:
+def complete(args: argparse.Namespace, run: Any = None, path: str = "the run") -> argparse.Namespace:
     """Fill in what was not given: from the run that made the checkpoint, then by the kind of data.
 
     Args:
         args: of :func:`read`; changed in place.
-        run: the settings of that run.
+        run: the settings of that run, see :func:`checked`.
+        path: of the file that they are from.
+
+    Raises:
+        UsageError: settings that contradict each other, or that no run has.
     """
     data = [name for name in _DATA if getattr(args, name) is not None]
     merging = {*_MERGING, "tome_preset"} & {*args.given}
     if run is not None:
+        run = checked(run, path)
         elsewhere = {"datatype"} if data and run.get("datatype") == "synthetic" else set()  # other videos are wanted
         names = {*OF_THE_MODEL, *_DATA} & {*run} - {*args.given} - elsewhere
         for name in (*names, *(() if merging else _MERGING)):
-            setattr(args, name, tuple(run[name]) if isinstance(run[name], list) else run[name])
+            setattr(args, name, run[name])
     if args.tome_preset:
         preset = vars(stk.ToMeConfig.preset(args.tome_preset))
         for name in (*_MERGING, "tome_prop_attn"):
@@ -340,19 +306,20 @@ def complete(args: argparse.Namespace, run: dict[str, Any] | None = None) -> arg
     return args
 
 
-def adopt(args: argparse.Namespace, run: dict[str, Any], path: str) -> None:
-    """Settings of a run that goes on: those it was begun with.
+def adopt(args: argparse.Namespace, run: Any, path: str) -> dict[str, Any]:
+    """Set the settings of a run that goes on, which are those it was begun with, and return these.
 
     Raises:
-        UsageError: another value was given for one that changes what is learnt, or there are more or fewer processes.
+        UsageError: another value was given for one that changes what is learnt, there are more or fewer processes, or
+            what :func:`checked` raises.
     """
-    if run.get("world", args.world) != args.world:
+    run = checked(run, path)
+    if run["world"] != args.world:
         raise UsageError(
             f"{path} was trained by {run['world']} processes, not {args.world}, whose batches would be others: "
             f"torchrun --nproc_per_node={run['world']} main.py …"
         )
     for name, value in run.items():
-        value = tuple(value) if isinstance(value, list) else value
         if name not in args.given:
             if name not in _OF_THE_CALL:
                 setattr(args, name, value)
@@ -361,6 +328,85 @@ def adopt(args: argparse.Namespace, run: dict[str, Any], path: str) -> None:
                 f"--{name} is {getattr(args, name)}, but {path} was trained with {value}: leave it out to go on, or "
                 "begin another run by --init_model"
             )
+    return run
+
+
+def checked(run: Any, path: str) -> dict[str, Any]:
+    """The settings in a file, each of which is one that its flag could have given; lists become tuples.
+
+    They must be those of :func:`settings`, no more (a setting this program doesn't know may be why the weights are as
+    they are) and no less, but for those that may change when a run goes on: of older files they may be missing.
+
+    Raises:
+        UsageError: they are something else; one line that names the file and the setting.
+    """
+    way_out = "it is damaged or of another version; give its weights by --init_model, with all settings as flags"
+    if not isinstance(run, dict):
+        raise UsageError(f"the settings in {path} are no object but a {type(run).__name__}; {way_out}")
+    flags = {action.dest: action for action in parser()._actions if action.dest not in ("help", "notes")}
+    found = {}
+    for name, value in run.items():
+        if name != "world" and name not in flags:
+            raise UsageError(f"the settings in {path} have {str(name)[:60]!r}, which is no flag here; {way_out}")
+        try:
+            found[name] = _positive(value) if name == "world" else _as_given(flags[name], value)
+        except (argparse.ArgumentTypeError, ValueError, TypeError):
+            shown = repr(value) if type(value) in _PLAIN else f"of type {type(value).__name__}"
+            raise UsageError(
+                f"the settings in {path} have a value for --{name} that no run has, {shown[:60]}; {way_out}"
+            ) from None
+    missing = sorted({*flags, "world"} - {*run, *FREE_TO_CHANGE})
+    if missing:
+        raise UsageError(f"the settings in {path} lack {missing[0]}; {way_out}")
+    return found
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError
+    return value
+
+
+def _as_given(action: argparse.Action, value: Any) -> Any:
+    """A value that a complete run has of a flag, as the flag would have given it; raises the errors of argparse's
+    types for any other."""
+    value = tuple(value) if isinstance(value, list) else value
+    if type(value) not in (*_PLAIN, tuple):
+        raise TypeError
+    if value is None or action.default == value == ():
+        if value is None and (action.default is not None or action.dest in (*DEFAULTS, "datatype", "do_train")):
+            raise ValueError
+        return value
+    if action.nargs == "+" or action.type is None:
+        return _as_text(action, value)
+    if isinstance(value, tuple):
+        if not all(type(part) is int for part in value):
+            raise TypeError
+        text = "-".join(map(str, value))
+    else:
+        text = str(value) if type(value) is int else repr(value)
+    given = action.type(text)  # type: ignore[operator]
+    if given != value or (type(given), type(value)) in ((int, float), (bool, int), (int, bool), (float, bool)):
+        raise TypeError
+    if action.choices is not None and given not in action.choices:
+        raise ValueError
+    return given
+
+
+def _as_text(action: argparse.Action, value: Any) -> Any:
+    """The same for flags that take text, several texts, or nothing."""
+    if action.nargs == 0:
+        if type(value) is not bool:
+            raise TypeError
+        return value
+    for part in value if action.nargs == "+" and type(value) is tuple else (value,):
+        if type(part) is not str or "\0" in part:
+            raise TypeError
+        os.fsencode(part)  # UnicodeEncodeError: no file has such a name
+    choices = _NORMAL.get(action.dest, action.choices)
+    if choices is not None and value not in choices:
+        raise ValueError
+    return value
 
 
 def tome_config(args: argparse.Namespace) -> stk.ToMeConfig:

@@ -9,11 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import indexing, options, recipes, search, state, synthetic
+from . import checkpoint, indexing, options, recipes, search, state, synthetic
 from .annotations import load
 from .corpus import Split, Video
 from .errors import UsageError
@@ -68,13 +67,12 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
     if args.do_train or args.do_eval or args.index is not None:
         processes.first_does(folder.open)
     _start_log(args, folder, processes)
-    resume, weights_from, before = _origin(args, folder)
-    options.complete(args, before)
+    resume, weights_from = _origin(args, folder)
     own = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.path.resolve())
     if args.do_train and not own:
         processes.first_does(folder.must_be_new)
         if resume is not None:
-            resume["best_acc1"] = -1.0  # of another folder's run
+            resume.progress.best = -1.0  # of another folder's run
     corpus = _searchable(args, folder)
     args.tome = options.tome_config(args)
     for note in args.notes if processes.first else ():
@@ -93,7 +91,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
     if args.do_train:
         _train(args, model, splits, tokenizer, folder, processes, resume)
         if args.index is not None:  # a later call searches with the best weights, too
-            model.load_state_dict(state.read(folder.weights())["state_dict"])
+            checkpoint.load_weights(folder.weights(), model)
     elif args.do_eval:
         results = evaluate(model, args, splits["val"], tokenizer, size, processes, splits.get("train"))
         processes.first_does(lambda: folder.write_json(state.RESULTS, results))
@@ -128,25 +126,29 @@ def _start_log(args: argparse.Namespace, folder: state.Folder, processes: Proces
         folder.log()
 
 
-def _origin(
-    args: argparse.Namespace, folder: state.Folder
-) -> tuple[dict[str, Any] | None, str | None, dict[str, Any] | None]:
-    """A checkpoint to go on from, the file of other weights to begin with, and the settings these were trained by."""
-    if args.resume:
-        path = folder.path / state.LAST if args.resume == "auto" else args.resume
-        if args.resume == "auto" and not path.exists():
+def _origin(args: argparse.Namespace, folder: state.Folder) -> tuple[checkpoint.Checkpoint | None, str | None]:
+    """A checkpoint to go on from, or the file of other weights to begin with; and all settings completed."""
+    if args.do_train and args.resume:
+        path = os.fspath(folder.path / state.LAST) if args.resume == "auto" else args.resume
+        found, begun = None, None
+        if args.resume != "auto" or os.path.exists(path):
+            found = checkpoint.read(path)
+            begun = found.hparams
+        else:
+            path = os.fspath(folder.path / state.SETTINGS)
             begun = folder.settings()
-            if begun is not None:
-                options.adopt(args, begun, os.fspath(folder.path))
-                args.init_model = args.init_model or begun["init_model"]
-            return None, args.init_model, None
-        found = state.to_resume(path)
-        options.adopt(args, found["hparams"], os.fspath(path))
-        return found, None, None
+        if begun is not None:
+            begun = options.adopt(args, begun, path)
+        if found is None and begun is not None:
+            args.init_model = args.init_model or begun.get("init_model")
+        options.complete(args)
+        return found, None if found else args.init_model
     if args.do_train:
-        return None, args.init_model, None
+        options.complete(args)
+        return None, args.init_model
     path = args.init_model or os.fspath(folder.weights())
-    return None, path, state.settings_of(path)
+    options.complete(args, checkpoint.settings_of(path), path)
+    return None, path
 
 
 def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> dict[str, Split]:
@@ -183,7 +185,7 @@ def _train(
     tokenizer: Tokenizer,
     folder: state.Folder,
     processes: Processes,
-    resume: dict | None,
+    resume: checkpoint.Checkpoint | None,
 ) -> None:
     size = model.clip.config.image_size
     train, val = splits["train"], splits["val"]
@@ -196,7 +198,7 @@ def _train(
     )  # fmt: skip
     processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
     if resume is not None and processes.first:
-        log.info("going on after epoch %d, step %d", resume["epoch"], resume["step"])
+        log.info("going on after epoch %d, step %d", resume.progress.epoch, resume.progress.step)
     training.run(resume)
 
 

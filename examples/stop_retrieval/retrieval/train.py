@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import state
+from . import checkpoint, state
 from .errors import UsageError
 from .loader import Batch, Broken, TrainSampler
 from .model import Retrieval, parameter_groups
@@ -81,7 +81,7 @@ class Training:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         device = processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "amp" and device == "cuda")
-        self.progress = state.Progress()
+        self.progress = checkpoint.Progress()
         self.broken = Broken()
 
     @property
@@ -89,14 +89,15 @@ class Training:
         """Of the whole training."""
         return self.sampler.steps * self.args.epochs
 
-    def run(self, resume: dict | None = None) -> None:
+    def run(self, resume: checkpoint.Checkpoint | None = None) -> None:
         """Train, from the beginning or from a checkpoint.
 
         Raises:
-            UsageError: videos can't be read, or the loss is no number any more.
+            UsageError: videos can't be read, the loss is no number any more, or the checkpoint is of another training.
         """
         if resume is not None:
-            self.progress = state.restore(resume, self.model, self.optimizer, self.scaler)
+            self._must_be_ours(resume)
+            self.progress = checkpoint.restore(resume, self.model, self.optimizer, self.scaler)
         done = self.progress
         writer = None
         if self.processes.first:
@@ -115,6 +116,14 @@ class Training:
             if writer is not None:
                 writer.close()
         self.broken.say(self.processes)
+
+    def _must_be_ours(self, found: checkpoint.Checkpoint) -> None:
+        done, steps = found.progress, self.sampler.steps
+        if done.global_step != done.epoch * steps + done.step or done.step >= steps or done.epoch > self.args.epochs:
+            raise UsageError(
+                f"{found.path} is at step {done.step} after epoch {done.epoch}, {done.global_step} steps in all; epochs of "
+                f"these data have {steps}: go on with those it was trained on, or begin anew by --init_model"
+            )
 
     def _epoch(self, writer: SummaryWriter | None) -> None:
         args, done = self.args, self.progress
@@ -205,7 +214,7 @@ class Training:
 
     def _save(self, best: bool = False) -> None:
         hparams = self.args.hparams
-        found = state.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
+        found = checkpoint.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
         self.processes.first_does(lambda: self.folder.save(found, best))
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
