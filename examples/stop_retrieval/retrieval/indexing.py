@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import features, search
+from . import features, search, terminal
 from .annotations.files import SUFFIXES
 from .corpus import Video
 from .errors import UsageError
@@ -87,10 +87,10 @@ def query(
         raise UsageError(f"the index in {folder} was made by other weights: remove it and build it with --index")
     asked = encode_texts(model, tokenizer(texts, args.max_words), 4 * args.batch_size_val, processes)
     for text, hits in zip(texts, found.search(asked, args.top_k), strict=True) if processes.first else ():
-        print(text)
+        terminal.say(text)
         for hit in hits:
             span = f"  {hit.span[0]:g}–{hit.span[1]:g} s" if hit.span else ""
-            print(f"{hit.rank:4d}  {hit.score:.3f}  {hit.path}{span}")
+            terminal.say(f"{hit.rank:4d}  {hit.score:.3f}  {hit.path}{span}")
 
 
 def _weights(model: nn.Module) -> str:

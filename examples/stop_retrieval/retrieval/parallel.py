@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UsageError
+
+_TORCHRUN = "start them by torchrun --nproc_per_node=N main.py …, or unset WORLD_SIZE, RANK and LOCAL_RANK"
 
 
 class Together(UsageError):
@@ -31,9 +34,9 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.world = _number("WORLD_SIZE", 1, least=1)
+        self.rank = _number("RANK", 0, most=self.world - 1)
+        local = _number("LOCAL_RANK", 0)
         self.working = False
         cuda = torch.cuda.is_available()
         if cuda and local >= torch.cuda.device_count():
@@ -45,7 +48,11 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             # shares of a corpus may take very different times; a process that dies ends the others by torchrun
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+            except (ValueError, dist.DistError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UsageError(f"the {self.world} processes can't meet ({reason}): {_TORCHRUN}") from error
 
     @property
     def first(self) -> bool:
@@ -110,6 +117,16 @@ class Processes:
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
         return model
+
+
+def _number(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """An environment variable of torchrun."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise UsageError(
+            f"the environment variable {name} must be an integer from {least} to {most}, got {text[:40]!r}: {_TORCHRUN}"
+        )
+    return int(text)
 
 
 class _Gather(torch.autograd.Function):

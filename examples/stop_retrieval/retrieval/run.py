@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from stoptome_kernels import dispatch
 
-from . import checkpoint, indexing, options, recipes, search, state, synthetic
+from . import checkpoint, indexing, options, recipes, search, state, synthetic, terminal
 from .annotations import load
 from .corpus import Split, Video
 from .errors import UsageError
@@ -34,6 +35,7 @@ OUT_OF_MEMORY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can put right, said in one line; 1 out of memory."""
     processes = None
+    terminal.configure()
     try:
         args = options.read(sys.argv[1:] if argv is None else argv)
         processes = Processes()
@@ -42,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         alone = processes is None or (processes.working and not isinstance(error, Together))
         if alone or processes.first:  # type: ignore[union-attr]
-            print(f"error: {error}", file=sys.stderr)
+            terminal.complain(str(error))
         return 2
     except (torch.OutOfMemoryError, MemoryError):
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        terminal.complain(OUT_OF_MEMORY)
         return 1
     except RuntimeError as error:
         # how torch says it of a CPU, and of a process that decodes
         if not any(words in str(error) for words in ("can't allocate memory", "DataLoader worker")):
             raise
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        terminal.complain(OUT_OF_MEMORY)
         return 1
     finally:
         for handler in log.handlers[:]:
@@ -64,9 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, processes: Processes) -> None:
     folder = state.Folder(args.output_dir)
     args.world = processes.world
-    if args.do_train or args.do_eval or args.index is not None:
-        processes.first_does(folder.open)
-    _start_log(args, folder, processes)
+    works = args.do_train or args.do_eval or args.index is not None
+    log.setLevel(logging.INFO if processes.first and works else logging.WARNING)
+    log.propagate = False
+    terminal.log_to_terminal("" if processes.first else f"process {processes.rank}: ")
+    try:
+        if works:
+            processes.first_does(lambda: folder.open(alone=args.do_train or args.index is not None))
+        _work(args, folder, processes)
+    finally:
+        folder.close()
+
+
+def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
+    try:
+        dispatch.choose("auto", torch.empty(0, device=processes.device))  # as STOPTOME_BACKEND says
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
     resume, weights_from = _origin(args, folder)
     own = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.path.resolve())
     if args.do_train and not own:
@@ -111,19 +127,6 @@ def _searchable(args: argparse.Namespace, folder: state.Folder) -> list[Video]:
     if args.do_train and where.exists():
         raise UsageError(f"{where} is of other weights than those to be trained: remove it")
     return indexing.videos_in(args.index) if args.index else []
-
-
-def _start_log(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
-    works = args.do_train or args.do_eval or args.index is not None
-    log.setLevel(logging.INFO if processes.first and works else logging.WARNING)
-    log.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if processes.first else f"process {processes.rank}: %(message)s")
-    )
-    log.addHandler(handler)
-    if processes.first and works:
-        folder.log()
 
 
 def _origin(args: argparse.Namespace, folder: state.Folder) -> tuple[checkpoint.Checkpoint | None, str | None]:

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import IO, Any
 
+import filelock
 import torch
 
-from . import atomic, sealed
+from . import atomic, lock, sealed, terminal
 from .errors import UsageError
 
 SETTINGS, LAST, BEST, LOG, INDEX = "hparams_train.json", "ckpt.pth.tar", "ckpt.best.pth.tar", "log.txt", "index"
 RESULTS = "results.json"
 _ANEW = "remove it to begin anew, or give another --output_dir"
-log = logging.getLogger("stop_retrieval")
 
 
 class Folder:
@@ -24,23 +23,31 @@ class Folder:
 
     def __init__(self, path: str):
         self.path = Path(path)
+        self._lock: filelock.BaseFileLock | None = None
 
-    def open(self) -> None:
-        """Make it, and be sure that files can be written there."""
+    def open(self, alone: bool) -> None:
+        """Make it, be sure that files can be written there, and log into it; ``alone``: lock others out until
+        :meth:`close`.
+
+        Raises:
+            UsageError: it can't be written to, or is locked.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--output_dir {self.path} can't be made: {error.strerror or error}") from error
+        if alone:
+            self._lock = lock.hold(self.path)
         atomic.sweep(self.path)
         probe = self.path / ".writable"
         atomic.replace(probe, lambda file: file.write_bytes(b""))
         probe.unlink(missing_ok=True)
+        terminal.log_to_file(self.path / LOG)
 
-    def log(self) -> None:
-        """Write what is logged into the folder too."""
-        handler = logging.FileHandler(self.path / LOG, delay=True)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def must_be_new(self) -> None:
         """Raises UsageError where there is a run already."""

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, state
+from .curves import Curves
 from .errors import UsageError
 from .loader import Batch, Broken, TrainSampler
 from .model import Retrieval, parameter_groups
@@ -99,11 +99,9 @@ class Training:
             self._must_be_ours(resume)
             self.progress = checkpoint.restore(resume, self.model, self.optimizer, self.scaler)
         done = self.progress
-        writer = None
+        writer: Curves | None = None
         if self.processes.first:
-            writer = SummaryWriter(
-                str(self.folder.path / "tensorboard"), purge_step=done.global_step + 1 if resume else None
-            )
+            writer = Curves(self.folder.path / "tensorboard", done.global_step + 1 if resume else None)
         try:
             while done.epoch < self.args.epochs:
                 self._epoch(writer)
@@ -121,11 +119,11 @@ class Training:
         done, steps = found.progress, self.sampler.steps
         if done.global_step != done.epoch * steps + done.step or done.step >= steps or done.epoch > self.args.epochs:
             raise UsageError(
-                f"{found.path} is at step {done.step} after epoch {done.epoch}, {done.global_step} steps in all; epochs of "
-                f"these data have {steps}: go on with those it was trained on, or begin anew by --init_model"
+                f"{found.path} is at step {done.step} after epoch {done.epoch}, {done.global_step} steps in all; "
+                f"epochs of these data have {steps}: go on with those it was trained on, or begin anew by --init_model"
             )
 
-    def _epoch(self, writer: SummaryWriter | None) -> None:
+    def _epoch(self, writer: Curves | None) -> None:
         args, done = self.args, self.progress
         self.sampler.start(done.epoch, done.step)
         self.model.train()
@@ -198,7 +196,7 @@ class Training:
             )
         return value
 
-    def _tell(self, writer: SummaryWriter | None, bar: tqdm, loss: float, norm: float, speed: float) -> None:
+    def _tell(self, writer: Curves | None, bar: tqdm, loss: float, norm: float, speed: float) -> None:
         if writer is None:
             return
         done, lr = self.progress, max(group["lr"] for group in self.optimizer.param_groups)
@@ -210,14 +208,14 @@ class Training:
         told = {"loss": loss, "gradient_norm": norm, "lr": lr, "videos_per_second": speed}
         told["logit_scale"] = float(self._clip().clip.logit_scale.detach())
         for name, value in told.items():
-            writer.add_scalar(f"train/{name}", value, done.global_step)
+            writer.add(f"train/{name}", value, done.global_step)
 
     def _save(self, best: bool = False) -> None:
         hparams = self.args.hparams
         found = checkpoint.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
         self.processes.first_does(lambda: self.folder.save(found, best))
 
-    def _evaluate(self, writer: SummaryWriter | None) -> None:
+    def _evaluate(self, writer: Curves | None) -> None:
         done = self.progress
         results = self.evaluate() | {"epoch": done.epoch}
         r1 = results["text_to_video"]["r1"]
@@ -230,4 +228,4 @@ class Training:
             return
         for way in ("text_to_video", "video_to_text"):
             for name in ("r1", "r5", "r10", "median_rank", "mean_rank"):
-                writer.add_scalar(f"{way}/{name}", results[way][name], done.global_step)
+                writer.add(f"{way}/{name}", results[way][name], done.global_step)
