@@ -150,7 +150,7 @@ def test_cached_frames_are_those_of_the_file(tmp_path):
     """A video of three times as many frames as are taken: the very same, in evaluation and by lot; decoded once."""
     paths = synthetic.write(tmp_path / "set", train=2, val=2, frames=24)
     videos = load("msrvtt", *paths, want=("train",))["train"].videos
-    args = argparse.Namespace(max_frames=8, slice_framepos=2, feature_framerate=1.0)
+    args = argparse.Namespace(max_frames=8, slice_framepos=2, feature_framerate=1.0, max_pixels=10**6)
     plain, cached = loading._Reader(args, 64, 0), loading._Cached(args, 64, 0)
     for _ in range(2):
         for video in videos:
@@ -181,7 +181,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
     args = argparse.Namespace(
         max_frames=2, slice_framepos=2, feature_framerate=1.0, expand_msrvtt_sentences=False, datatype="msrvtt",
         train_frame_order=0, seed=0, batch_size=32, gradient_accumulation_steps=4, num_thread_reader=0,
-        cache_frames=False,
+        cache_frames=False, max_pixels=10**6,
     )  # fmt: skip
     _, sampler = loading.train_loader(args, split, ids, 4, Processes())
     assert (sampler.batch, sampler.parts, sampler.steps) == (3, 1, 1)

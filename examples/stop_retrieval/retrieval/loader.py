@@ -61,7 +61,7 @@ class _Reader:
     def __init__(self, args: argparse.Namespace, size: int, order: int):
         self.options = {
             "frames": args.max_frames, "size": size, "slice_framepos": args.slice_framepos,
-            "feature_framerate": args.feature_framerate, "order": order,
+            "feature_framerate": args.feature_framerate, "order": order, "max_pixels": args.max_pixels,
         }  # fmt: skip
 
     def __call__(self, video: Video, rng: np.random.Generator | None) -> tuple[Tensor, int]:

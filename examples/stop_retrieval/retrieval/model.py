@@ -174,7 +174,12 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
     rows = {
         name: given[name] for name in ("text_prompts", "frame_prompts") if "unified_prompt_embedding.weight" in state
     }
-    told = weights.config_of(state, **rows)
+    try:
+        told = weights.config_of(state, **rows)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # tensors of shapes that no CLIP has
+        raise UsageError(
+            f"{path} holds no weights of CLIP or STOP: {_by_flags(str(error))}; give other ones"
+        ) from error
     plain = "visual.prompt_embeddings" not in state
     changes = given
     if not plain:
@@ -193,7 +198,10 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         )
     model = StopModel(weights.config_of(state, **changes))
     stk.apply_tome_patch(model, config=tome)
-    loaded = model.load_clip(state)
+    try:
+        loaded = model.load_clip(state)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: values that can't be copied
+        raise UsageError(f"{path} doesn't fit: {' '.join(str(error).split())[:400]}") from error
     notes = [f"weights from {path}"]
     if loaded.missing:
         notes.append(f"{len(loaded.missing)} parameters begin at random, such as {loaded.missing[0]}")

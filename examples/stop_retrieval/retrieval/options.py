@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import stoptome_kernels as stk
 from stoptome_kernels.stop.config import LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
 
-from . import ignored, recipes
+from . import ignored, recipes, video
 from .errors import UsageError
 
 DATATYPES = ("msrvtt", "msvd", "didemo", "activity", "lsmdc", "vatex", "synthetic")
@@ -139,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
     add("--train_frame_order", type=int, choices=(0, 1, 2), default=0, help="0: ordinary, 1: reversed, 2: shuffled")
     add("--eval_frame_order", type=int, choices=(0, 1, 2), default=0)
     add("--num_thread_reader", type=_at_least(0), help="processes that decode videos (0: the one that trains)")
-    add("--max_pixels", type=_at_least(1), default=8192 * 8192, help="of a frame; a video of larger ones is skipped "
-        "before they take any memory (default: %(default)s, 8192 × 8192)")  # fmt: skip
+    add("--max_pixels", type=_at_least(1), default=video.MAX_PIXELS, help="of a frame; a video of larger ones is "
+        "skipped before they take any memory (default: %(default)s, 8192 × 8192)")  # fmt: skip
     add("--cache_frames", nargs="?", const=True, type=_switch, metavar="0|1", help="keep frames of small videos in "
         "memory, three times as many as are taken; in each process that decodes")  # fmt: skip
     add("--synthetic_train", type=_at_least(1), help="synthetic: videos to train on")

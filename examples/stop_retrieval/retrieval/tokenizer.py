@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import html
 import importlib.util
 import os
@@ -20,7 +21,13 @@ from torch import Tensor
 from .errors import UsageError
 
 FILE = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = 48894  # of the lines in the file CLIP takes the first ones
+MERGES = 48894  # of the lines in the file CLIP takes the first ones, which have this SHA-256
+DIGEST = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+_LONGEST = 4 << 20  # bytes of the file once unpacked, which has 3.2 million
+# Of a caption so many characters for each token are read, after the blanks in front: mending and splitting megabytes
+# takes long, and no more than --max_words tokens come of it. A token of CLIP's has at most 32 bytes, and a hundred
+# characters may stand for one (an entity of HTML, twice escaped and wrongly decoded): 1,000 are beyond any caption.
+READ = 1000
 SUFFIX = "</w>"  # marks the end of a word
 WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
@@ -59,7 +66,8 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], max_words: int) -> Tensor:
         """Tokens ``(len(texts), max_words)``, int64: start, words, end, then zeros.
 
-        Of a caption that is longer, the first ``max_words - 2`` words' tokens are kept, as STOP does.
+        Of a caption that is longer, the first ``max_words - 2`` words' tokens are kept, as STOP does; characters after
+        the first ``READ * max_words`` are not looked at.
 
         Raises:
             UsageError: ``max_words`` leaves no room for start and end.
@@ -69,7 +77,7 @@ class Tokenizer:
         rows = []
         for text in texts:
             # one by one: encode_batch starts threads, and data loaders fork later
-            words = self._bpe.encode(clean(text)).ids[: max_words - 2]
+            words = self._bpe.encode(clean(text.lstrip()[: READ * max_words])).ids[: max_words - 2]
             rows.append([self.start, *words, self.end] + [0] * (max_words - 2 - len(words)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), max_words)
 
@@ -90,14 +98,16 @@ def _find() -> Path:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a title
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        with gzip.open(path) as file:
+            lines = file.read(_LONGEST).decode().split("\n")[1 : MERGES + 1]  # the first line is a title
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path} can't be read as CLIP's vocabulary, {FILE}: {reason}") from error
     merges = [(pair[0], pair[1]) for line in lines if len(pair := line.split()) == 2]
     if len(merges) != MERGES:
         raise UsageError(f"{path} is not CLIP's vocabulary, {FILE}: it has {len(merges)} merges in place of {MERGES}")
+    if hashlib.sha256("\n".join(lines).encode()).hexdigest() != DIGEST:
+        raise UsageError(f"{path} is not CLIP's vocabulary, {FILE}: some of its merges are others")
     return merges
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,11 @@ _MAJOR = int(av.__version__.split(".")[0])
 _OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if _MAJOR < 19 else {}
 # videos are read by several processes, each of them with one thread; before PyAV 17 colours had no others
 _CONVERT: dict[str, Any] = {"threads": 1} if _MAJOR >= 17 else {}
+MAX_PIXELS = 8192 * 8192  # a frame of so many takes 400 MB on its way to a tensor
+# Files whose streams FFmpeg may find after it has opened them, when it decodes frames to learn about them without our
+# limit: FLV, MPEG program and transport streams
+_LATE = (b"FLV", b"\0\0\1\xba", b"\x47")
+_REFUSED = re.compile(r"Picture size (\d+)x(\d+) exceeds")
 PATIENCE = 60.0  # seconds that one packet may take; a playlist is a file too, and may wait for its next part for ever
 
 
@@ -76,6 +82,7 @@ def read_video(
     slice_framepos: int = 2,
     feature_framerate: float = 1,
     order: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, int]:
     """Decode some frames of a video; no others are held in memory.
 
@@ -91,6 +98,7 @@ def read_video(
             that ``feature_framerate`` takes a second, as in CLIP4Clip.
         feature_framerate: frames a second, above 0; a video that has fewer gives all it has.
         order: 0: as they are shown; 1: reversed; 2: shuffled, by ``rng``, or always the same for a file of this name.
+        max_pixels: of a frame; for a larger one FFmpeg takes no memory, and the file counts as broken.
 
     Returns:
         uint8 ``(frames, 3, size, size)``, RGB, and how many of these are not repetitions of the last one.
@@ -126,21 +134,70 @@ def read_video(
             chosen = (rng or np.random.default_rng(zlib.crc32(name))).permutation(chosen)
         return first + np.pad(chosen, (0, frames - len(chosen)), mode="edge"), len(chosen)
 
-    try:
-        return _read(path, choose, size)
-    except (av.FFmpegError, OSError) as error:
-        raise BrokenVideo(path, error.strerror or str(error)) from error
+    limit = _Limit(path, max_pixels)
+    with limit:
+        try:
+            return _read(path, choose, size, limit)
+        except (av.FFmpegError, OSError) as error:
+            limit.check()
+            raise BrokenVideo(path, error.strerror or str(error)) from error
 
 
-def _read(path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], size: int) -> tuple[Tensor, int]:
+class _Limit:
+    """How large frames may be. FFmpeg keeps to it, and says in a message what it refused: its error doesn't tell.
+
+    Attributes:
+        options: for opening a file and for its decoder.
+    """
+
+    def __init__(self, path: str, pixels: int):
+        self.path, self.pixels = path, pixels
+        self.options = {"max_pixels": str(pixels)}
+        self._capture = av.logging.Capture()
+
+    def __enter__(self) -> None:
+        self._level = av.logging.get_level()
+        av.logging.set_level(av.logging.ERROR)
+        self._said = self._capture.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._capture.__exit__(*error)
+        av.logging.set_level(self._level)
+
+    def check(self, width: int = 0, height: int = 0) -> None:
+        """Raise BrokenVideo if this is too large, or if FFmpeg refused a frame since it was asked last."""
+        sizes = [
+            (width, height),
+            *((int(m[1]), int(m[2])) for _, _, text in self._said if (m := _REFUSED.search(text))),
+        ]
+        self._said.clear()
+        for across, down in sizes:
+            if across * down > self.pixels:
+                raise BrokenVideo(
+                    self.path, f"it has frames of {across} × {down} pixels, more than --max_pixels {self.pixels}"
+                )
+
+
+def _read(
+    path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], size: int, limit: _Limit
+) -> tuple[Tensor, int]:
     if not os.path.isfile(path):  # what else has a name may never end (a pipe), or lie in a network (an address)
         raise BrokenVideo(path, "not a file" if os.path.exists(path) else "no such file")
     if os.path.getsize(path) == 0:
         raise BrokenVideo(path, "the file is empty")
+    with open(path, "rb") as file:
+        late = file.read(4).startswith(_LATE)
+    if late:
+        with _opened(path, limit, codec_whitelist="none") as container:  # which decodes nothing, and reads the headers
+            for stream in container.streams.video:
+                if stream.codec_context is not None:
+                    limit.check(stream.codec_context.width, stream.codec_context.height)
     count = 0
     while True:
-        with av.open(f"file:{path}", timeout=PATIENCE, **_OPEN) as container:
+        with _opened(path, limit) as container:
             stream = _video_stream(path, container)
+            stream.codec_context.options = {**limit.options}
+            limit.check(stream.codec_context.width, stream.codec_context.height)
             count = count or stream.frames
             if not count:  # the header doesn't tell: count, then begin again
                 count = sum(1 for packet in _packets(container, stream) if packet.size)
@@ -152,13 +209,19 @@ def _read(path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], siz
             images: dict[int, Tensor] = {}
             decoded = 0
             for decoded, frame in enumerate(_frames(container, stream), 1):
+                limit.check(frame.width, frame.height)
                 if decoded - 1 in wanted:
                     images[decoded - 1] = _square(frame, size)
                     if len(images) == len(wanted):
                         return torch.stack([images[number] for number in chosen.tolist()]), real
+        limit.check()
         if not decoded:
             raise BrokenVideo(path, "no frame of it can be decoded")
         count = min(decoded, count - 1)  # fewer than was promised: the file is cut off or damaged
+
+
+def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputContainer:
+    return av.open(f"file:{path}", timeout=PATIENCE, options=limit.options | options, **_OPEN)
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:

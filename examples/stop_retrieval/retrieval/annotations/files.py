@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import collections
 import csv
 import json
 import os
-import pickle
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import IO, Any
 
 from .. import strict
 from ..errors import UsageError
+from . import plain_pickle
 
 # of files that differ in nothing else, the first of these is taken
 SUFFIXES = (
@@ -110,16 +109,15 @@ class File:
     def unpickle(self) -> Any:
         """Plain data that was pickled. Nothing in the file is run."""
         with self._open("rb") as file:
-            try:
-                return _Unpickler(file, encoding="utf-8").load()
-            except _Forbidden as error:
-                raise self.wrong(
-                    f"holds {error}, which is no plain data, so it was not loaded; make it anew of dict, list and str"
-                ) from None
-            except OSError:
-                raise
-            except Exception as error:  # what a broken pickle raises is not limited
-                raise self.wrong(f"is no pickle, or not all of one: {error or type(error).__name__}") from error
+            data = file.read()
+        try:
+            return plain_pickle.load(data)
+        except plain_pickle.Forbidden as error:
+            raise self.wrong(
+                f"holds {error}, which is no plain data, so it was not loaded; make it anew of dict, list and str"
+            ) from None
+        except Exception as error:  # what the readers of opcodes raise of damaged ones is not limited
+            raise self.wrong(f"is no pickle, or not all of one: {error or type(error).__name__}") from error
 
     def get(self, item: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
         """``item[key]``, which must be there and of this kind; ``where`` says which item that is."""
@@ -146,29 +144,6 @@ _NAMES: dict[type, str] = {
 
 def _name(value: Any) -> str:
     return _NAMES.get(type(value), f"of type {type(value).__name__}")
-
-
-class _Forbidden(Exception):
-    """The name of something that a pickle asks for."""
-
-
-_PLAIN: dict[tuple[str, str], type] = {
-    (module, kind.__name__): kind
-    for module, kinds in (
-        ("builtins", (dict, list, set, frozenset, tuple, str)),
-        ("__builtin__", (dict, list, set, frozenset, tuple, str)),  # as Python 2 calls it
-        ("collections", (collections.OrderedDict, collections.defaultdict)),
-    )
-    for kind in kinds
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _PLAIN[module, name]
-        except KeyError:
-            raise _Forbidden(f"{module}.{name}") from None
 
 
 class VideoFiles:
