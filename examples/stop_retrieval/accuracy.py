@@ -28,7 +28,7 @@ from typing import Any
 import stoptome_kernels as stk
 import torch
 
-from retrieval import baselines, model, options, recipes, run, synthetic
+from retrieval import baselines, model, options, recipes, run, sealed, synthetic
 from retrieval.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -121,14 +121,25 @@ class Study:
         out, done = self.work / name, self.work / name / "done"
         argv = [*argv, *self.data, *_flags(recipes.SETTING), "--seed", str(seed), "--output_dir", os.fspath(out)]
         made_by = json.dumps([argv, recipes.MODEL, recipes.POSITIONS])  # by another recipe is not done
-        if not done.exists() or done.read_text() != made_by:
+        found = _results(out)
+        if found is None or not done.exists() or done.read_bytes() != made_by.encode():
             shutil.rmtree(out, ignore_errors=True)
             begun = time.perf_counter()
             if run.main(argv):
                 raise SystemExit(f"stopped: {' '.join(argv)}")
             print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
             done.write_text(made_by)
-        return json.loads((out / "results.json").read_text())
+            found = _results(out)
+        assert found is not None
+        return found
+
+
+def _results(out: Path) -> dict[str, Any] | None:
+    """What a run has measured; None: nothing yet, or its file is damaged."""
+    try:
+        return sealed.read_json(out / "results.json", dict[str, Any])
+    except (sealed.Damaged, OSError):
+        return None
 
 
 def _flags(values: dict[str, Any]) -> list[str]:

@@ -399,7 +399,9 @@ def _as_text(action: argparse.Action, value: Any) -> Any:
         if type(value) is not bool:
             raise TypeError
         return value
-    for part in value if action.nargs == "+" and type(value) is tuple else (value,):
+    if action.nargs == "+" and type(value) is not tuple:
+        raise TypeError
+    for part in value if action.nargs == "+" else (value,):
         if type(part) is not str or "\0" in part:
             raise TypeError
         os.fsencode(part)  # UnicodeEncodeError: no file has such a name
