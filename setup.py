@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
-COMMON = ["binding", "dispatch", "plan", "threads"]  # instruction-set independent
+COMMON = ["binding", "dispatch", "groups", "plan", "threads"]  # instruction-set independent
 KERNELS = ["match", "merge", "norm"]  # compiled once for each instruction set
 X86_64 = {
     "baseline": [],
@@ -108,9 +108,9 @@ class NinjaBuild(build_ext):
         extra = os.environ.get("STOPTOME_CXXFLAGS", "").replace("$", "$$")
         headers = [sysconfig.get_path("include"), pybind11.get_include()]
         includes = " ".join(f"-isystem {shell(path)}" for path in headers)
-        link = (
-            "-shared -Wl,--as-needed -ldl" if sys.platform.startswith("linux") else "-bundle -undefined dynamic_lookup"
-        )
+        link = "-bundle -undefined dynamic_lookup"
+        if sys.platform.startswith("linux"):
+            link = "-shared -Wl,--as-needed,-z,relro,-z,now -ldl"  # what the loader resolves is read-only afterwards
         lines = [
             f"cxx = {compiler}",
             f"flags = {' '.join(flags)}",

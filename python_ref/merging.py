@@ -1,38 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted merging over the groups of a plan and its adjoint (ToMe, "Tracking Token Size")."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-
-_CORRUPT = "plan points outside of its items: it was changed after match(), or is no plan"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _split(members: Tensor) -> tuple[Tensor, Tensor]:
-    """Token index and weight-1 flag of every member; ``~i`` stands for a token i of weight 0."""
+class Groups(NamedTuple):
+    """A plan's groups as they are read, once, and checked.
+
+    Attributes:
+        index: ``(N, T)`` int64, the token of each member.
+        valid: ``(N, T)`` bool, members of weight 1; ``~i`` stands for a token i of weight 0.
+        offsets: ``(N, T_out + 1)`` int32.
+        damaged: ``(N, 1, 1)`` bool, items whose groups don't hold each token once; None where that is an error.
+    """
+
+    index: Tensor
+    valid: Tensor
+    offsets: Tensor
+    damaged: Tensor | None
+
+    def marked(self, rows: Tensor) -> Tensor:
+        """Return ``(N, …, D)`` with NaN in the items that are damaged."""
+        return rows if self.damaged is None else rows.masked_fill(self.damaged, torch.nan)
+
+
+def can_raise(tensor: Tensor) -> bool:
+    """Whether asking what is in a tensor does not wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def read(members: Tensor, offsets: Tensor) -> Groups:
+    """Read and check a plan. On the CPU a damaged one is an error; elsewhere, where asking would wait for the device,
+    its damaged items are replaced and marked.
+
+    Raises:
+        IndexError: a plan on the CPU whose groups don't hold each token of their item once.
+    """
+    members, offsets = members.clone(), offsets.clone()  # once, whatever another thread writes into them meanwhile
+    tokens = members.shape[1]
+    every = torch.arange(tokens, device=members.device)
     valid = members >= 0
-    return torch.where(valid, members, ~members).long(), valid
-
-
-def _checked(offsets: Tensor, tokens: int) -> Tensor:
-    """Offsets that stay within an item: a corrupt plan is an error on the CPU, and harmless where asking would wait."""
-    if offsets.device.type == "cpu":
-        bad = (offsets.diff(dim=1) < 0).any() or (offsets[:, 0] != 0).any() or (offsets[:, -1] != tokens).any()
-        if offsets.shape[0] and bool(bad):
-            raise IndexError(_CORRUPT)
-    return offsets.clamp(0, tokens).cummax(1).values
-
-
-def _places(index: Tensor) -> Tensor:
-    """The inverse of the permutation ``index (N, T)``: the place of each token in it. By sorting, not by scatter, which
-    on a GPU waits for the device in deterministic mode."""
-    ordered, place = index.sort(1)
-    if index.device.type == "cpu" and not bool((ordered == torch.arange(index.shape[1])).all()):
-        raise IndexError(_CORRUPT)
-    return place
+    index = torch.where(valid, members, ~members).long()
+    good = (offsets[:, 0] == 0) & (offsets[:, -1] == tokens) & (offsets.diff(dim=1) > 0).all(1)
+    good = good & (index.sort(1).values == every).all(1)
+    if not can_raise(members):  # each token of a damaged item alone, the last group with the rest
+        alone = torch.arange(offsets.shape[1], dtype=torch.int32, device=offsets.device)
+        alone[-1] = tokens
+        index, offsets = torch.where(good[:, None], index, every), torch.where(good[:, None], offsets, alone)
+        return Groups(index, valid, offsets, ~good[:, None, None])
+    if not bool(good.all()):
+        item = int((~good).nonzero()[0])
+        raise IndexError(
+            f"plan is damaged: the groups of item {item} don't hold each of its {tokens} tokens once; it was changed "
+            "after match(), or is no plan"
+        )
+    return Groups(index, valid, offsets, None)
 
 
 def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
@@ -71,8 +100,8 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
         y ``(N, T_out, D)`` in x's dtype, accumulated in float32 (float64 for float64) in ascending member order, and
         size_out ``(N, T_out)`` float32 = Σ s. A group of one token is copied bit for bit.
     """
-    offsets = _checked(offsets, members.shape[1])
-    index, valid = _split(members)
+    groups = read(members, offsets)
+    index, valid, offsets, _ = groups
     if mode == "all":
         valid = torch.ones_like(valid)
     weight = x.new_ones(index.shape, dtype=torch.float32) if size is None else size.gather(1, index)
@@ -93,7 +122,7 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     copy = _rows(x.view(bits), only.clamp_min(0))
     y = torch.where(alone, copy, y.to(x.dtype).view(bits)).view(x.dtype)
-    return y, size_out.squeeze(-1).float()
+    return groups.marked(y), groups.marked(size_out).squeeze(-1).float()
 
 
 def spread(
@@ -116,8 +145,8 @@ def spread(
         ``(N, T, D)`` in grad's dtype: ``mean`` s_i / Σ s · grad, ``sum`` grad, ``max`` grad where the token is the
         first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
     """
-    offsets = _checked(offsets, members.shape[1])
-    index, valid = _split(members)
+    groups = read(members, offsets)
+    index, valid, offsets, _ = groups
     group = _group_of(offsets, members.shape[1])
     rows = _rows(grad, group)
     if mode == "max":
@@ -135,14 +164,15 @@ def spread(
         rows = (share[..., None] * rows.to(wide)).to(grad.dtype)
     if mode != "all":
         rows = rows.masked_fill(~valid[..., None], 0.0)
-    return _rows(rows, _places(index))
+    # by sorting, not by scatter, which on a GPU waits for the device in deterministic mode
+    return groups.marked(_rows(rows, index.argsort(1)))
 
 
 def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
     """The token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
-    index, valid = _split(members)
+    index, valid, offsets, _ = read(members, offsets)
     rows = _rows(x, index)
     reached = _rows(y, _group_of(offsets, members.shape[1]))
     hit = ((rows == reached) | (rows.isnan() & reached.isnan())) & valid[..., None]
     candidate = torch.where(hit, index[..., None].double(), torch.inf)
-    return _segments(candidate, offsets, "min").long()
+    return _segments(candidate, offsets, "min").clamp_max(max(members.shape[1] - 1, 0)).long()

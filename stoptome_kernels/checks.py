@@ -2,7 +2,7 @@
 """Validation of arguments, the same for every backend, eager or traced.
 
 Everything is decided from types, shapes, dtypes and devices: no check reads values on a GPU, so none waits for it. Only
-the indices of a matching over given sets are read, where they lie on the CPU.
+indices are read, where they lie on the CPU: those of a matching over given sets, and those of plans.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -26,6 +27,13 @@ def tensor(value: object, name: str, shape: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call {name}.to_dense()")
+
+
+def can_read(value: Tensor) -> bool:
+    """Whether the numbers in a tensor can be read without waiting for a device or ending a trace."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return value.device.type == "cpu" and not isinstance(value, FakeTensor)
 
 
 def integer(value: object, name: str, what: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
 from .grouping import group
 
 
@@ -57,6 +58,8 @@ class MergePlan:
         Raises:
             TypeError: ``following`` is no MergePlan.
             ValueError: ``following`` does not start from this plan's tokens.
+            IndexError: one of them, on the CPU, sends a token to an output that it doesn't have. On a GPU, where asking
+                would wait for the device, the token goes to the nearest output.
         """
         if not isinstance(following, MergePlan):
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
@@ -70,8 +73,8 @@ class MergePlan:
             raise ValueError(
                 f"following is on {following.dest.device}, this plan on {self.dest.device}; move one of them"
             )
-        step = self.dest.long()
-        dest = following.dest.gather(1, step)
+        step = _within(self.dest, self.tokens_out, "this plan").long()
+        dest = _within(following.dest, following.tokens_out, "following").gather(1, step)
         weightless = self._weightless() | following._weightless().gather(1, step)
         members, offsets = group(dest, weightless, following.tokens_out)
         return MergePlan(dest, members, offsets, min(self.protected, following.protected))
@@ -93,6 +96,20 @@ class MergePlan:
             f"MergePlan({self.dest.shape[0]} items, {self.tokens_in} -> {self.tokens_out} tokens, r={self.r}, "
             f"protected={self.protected}, {self.dest.device})"
         )
+
+
+def _within(dest: Tensor, tokens_out: int, name: str) -> Tensor:
+    """Return ``dest``, whose values are outputs that there are, see :meth:`MergePlan.then`."""
+    if dest.numel() and checks.can_read(dest):
+        wrong = (dest < 0) | (dest >= tokens_out)
+        if bool(wrong.any()):
+            item, token = wrong.nonzero()[0].tolist()
+            raise IndexError(
+                f"{name} is damaged: its dest sends token {token} of item {item} to output {int(dest[item, token])} of "
+                f"{tokens_out}; it was changed after match(), or is no plan"
+            )
+        return dest
+    return dest.clamp(0, max(tokens_out - 1, 0))
 
 
 def _flatten(plan: MergePlan) -> tuple[list[Tensor], int]:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -49,10 +50,26 @@ void expect_writes(const Rows &out, int64_t bytes) {
 int64_t element_bytes(int dtype) { return dtype == int(Dtype::f64) ? 8 : dtype == int(Dtype::f32) ? 4 : 2; }
 int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
+// Python's MemoryError, with the bytes that were wanted.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(int64_t bytes) {
+    std::snprintf(text_, sizeof(text_), "stoptome_kernels can't allocate %lld bytes of memory to work in",
+                  static_cast<long long>(bytes));
+  }
+  const char *what() const noexcept override { return text_; }
+
+ private:
+  char text_[96];
+};
+
 // Aligned memory that frees itself.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : data_(static_cast<char *>(::operator new(size_t(bytes), std::align_val_t(64)))) {}
+  explicit Buffer(int64_t bytes)
+      : data_(static_cast<char *>(::operator new(size_t(bytes), std::align_val_t(64), std::nothrow))) {
+    if (!data_) throw NoMemory(bytes);
+  }
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
@@ -155,7 +172,7 @@ void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t to
   const int team = std::max(threads, 1);
   const int64_t bytes = tokens * heads * channels * element_bytes(dtype);
   // fewer items than threads: shared, if a thread's part of the similarities is worth the two more barriers
-  const bool share = items < team && sets.sources * sets.targets / team * channels >= (int64_t(1) << 20);
+  const bool share = items < team && double(sets.sources) * sets.targets / team * channels >= double(1 << 20);
   const Buffer memory(job.piece * (share ? team : std::min<int64_t>(team, items)));
   job.memory = memory.data();
   if (!share) return parallel_for(items, kBytesPerThread / (bytes + 1) + 1, team, match_items, &job);
@@ -167,46 +184,64 @@ void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t to
   }
 }
 
-// Calls run(begin, end, thread) on ranges that cover [0, count), where one step moves `bytes`; false: a corrupt plan.
+// Calls run(begin, end, thread) on ranges that cover [0, count), where one step moves `bytes`, without the GIL.
 template <class Run>
 void in_ranges(int64_t count, int64_t bytes, int threads, Run run) {
-  struct Job {
-    Run &run;
-    std::atomic<bool> good{true};
-  } job{run};
-  {
-    py::gil_scoped_release released;
-    parallel_for(
-        count, kBytesPerThread / (bytes + 1) + 1, threads,
-        [](void *context, int64_t begin, int64_t end, int thread) {
-          Job &j = *static_cast<Job *>(context);
-          if (!j.run(begin, end, thread)) j.good.store(false, std::memory_order_relaxed);
-        },
-        &job);
-  }
-  if (!job.good) throw py::index_error("plan points outside of its items: it was changed after match(), or is no plan");
+  py::gil_scoped_release released;
+  parallel_for(
+      count, kBytesPerThread / (bytes + 1) + 1, threads,
+      [](void *context, int64_t begin, int64_t end, int thread) { (*static_cast<Run *>(context))(begin, end, thread); },
+      &run);
 }
+
+// The groups of a plan, copied and checked; raises IndexError for a plan that is damaged.
+class CheckedGroups {
+ public:
+  CheckedGroups(uintptr_t members, uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out, int threads)
+      : seen_at_(align64(4 * items * (tokens_in + tokens_out + 1))),
+        memory_(seen_at_ + std::max(threads, 1) * align64(tokens_in)) {
+    int32_t *const new_members = reinterpret_cast<int32_t *>(memory_.data());
+    int32_t *const new_offsets = new_members + items * tokens_in;
+    groups_ = {reinterpret_cast<const int32_t *>(members), reinterpret_cast<const int32_t *>(offsets), items, tokens_in,
+               tokens_out};
+    std::atomic<int64_t> damaged{items};
+    in_ranges(items, 4 * (tokens_in + tokens_out), threads, [&](int64_t begin, int64_t end, int thread) {
+      char *const seen = memory_.data() + seen_at_ + thread * align64(tokens_in);
+      const int64_t found = copy_groups(groups_, new_members, new_offsets, reinterpret_cast<uint8_t *>(seen), begin, end);
+      int64_t first = damaged;  // of all items, whatever the threads
+      while (found < end && found < first && !damaged.compare_exchange_weak(first, found)) {
+      }
+    });
+    if (damaged < items)
+      throw py::index_error("plan is damaged: the groups of item " + std::to_string(damaged) + " don't hold each of its " +
+                            std::to_string(tokens_in) + " tokens once; it was changed after match(), or is no plan");
+    groups_.members = new_members;
+    groups_.offsets = new_offsets;
+  }
+  operator const Groups &() const { return groups_; }
+
+ private:
+  const int64_t seen_at_;
+  const Buffer memory_;
+  Groups groups_;
+};
 
 // Runs reduce or spread over all output rows.
 template <class Args>
-void over_rows(const Args &args, bool (*run)(const Args &, int64_t, int64_t), int threads) {
+void over_rows(const Args &args, void (*run)(const Args &, int64_t, int64_t), int threads) {
   in_ranges(args.groups.items * args.groups.tokens_out, args.dim * element_bytes(int(args.dtype)), threads,
-            [&](int64_t begin, int64_t end, int) { return run(args, begin, end); });
+            [&](int64_t begin, int64_t end, int) { run(args, begin, end); });
 }
 
 typedef std::tuple<uintptr_t, int64_t, int64_t> Strided;  // address, stride of an item, stride of a row
 
 Rows rows(const Strided &s) { return {reinterpret_cast<void *>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
-Groups groups(uintptr_t members, uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out) {
-  return {reinterpret_cast<const int32_t *>(members), reinterpret_cast<const int32_t *>(offsets), items, tokens_in,
-          tokens_out};
-}
-
 void reduce(Strided x, Strided y, int dtype, int mode, uintptr_t members, uintptr_t offsets, int64_t items,
             int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out, bool fresh, int threads) {
   const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
-  ReduceArgs args{rows(x), rows(y), Dtype(dtype), Mode(mode), groups(members, offsets, items, tokens_in, tokens_out), dim,
+  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
+  ReduceArgs args{rows(x), rows(y), Dtype(dtype), Mode(mode), groups, dim,
                   reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
                   reinterpret_cast<float *>(size_out), bytes > stream_bytes};
   if (fresh) expect_writes(args.y, bytes);  // memory of the caller's stays as he has it
@@ -216,7 +251,8 @@ void reduce(Strided x, Strided y, int dtype, int mode, uintptr_t members, uintpt
 void spread(Strided grad, Strided out, int dtype, int mode, uintptr_t members, uintptr_t offsets, int64_t items,
             int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, Strided x, Strided y, int threads) {
   const int64_t bytes = items * tokens_in * dim * element_bytes(dtype);
-  SpreadArgs args{rows(grad), rows(out), Dtype(dtype), Mode(mode), groups(members, offsets, items, tokens_in, tokens_out),
+  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
+  SpreadArgs args{rows(grad), rows(out), Dtype(dtype), Mode(mode), groups,
                   dim, reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size), rows(x),
                   rows(y), bytes > stream_bytes};
   expect_writes(args.out, bytes);
@@ -227,8 +263,8 @@ void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtyp
                 int64_t items, int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out,
                 uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, int threads) {
   const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
-  NormArgs args{rows(x), rows(residual), rows(y), rows(normed), Dtype(dtype),
-                groups(members, offsets, items, tokens_in, tokens_out), dim,
+  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
+  NormArgs args{rows(x), rows(residual), rows(y), rows(normed), Dtype(dtype), groups, dim,
                 reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
                 reinterpret_cast<float *>(size_out), reinterpret_cast<const void *>(weight),
                 reinterpret_cast<const void *>(bias), eps, reinterpret_cast<void *>(mean), reinterpret_cast<void *>(rstd),
@@ -239,7 +275,7 @@ void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtyp
   const int64_t piece = run.scratch(args.dtype, dim);
   const Buffer scratch(piece * std::max(threads, 1));
   in_ranges(items * tokens_out, 2 * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
-    return run.forward(args, scratch.data() + thread * piece, begin, end);
+    run.forward(args, scratch.data() + thread * piece, begin, end);
   });
 }
 
@@ -253,15 +289,15 @@ void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided
   const NormKernels &run = *kernels().norm;
   const int64_t piece = run.scratch(Dtype(dtype), dim), parts = affine ? align64(blocks * 2 * dim * real) : 0;
   const Buffer memory(parts + piece * std::max(threads, 1));
-  NormGradArgs args{rows(grad_normed), rows(grad_y), rows(y), rows(out), Dtype(dtype),
-                    groups(members, offsets, items, tokens_in, tokens_out), dim,
+  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
+  NormGradArgs args{rows(grad_normed), rows(grad_y), rows(y), rows(out), Dtype(dtype), groups, dim,
                     reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
                     reinterpret_cast<const void *>(mean), reinterpret_cast<const void *>(rstd),
                     reinterpret_cast<const void *>(weight), reinterpret_cast<void *>(affine),
                     affine ? memory.data() : nullptr, block_rows, bytes > stream_bytes};
   expect_writes(args.out, bytes);
   in_ranges(blocks, block_rows * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
-    return run.backward(args, memory.data() + parts + thread * piece, begin, end);
+    run.backward(args, memory.data() + parts + thread * piece, begin, end);
   });
   if (affine) run.affine(args, blocks);
 }

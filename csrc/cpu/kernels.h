@@ -37,6 +37,7 @@ struct Proposals {
   int32_t *partner;
 };
 
+// The kernels get copies that copy_groups has checked, and check nothing again.
 struct Groups {
   const int32_t *members;  // ~i stands for a token i of weight 0
   const int32_t *offsets;
@@ -116,16 +117,16 @@ struct MatchKernels {
 };
 
 struct MergeKernels {
-  // output rows [begin, end) of all N * T_out; false if the plan points outside of its item
-  bool (*reduce)(const ReduceArgs &, int64_t begin, int64_t end);
-  bool (*spread)(const SpreadArgs &, int64_t begin, int64_t end);
+  // output rows [begin, end) of all N * T_out
+  void (*reduce)(const ReduceArgs &, int64_t begin, int64_t end);
+  void (*spread)(const SpreadArgs &, int64_t begin, int64_t end);
 };
 
 struct NormKernels {
   int64_t (*scratch)(Dtype dtype, int64_t dim);  // bytes that a thread needs
-  // output rows [begin, end) of all N * T_out, and blocks of them; false if the plan points outside of its item
-  bool (*forward)(const NormArgs &, void *scratch, int64_t begin, int64_t end);
-  bool (*backward)(const NormGradArgs &, void *scratch, int64_t begin, int64_t end);
+  // output rows [begin, end) of all N * T_out, and blocks of them
+  void (*forward)(const NormArgs &, void *scratch, int64_t begin, int64_t end);
+  void (*backward)(const NormGradArgs &, void *scratch, int64_t begin, int64_t end);
   void (*affine)(const NormGradArgs &, int64_t blocks);  // adds the parts up
 };
 
@@ -140,6 +141,11 @@ struct Kernels {
 const Kernels &kernels();                      // the best set that this processor runs
 const Kernels *kernels_named(const char *);    // null: not in this build or not on this processor
 void use_kernels(const Kernels *);             // for tests; null: the best again
+
+// Copies members and offsets of items [begin, end), each element read once, and checks the copies: offsets rise from 0 to
+// tokens_in, and members hold each token once. Gives the first item that is damaged, else end. `seen` holds
+// tokens_in bytes.
+int64_t copy_groups(const Groups &from, int32_t *members, int32_t *offsets, uint8_t *seen, int64_t begin, int64_t end);
 
 // Steps 5 and 6: choose the r best proposals of one item and write its dest, members and offsets. `protected_` counts the
 // tokens in neither set. `scratch` holds plan_scratch(sets) bytes.

@@ -40,20 +40,17 @@ template <class T>
 STK_INLINE void prefetch_after(const ReduceArgs &args, const Group &g, int64_t item) {
   const int32_t *next = g.member + g.count;
   if (next >= args.groups.members + (item + 1) * args.groups.tokens_in) return;
-  const int64_t token = token_of(*next);
-  if (token >= args.groups.tokens_in) return;  // a corrupt plan: found when its turn comes
-  const char *line = reinterpret_cast<const char *>(row_of<T>(args.x, item, token));
+  const char *line = reinterpret_cast<const char *>(row_of<T>(args.x, item, token_of(*next)));
   for (int64_t k = 0; k < args.dim * int64_t(sizeof(T)); k += 64) __builtin_prefetch(line + k);
 }
 
 template <class T, Mode mode>
-bool reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
+void reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
   typedef typename WideOf<T>::type Real;
   constexpr int step = Span<T, true>::step;
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;
   for (int64_t row = begin; row < end; ++row) {
-    Group g;
-    if (!find_group(args.groups, item, output, mode == Mode::all, g)) return false;
+    const Group g = group_of(args.groups, item, output, mode == Mode::all);
     const T *x = row_of<T>(args.x, item, 0);
     T *y = row_of<T>(args.y, item, output);
     const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
@@ -75,7 +72,6 @@ bool reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
     }
   }
   fence(args.stream);
-  return true;
 }
 
 // -- spread -----------------------------------------------------------------------------------------------------------
@@ -100,14 +96,13 @@ STK_INLINE void spread_max(const SpreadArgs &args, const Group &g, int64_t item,
 }
 
 template <class T, Mode mode>
-bool spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
+void spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
   typedef typename WideOf<T>::type Real;
   constexpr int step = Span<T, true>::step;
   const int64_t bytes = args.dim * int64_t(sizeof(T));
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;
   for (int64_t row = begin; row < end; ++row) {
-    Group g;
-    if (!find_group(args.groups, item, output, mode == Mode::all, g)) return false;
+    const Group g = group_of(args.groups, item, output, mode == Mode::all);
     const T *grad = row_of<T>(args.grad, item, output);
     const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
     if (mode == Mode::max && g.count > 1) {
@@ -135,51 +130,46 @@ bool spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
     }
   }
   fence(args.stream);
-  return true;
 }
 
 // -- dtype and mode ---------------------------------------------------------------------------------------------------
 
 template <class T>
-bool reduce_mode(const ReduceArgs &args, int64_t begin, int64_t end) {
+void reduce_mode(const ReduceArgs &args, int64_t begin, int64_t end) {
   switch (args.mode) {
     case Mode::mean: return reduce_rows<T, Mode::mean>(args, begin, end);
     case Mode::sum: return reduce_rows<T, Mode::sum>(args, begin, end);
     case Mode::max: return reduce_rows<T, Mode::max>(args, begin, end);
     case Mode::all: return reduce_rows<T, Mode::all>(args, begin, end);
   }
-  return false;
 }
 
 template <class T>
-bool spread_mode(const SpreadArgs &args, int64_t begin, int64_t end) {
+void spread_mode(const SpreadArgs &args, int64_t begin, int64_t end) {
   switch (args.mode) {
     case Mode::mean: return spread_rows<T, Mode::mean>(args, begin, end);
     case Mode::sum: return spread_rows<T, Mode::sum>(args, begin, end);
     case Mode::max: return spread_rows<T, Mode::max>(args, begin, end);
     case Mode::all: return spread_rows<T, Mode::all>(args, begin, end);
   }
-  return false;
 }
 
-bool reduce(const ReduceArgs &args, int64_t begin, int64_t end) {
+void reduce(const ReduceArgs &args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::f32: return reduce_mode<float>(args, begin, end);
     case Dtype::f64: return reduce_mode<double>(args, begin, end);
     case Dtype::bf16: return reduce_mode<bf16>(args, begin, end);
     case Dtype::f16: return reduce_mode<f16>(args, begin, end);
   }
-  return false;
 }
 
-bool spread(const SpreadArgs &args, int64_t begin, int64_t end) {
+void spread(const SpreadArgs &args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::f32: return spread_mode<float>(args, begin, end);
     case Dtype::f64: return spread_mode<double>(args, begin, end);
     case Dtype::bf16: return spread_mode<bf16>(args, begin, end);
     case Dtype::f16: return spread_mode<f16>(args, begin, end);
   }
-  return false;
 }
 
 }  // namespace

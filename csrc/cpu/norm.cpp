@@ -78,7 +78,7 @@ STK_INLINE typename WideOf<T>::type merged_row(const NormArgs &args, const Group
 }
 
 template <class T>
-bool forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t end) {
+void forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t end) {
   typedef typename WideOf<T>::type Real;
   const int64_t dim = args.dim, bytes = dim * int64_t(sizeof(T));
   const Real *weight = static_cast<const Real *>(args.weight), *bias = static_cast<const Real *>(args.bias);
@@ -86,8 +86,7 @@ bool forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t en
   T *const normed_scratch = reinterpret_cast<T *>(static_cast<char *>(scratch) + row_bytes<T>(dim));
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;
   for (int64_t row = begin; row < end; ++row) {
-    Group g;
-    if (!find_group(args.groups, item, output, false, g)) return false;
+    const Group g = group_of(args.groups, item, output, false);
     const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
     args.size_out[row] = float(weight_of<Real>(g, size, args.size_stride_token, false));
 
@@ -120,7 +119,6 @@ bool forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t en
     }
   }
   fence(args.stream);
-  return true;
 }
 
 // -- backward ---------------------------------------------------------------------------------------------------------
@@ -159,7 +157,7 @@ STK_INLINE void row_gradient(const NormGradArgs &args, int64_t item, int64_t out
 }
 
 template <class T>
-bool backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64_t end) {
+void backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64_t end) {
   typedef typename WideOf<T>::type Real;
   const int64_t dim = args.dim, bytes = dim * int64_t(sizeof(T)), all = args.groups.items * args.groups.tokens_out;
   Real *const given = static_cast<Real *>(scratch);
@@ -173,8 +171,7 @@ bool backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64
     const int64_t first = block * args.block_rows, last = first + args.block_rows < all ? first + args.block_rows : all;
     int64_t item = first / args.groups.tokens_out, output = first % args.groups.tokens_out;
     for (int64_t row = first; row < last; ++row) {
-      Group g;
-      if (!find_group(args.groups, item, output, false, g)) return false;
+      const Group g = group_of(args.groups, item, output, false);
       const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
       const Real total = weight_of<Real>(g, size, args.size_stride_token, false);
       row_gradient<T, Real>(args, item, output, row, given, to_weight, to_weight ? to_weight + dim : nullptr);
@@ -200,7 +197,6 @@ bool backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64
     }
   }
   fence(args.stream);
-  return true;
 }
 
 // The gradients of weight and bias: the sum over the blocks, whose number does not depend on the threads.
@@ -221,24 +217,22 @@ int64_t scratch(Dtype dtype, int64_t dim) {
   return 2 * (dtype == Dtype::f64 ? row_bytes<double>(dim) : row_bytes<float>(dim));
 }
 
-bool forward(const NormArgs &args, void *scratch, int64_t begin, int64_t end) {
+void forward(const NormArgs &args, void *scratch, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::f32: return forward_rows<float>(args, scratch, begin, end);
     case Dtype::f64: return forward_rows<double>(args, scratch, begin, end);
     case Dtype::bf16: return forward_rows<bf16>(args, scratch, begin, end);
     case Dtype::f16: return forward_rows<f16>(args, scratch, begin, end);
   }
-  return false;
 }
 
-bool backward(const NormGradArgs &args, void *scratch, int64_t begin, int64_t end) {
+void backward(const NormGradArgs &args, void *scratch, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::f32: return backward_rows<float>(args, scratch, begin, end);
     case Dtype::f64: return backward_rows<double>(args, scratch, begin, end);
     case Dtype::bf16: return backward_rows<bf16>(args, scratch, begin, end);
     case Dtype::f16: return backward_rows<f16>(args, scratch, begin, end);
   }
-  return false;
 }
 
 void affine(const NormGradArgs &args, int64_t blocks) {

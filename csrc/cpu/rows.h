@@ -57,7 +57,6 @@ STK_INLINE void fence(bool stream) {
 #endif
 }
 
-// The members of one group, checked: a corrupt plan is reported, never followed out of its item.
 struct Group {
   const int32_t *member;
   int64_t count;  // of all members
@@ -67,23 +66,16 @@ struct Group {
 
 STK_INLINE int64_t token_of(int32_t member) { return member < 0 ? ~member : member; }
 
-STK_INLINE bool find_group(const Groups &g, int64_t item, int64_t output, bool all, Group &out) {
+STK_INLINE Group group_of(const Groups &g, int64_t item, int64_t output, bool all) {
   const int32_t *offset = g.offsets + item * (g.tokens_out + 1) + output;
-  const int64_t lo = offset[0], hi = offset[1];
-  if (lo < 0 || hi <= lo || hi > g.tokens_in) return false;
-  out.member = g.members + item * g.tokens_in + lo;
-  out.count = hi - lo;
-  out.valid = 0;
-  out.only = 0;
+  Group out{g.members + item * g.tokens_in + offset[0], offset[1] - offset[0], 0, 0};
   for (int64_t k = 0; k < out.count; ++k) {
-    const int64_t token = token_of(out.member[k]);
-    if (token >= g.tokens_in) return false;
     if (all || out.member[k] >= 0) {
       ++out.valid;
-      out.only = token;
+      out.only = token_of(out.member[k]);
     }
   }
-  return true;
+  return out;
 }
 
 template <class T>

@@ -26,6 +26,56 @@ def _span(offsets, inside, tokens):
 
 
 @triton.jit
+def _hash(index):
+    """A 64-bit hash of indices: the finaliser of SplitMix64 (Steele et al., *Fast Splittable Pseudorandom Number
+    Generators*, OOPSLA 2014)."""
+    z = index.to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    return z ^ (z >> 27)
+
+
+@triton.jit
+def _whole(members, offsets, tokens, groups, LANES: tl.constexpr):
+    """Whether the groups of an item hold each of its tokens once: offsets rise from 0 to tokens, and the hashes of the
+    members add up to those of all tokens, which sums of 64 bits don't do by chance."""
+    lane = tl.arange(0, LANES)
+    nothing = tl.zeros((LANES,), tl.uint64)
+    difference = nothing
+    falling = tl.zeros((LANES,), tl.int32)
+    for start in range(0, tokens, LANES):  # there are no more groups than tokens
+        at = start + lane
+        code = tl.load(members + at, mask=at < tokens, other=0)
+        difference += tl.where(at < tokens, _hash(tl.where(code < 0, ~code, code)) - _hash(at), nothing)
+        begin = tl.load(offsets + at, mask=at < groups, other=0)
+        end = tl.load(offsets + at + 1, mask=at < groups, other=1)
+        falling |= (begin >= end).to(tl.int32)
+    ends = (tl.load(offsets) == 0) & (tl.load(offsets + groups) == tokens)
+    return ends & (tl.sum(difference, 0) == 0) & (tl.max(falling, 0) == 0)
+
+
+@triton.jit
+def _fill_lost(members, offsets, out, item, tokens, groups, D: tl.constexpr):
+    """NaN in the rows of out (N, tokens, D) of those tokens that no group of a damaged plan holds: raising would wait,
+    and a row that nobody writes would show what was in memory before. For a program of its own for each item."""
+    LANES: tl.constexpr = 128
+    lane = tl.arange(0, LANES)
+    members += item * tokens
+    offsets += item * (groups + 1)
+    if _whole(members, offsets, tokens, groups, LANES) == 0:
+        for start in range(0, tokens, LANES):
+            token = start + lane
+            held = tl.zeros((LANES,), tl.int32)
+            for group in range(0, groups):  # as the other programs read them
+                first = tl.minimum(tl.maximum(tl.load(offsets + group), 0), tokens)
+                for at in range(first, tl.minimum(tl.load(offsets + group + 1), tokens)):
+                    code = tl.load(members + at)
+                    held |= (tl.minimum(tl.where(code < 0, ~code, code), tokens - 1) == token).to(tl.int32)
+            nan = tl.full((LANES,), float("nan"), tl.float32)
+            for column in range(0, D):
+                tl.store(out + (item * tokens + token) * D + column, nan, mask=(held == 0) & (token < tokens))
+
+
+@triton.jit
 def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
     """Where this program works: item, chunk, its groups (ROWS,), their first position and length, its columns."""
     chunk = tl.program_id(0) % CHUNKS  # the chunks of a row follow each other, so that DRAM pages are read in a go
@@ -153,7 +203,12 @@ def spread_rows(
     D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above."""
+    """out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above, and N
+    programs more for tokens that are in no group."""
+    tiles = tl.num_programs(0) // (blocks * CHUNKS + 1) * (blocks * CHUNKS)
+    if tl.program_id(0) >= tiles:
+        _fill_lost(members, offsets, out, (tl.program_id(0) - tiles).to(tl.int64), tokens, groups, D)
+        return
     item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, CHUNKS)
     members += item * tokens
     if SIZED:
@@ -219,7 +274,8 @@ def spread_launch(
     arguments = (
         grad, members, offsets, size, x, y, out, out.shape[1], groups, blocks, grad.stride(0), grad.stride(1), *strides
     )  # fmt: skip
-    return spread_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+    grid = (n * (blocks * meta["CHUNKS"] + 1),)
+    return spread_rows, grid, arguments, {"MODE": mode, "SIZED": size is not None, **meta}
 
 
 def reduce(

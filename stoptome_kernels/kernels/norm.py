@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import unit
 from . import config
-from .merge import _member, _narrowed, _rows, _span, _tile, _totals
+from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
 
 
 @triton.jit
@@ -92,15 +92,19 @@ def norm_rows(
     tl.store(rstd_out + row, rstd, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks", "tiles", "programs"])
 def norm_grad_rows(
     grad_normed, grad_y, y, means, rstds, members, offsets, size, weight, out, partial,
-    tokens, groups, blocks, tiles, normed_item, normed_token, y_item, y_token,
+    tokens, groups, blocks, tiles, programs, normed_item, normed_token, y_item, y_token,
     D: tl.constexpr, SIZED: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (N, tokens, D) from grad_normed and, if GIVEN, grad_y (N, groups, D), and the parts of the gradients of
-    weight and bias, partial (programs, 2, D), if AFFINE. Program p of P takes the tiles p, p + P, p + 2 P, …"""
+    weight and bias, partial (programs, 2, D), if AFFINE. Program p of P takes the tiles p, p + P, p + 2 P, …; N more
+    see to tokens that are in no group."""
+    if tl.program_id(0) >= programs:
+        _fill_lost(members, offsets, out, (tl.program_id(0) - programs).to(tl.int64), tokens, groups, D)
+        return
     column = tl.arange(0, BLOCK_D)
     within = column < D
     if WEIGHT:
@@ -108,7 +112,7 @@ def norm_grad_rows(
     if AFFINE:
         to_weight = tl.zeros((ROWS, BLOCK_D), tl.float32)
         to_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles, programs):
         item = (tile // blocks).to(tl.int64)
         group = (tile % blocks) * ROWS + tl.arange(0, ROWS)
         inside = group < groups
@@ -220,12 +224,12 @@ def norm_grad_launch(
     strides = (*grad_normed.stride()[:2], *((0, 0) if grad_y is None else grad_y.stride()[:2]))
     arguments = (
         grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, out, partial,
-        tokens, groups, blocks, tiles, *strides,
+        tokens, groups, blocks, tiles, programs, *strides,
     )  # fmt: skip
     flags = {
         "SIZED": size is not None, "GIVEN": grad_y is not None, "WEIGHT": weight is not None, "AFFINE": affine
     }  # fmt: skip
-    return norm_grad_rows, (programs,), arguments, {**flags, **meta}
+    return norm_grad_rows, (programs + n,), arguments, {**flags, **meta}
 
 
 def merge_norm(

@@ -151,7 +151,8 @@ def _unpickled(data: bytes, storage: Callable[[Any], _Storage]) -> Any:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
+    value: Any
 
     def since_mark() -> list[Any]:
         start = marks.pop()

@@ -80,11 +80,12 @@ def test_a_variant_changes_what_is_launched(bench):
     before = variants.config.norm, variants.config.norm_programs, variants.config.norm_resident
     with variants.configured(kernel, {"ROWS": 2, "num_warps": 8, "programs": 1}):
         ((_, grid, _, meta),) = job.launches()
-    assert (grid, meta["ROWS"], meta["num_warps"]) == ((2,), 2, 8)  # 2 items of 3 tiles, 4 of them a program
+    # 2 items of 3 tiles, 4 of them a program; and one more for each item
+    assert (grid, meta["ROWS"], meta["num_warps"]) == ((4,), 2, 8)
     many = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=200), "cpu", torch.float32))
     for programs in (1, 2):  # on each of 132 multiprocessors; the 1200 tiles would let them be more
         with variants.configured(kernel, {"ROWS": 1, "programs": programs}):
-            assert many.launches()[0][1] == (132 * programs,)
+            assert many.launches()[0][1] == (132 * programs + 200,)
     assert before == (variants.config.norm, variants.config.norm_programs, variants.config.norm_resident)
     assert job.launches()[0][3]["ROWS"] == variants.default_of(kernel, job)["ROWS"] == 8
 

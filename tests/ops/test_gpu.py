@@ -362,6 +362,28 @@ def test_a_corrupt_plan_reads_and_writes_nothing_outside():
         torch.cuda.synchronize()
 
 
+def test_no_row_is_left_unwritten():
+    """A token that no group holds gets NaN, not what was in memory before."""
+    metric, x, size, r, protected = inputs("one video", torch.float32)
+    plan = stk.match(metric, r, protected)
+    members = plan.members.clone()
+    lost = int(members[3, 20])
+    members[3, 20] = members[3, 21]
+    y, _ = torch.ops.stoptome.merge(x, plan.members, plan.offsets, size)
+    mean = rstd = y.new_ones(y.shape[:2])
+    for run in (
+        lambda: torch.ops.stoptome.unmerge(y, members, plan.offsets),
+        lambda: torch.ops.stoptome.merge_backward(y, members, plan.offsets, size, None, None, "mean", "triton"),
+        lambda: torch.ops.stoptome.merge_norm_backward(
+            y, y, y, mean, rstd, members, plan.offsets, size, None, True, "triton"
+        )[0],
+    ):
+        dirty = torch.full_like(x, 7.0)
+        del dirty  # its memory is the next to be handed out
+        rows = run().isnan().all(-1)
+        assert rows.nonzero().tolist() == [[3, lost]]
+
+
 def stop_model():
     from stoptome_kernels.stop import StopConfig, StopModel
 
