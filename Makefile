@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
 ARGS ?=
 SOURCES := $(wildcard csrc/cpu/*) setup.py pyproject.toml
 
@@ -21,8 +22,12 @@ SIDE_BY_SIDE := -n auto --maxprocesses 8
 PROCESSES = $(if $(shell $(RUN) -c "import xdist" 2>/dev/null && echo yes),$(SIDE_BY_SIDE))
 PYTEST = $(RUN) -m pytest $(PROCESSES)
 
-.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu asan
-.PHONY: wheel wheels docs clean
+# The versions of everything but torch and Triton: what builds this package too
+PIP := -m pip install --quiet --constraint constraints.txt
+export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
+
+.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu
+.PHONY: asan tsan fuzz constraints wheel wheels docs clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -65,7 +70,7 @@ oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: $(STAMP) Makefile
 	rm -rf $(OLDEST)
 	$(RUN) -m pip install --quiet --target $(OLDEST) --no-deps $(OLDEST_VERSIONS)
-	$(RUN) -m pip install --quiet "httpx<1"  # which huggingface_hub 1 uses and 2 doesn't
+	$(RUN) $(PIP) httpx==0.28.1  # which huggingface_hub 1 uses and 2 doesn't
 	touch $@
 
 # The oldest Python, torch and Triton that are promised: what make check runs of the operators, and whatever
@@ -77,10 +82,10 @@ oldest-torch: $(OLDEST_TORCH)/.installed
 	$(OLDEST_TORCH)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not full and (compiled or not slow)" \
 		tests/ops tests/models/test_stop_model.py tests/models/test_tempme.py tests/build/test_old_compilers.py $(ARGS)
 
-$(OLDEST_TORCH)/.dependencies: Makefile
+$(OLDEST_TORCH)/.dependencies: Makefile constraints.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST_TORCH)
-	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-compile torch==2.6.0 "numpy<2.3" "setuptools>=77" \
-		"pybind11>=2.13" "ninja>=1.11" pytest pytest-xdist hypothesis
+	$(OLDEST_TORCH)/bin/python $(PIP) --no-compile torch==2.6.0 "numpy<2.3" setuptools pybind11 ninja \
+		pytest pytest-xdist hypothesis
 	touch $@
 
 $(OLDEST_TORCH)/.installed: $(OLDEST_TORCH)/.dependencies $(SOURCES)
@@ -105,9 +110,16 @@ triton-3.6: .triton-3.6/.installed
 	$(RUN) -m pip install --quiet --target .triton-3.6 --no-deps triton==3.6.0
 	touch $@
 
-# the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer; under ThreadSanitizer
 asan: $(STAMP)
 	PYTHON=$(RUN) tests/build/asan.sh
+
+tsan: $(STAMP)
+	PYTHON=$(RUN) tests/build/tsan.sh
+
+# The fuzzers, some minutes: what their short forms in make test do, fifty times as long, by the same seeds
+fuzz: $(STAMP)
+	STOPTOME_FUZZ=50 $(PYTEST) -m "" -k fuzz $(ARGS)
 
 # On Linux: an sdist, and from it a wheel for $(PYTHON), with the manylinux tag that this machine's compiler and glibc allow
 RELEASE := .release
@@ -122,10 +134,10 @@ wheels: $(RELEASE)/.installed
 	$(RELEASE)/bin/python -m cibuildwheel --platform linux --output-dir dist
 
 # tools alone, not the package, so that torch stays out
-$(RELEASE)/.installed: pyproject.toml
+$(RELEASE)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RELEASE)
-	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip  # dependency groups take pip 25.1
-	$(RELEASE)/bin/python -m pip install --quiet --group release
+	$(RELEASE)/bin/python $(PIP) --upgrade pip  # dependency groups take pip 25.1
+	$(RELEASE)/bin/python $(PIP) --group release
 	touch $@
 
 # API pages from the docstrings of the modules that users import; a warning is an error
@@ -136,17 +148,21 @@ docs: $(STAMP)
 
 # torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
 # gigabytes of CUDA to a machine without a GPU
-$(STAMP): $(SOURCES)
+$(STAMP): $(SOURCES) constraints.txt
 ifneq ($(VENV),)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet $(TORCH) --editable ".[bench,test,dev,retrieval]"
-	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(RUN) -m pip install --quiet triton; fi  # elsewhere it has no packages
+	$(RUN) $(PIP) --upgrade pip
+	$(RUN) $(PIP) $(TORCH)
+	$(RUN) $(PIP) $(TORCH) --editable ".[bench,test,dev,retrieval]"
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(RUN) $(PIP) $(TRITON); fi  # elsewhere it has no packages
 else
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 	touch $@
+
+# constraints.txt anew, by the newest of what pyproject.toml allows: after make clean, with PIP="-m pip install --quiet"
+constraints: $(STAMP) $(OLDEST_TORCH)/.installed $(RELEASE)/.installed
+	$(RUN) tests/support/constraints.py constraints.txt $(^:%/.installed=%/bin/python)
 
 clean:
 	rm -rf .venv .oldest .oldest-torch .triton-3.6 .release .installed gpu-results build dist site *.egg-info

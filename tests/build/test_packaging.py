@@ -120,3 +120,35 @@ def test_a_source_tree_that_was_not_installed_says_so(source, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "pip install -e ." in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF alone has relocations that are made read-only")
+def test_the_native_module_has_full_relro():
+    """What the loader resolved can't be overwritten afterwards."""
+    from stoptome_kernels import _native
+
+    headers = run("readelf", "--wide", "--dynamic", "--program-headers", _native.__file__, cwd=ROOT).stdout
+    assert "GNU_RELRO" in headers
+    assert "BIND_NOW" in headers
+
+
+def test_constraints_hold_whatever_is_asked_for():
+    """A version for every package of pyproject.toml, within its range; torch and Triton are chosen in the Makefile."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    versions = {}
+    for pin in map(Requirement, lines):
+        (exact,) = pin.specifier
+        assert exact.operator == "==", pin
+        if pin.marker is None or pin.marker.evaluate({"python_version": "3.12"}):
+            versions[pin.name] = exact.version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = [*project["build-system"]["requires"], *project["dependency-groups"]["release"]]
+    asked += [name for extra in project["project"]["optional-dependencies"].values() for name in extra]
+    for wanted in map(Requirement, asked):
+        name = wanted.name.lower().replace("_", "-")
+        if name not in ("torch", "triton"):
+            assert name in versions, f"constraints.txt has no {name}: make constraints"
+            assert versions[name] in wanted.specifier, (wanted, versions[name])
