@@ -166,6 +166,18 @@ def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
         raise ValueError(f"sets must be disjoint, but token {both[0].item()} is a source and a destination")
 
 
+def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str) -> None:
+    """Raise what is wrong with the types and shapes of a plan's tensors; the operators see to members and offsets."""
+    for part, value in (("dest", dest), ("members", members), ("offsets", offsets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}.{part} must be a tensor, got {type(value).__name__}; use a plan from match()")
+    if dest.dtype != torch.int32 or dest.shape != members.shape or dest.dim() != 2:
+        raise ValueError(
+            f"{name}.dest must be int32 and of members' shape (N, T) = {tuple(members.shape)}, got {dest.dtype} of "
+            f"shape {tuple(dest.shape)}; use a plan from match()"
+        )
+
+
 def _plan(members: Tensor, offsets: Tensor) -> None:
     for index, name in ((members, "members"), (offsets, "offsets")):
         if index.dim() != 2 or index.dtype != torch.int32:

@@ -63,6 +63,8 @@ class MergePlan:
         """
         if not isinstance(following, MergePlan):
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
+        for plan, name in ((self, "this plan"), (following, "following")):
+            checks.parts(plan.dest, plan.members, plan.offsets, name)
         have, want = (self.dest.shape[0], self.tokens_out), tuple(following.dest.shape)
         if have != want:
             raise ValueError(

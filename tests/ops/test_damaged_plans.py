@@ -183,6 +183,30 @@ def test_composing(which, dest, says):
         plans["this plan"].then(plans["following"])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"dest": None}, TypeError, "dest must be a tensor, got NoneType"),
+        ({"members": [[0]]}, TypeError, "members must be a tensor, got list"),
+        ({"offsets": "x"}, TypeError, "offsets must be a tensor, got str"),
+        ({"dest": PLAN.dest[:, :8]}, ValueError, r"dest must be int32 and of members' shape \(N, T\) = \(3, 9\)"),
+        ({"dest": PLAN.dest.long()}, ValueError, "dest must be int32"),
+        ({"members": PLAN.members[0]}, ValueError, "dest must be int32"),
+    ],
+)
+def test_parts_of_other_types(change, error, says):
+    plan = dataclasses.replace(PLAN, **change)
+    row = torch.ones(DIM)
+    for call in (
+        lambda: stk.merge(X, plan),
+        lambda: stk.unmerge(Y, plan),
+        lambda: stk.merge_norm(X, X, plan, None, row, row),
+        lambda: plan.then(PLAN),
+    ):
+        with pytest.raises(error, match=says):
+            call()
+
+
 # -- whatever may come ------------------------------------------------------------------------------------------------
 
 
