@@ -233,6 +233,7 @@ def merge_norm(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; the message names it.
+        IndexError: the plan is damaged, see :func:`merge`.
         RuntimeError: an explicit backend can't run here; the message says why.
 
     Differentiable in x, residual (which get the same gradient), weight and bias, once and in reverse mode: a second
