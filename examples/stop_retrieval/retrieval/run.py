@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.complain(OUT_OF_MEMORY)
         return 1
     finally:
-        for handler in log.handlers[:]:
-            log.removeHandler(handler)
-            handler.close()
+        terminal.stop_logging()
         if processes is not None:
             processes.close()
 
@@ -148,6 +146,8 @@ def _origin(args: argparse.Namespace, folder: state.Folder) -> tuple[checkpoint.
         return found, None if found else args.init_model
     if args.do_train:
         options.complete(args)
+        if args.init_model and not os.path.isfile(args.init_model):  # before videos are drawn or looked for
+            raise UsageError(f"no checkpoint at {args.init_model}, which --init_model gives")
         return None, args.init_model
     path = args.init_model or os.fspath(folder.weights())
     options.complete(args, checkpoint.settings_of(path), path)

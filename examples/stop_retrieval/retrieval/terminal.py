@@ -113,6 +113,14 @@ def log_to_file(path: str | os.PathLike[str]) -> None:
     log.addHandler(handler)
 
 
+def stop_logging() -> None:
+    """Log nowhere any more."""
+    for handler in log.handlers[:]:
+        if isinstance(handler, _Printed):
+            log.removeHandler(handler)
+            handler.close()
+
+
 def _give_up(name: str, error: OSError) -> NoReturn:
     if name == _STDOUT:  # else Python tries again at its end, and says so in its own way
         with contextlib.suppress(OSError):
