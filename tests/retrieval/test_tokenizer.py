@@ -6,6 +6,7 @@ import html
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ftfy
@@ -71,6 +72,27 @@ def test_long_captions_are_cut_before_the_end_token(tokenizer, room):
     text, words = EXPECTED[0]
     whole = [START, *words[: room - 2], END]
     assert tokenizer([text], room)[0].tolist() == whole + [0] * (room - len(whole))
+
+
+def test_of_megabytes_the_beginning_is_read(tokenizer):
+    begun = time.process_time()
+    for text in (
+        "a dog " * 2_000_000,
+        " " * 10**7 + "a dog " * 99,
+        "a" * 10**7,
+        "&amp;" * 2_000_000,
+        "\u0301é" * 10**6,
+    ):
+        start = tokenizer([text], 32)[0]
+        assert torch.equal(start, tokenizer([text.lstrip()[:20_000]], 32)[0])
+    assert time.process_time() - begun < 2
+
+
+def test_blanks_and_entities_before_a_word_are_no_caption(tokenizer):
+    """What is cut off counts from the first letter, and a letter may be written at length."""
+    assert torch.equal(tokenizer([" \n\u3000" * 50_000 + "a dog"], 8), tokenizer(["a dog"], 8))
+    long = "&amp;CounterClockwiseContourIntegral;" * 40
+    assert torch.equal(tokenizer([long], 32), tokenizer(["\u2233" * 40], 32))
 
 
 @pytest.mark.parametrize("room", [1, 0, -3])

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import subprocess
 import sys
 import zlib
 from fractions import Fraction
@@ -536,6 +537,64 @@ def test_frames_that_are_not_wanted_are_not_held(tmp_path, monkeypatch):
     read_video(path, 2, 32, slice_framepos=1, feature_framerate=10)
     assert len(held) == 2
     assert held[1] < 80e6
+
+
+def sized(folder, suffix):
+    """200 × 100 pixels, 20 frames."""
+    pictures = numbered(20, 100, 200)
+    if suffix == "gif":
+        images = [Image.fromarray(picture) for picture in pictures]
+        images[0].save(folder / "a.gif", save_all=True, append_images=images[1:])
+        return folder / "a.gif"
+    codec = {"avi": "mpeg4", "webm": "libvpx", "mpg": "mpeg2video"}.get(suffix, "libx264")
+    return write(folder / f"a.{suffix}", pictures, codec=codec, rate=25)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "webm", "ts", "flv", "mpg", "gif"])
+def test_frames_of_too_many_pixels(tmp_path, suffix):
+    path = sized(tmp_path, suffix)
+    assert read_video(path, 4, 32, max_pixels=20_000)[1] == 4
+    level = av.logging.get_level()
+    with pytest.raises(BrokenVideo, match=r"it has frames of \d+ × \d+ pixels, more than --max_pixels 19999$"):
+        read_video(path, 4, 32, max_pixels=19_999)
+    assert av.logging.get_level() == level
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+@pytest.mark.parametrize("frames", [2, 9])
+def test_frames_that_become_too_large_on_the_way(tmp_path, suffix, frames):
+    codec = "libx264" if suffix == "ts" else "mpeg2video"
+    small = write(tmp_path / f"a.{suffix}", numbered(20), codec=codec, rate=25).read_bytes()
+    large = write(tmp_path / f"b.{suffix}", numbered(20, 960, 1280), codec=codec, rate=25).read_bytes()
+    path = tmp_path / f"c.{suffix}"
+    path.write_bytes(small + large)
+    assert read_video(path, frames, 32)[0].shape == (frames, 3, 32, 32)
+    with pytest.raises(BrokenVideo, match=r"it has frames of 1280 × 960 pixels, more than --max_pixels 90000$"):
+        read_video(path, frames, 32, max_pixels=90_000)
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("suffix", ["gif", "flv", "mp4"])
+def test_frames_of_too_many_pixels_take_no_memory(tmp_path, suffix):
+    """A picture of this size is 400 MB as RGB; FFmpeg would take some while it opens the file."""
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "gif":
+        Image.new("P", (12_000, 12_000)).save(path)
+    else:
+        write(path, [np.zeros((2000, 3000, 3), np.uint8)] * 2, options={"preset": "ultrafast"})
+    limit = {} if suffix == "gif" else {"max_pixels": 2000 * 3000 // 2}
+    code = "import resource, sys; from retrieval.video import *\n"
+    code += "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = used()\n"
+    code += "try: read_video(sys.argv[1], 2, 32, **eval(sys.argv[2]))\n"
+    code += "except BrokenVideo as error: print(used() - before, error.reason)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), repr(limit)], env=env, capture_output=True, text=True, check=True
+    )
+    used, _, reason = done.stdout.partition(" ")
+    assert int(used) < 8_000  # kB; a frame of the smaller ones is 9,000
+    assert "--max_pixels" in reason
 
 
 @linux

@@ -152,7 +152,8 @@ class _Limit:
 
     def __init__(self, path: str, pixels: int):
         self.path, self.pixels = path, pixels
-        self.options = {"max_pixels": str(pixels)}
+        # some more, as decoders have frames of whole blocks and with edges; to the pixel sizes are compared here
+        self.options = {"max_pixels": str(min(pixels + pixels // 16 + (1 << 18), 2**31 - 1))}
         self._capture = av.logging.Capture()
 
     def __enter__(self) -> None:
