@@ -90,9 +90,10 @@ def merge(dim: int, rows: int, dtype: torch.dtype, work: str, sized: bool) -> di
     # or 36 KiB of loads per multiprocessor are in flight; twice as much takes twice the registers (and spills in
     # float32), half as much halves the loads (bench/aot_report.py)
     tile = 4096 // dtype.itemsize
-    # the most registers a thread may have: without a limit Triton 3.6 spills 8 bytes of these, or takes 90 registers
-    # (the gradient of max); 64 are 8 programs a multiprocessor, 72 are 7
-    limit = {"max": 64, "all": 64, "grad of max": 72}.get(work, 64 if work == "mean" and not sized else None)
+    # the most registers a thread may have: without a limit Triton 3.6 spills 8 bytes of these, Triton 3.9 of the
+    # gradient of mean on sm_80, or takes 90 registers (the gradient of max); 64 are 8 programs a multiprocessor, 72 7
+    limits = {"max": 64, "all": 64, "grad of max": 72, "grad of mean": 64}
+    limit = limits.get(work, 64 if work == "mean" and not sized else None)
     return {
         "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "CHUNKS": max(1, -(-dim // block)),
         "num_warps": 4, "maxnreg": limit, "num_stages": 1, "enable_fp_fusion": False,

@@ -196,18 +196,17 @@ def reduce_rows(
         tl.store(size_out, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "groups", "blocks", "programs"])
 def spread_rows(
-    grad, members, offsets, size, x, y, out, tokens, groups, blocks,
+    grad, members, offsets, size, x, y, out, tokens, groups, blocks, programs,
     grad_item, grad_token, x_item, x_token, y_item, y_token,
     D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above, and N
     programs more for tokens that are in no group."""
-    tiles = tl.num_programs(0) // (blocks * CHUNKS + 1) * (blocks * CHUNKS)
-    if tl.program_id(0) >= tiles:
-        _fill_lost(members, offsets, out, (tl.program_id(0) - tiles).to(tl.int64), tokens, groups, D)
+    if tl.program_id(0) >= programs:
+        _fill_lost(members, offsets, out, (tl.program_id(0) - programs).to(tl.int64), tokens, groups, D)
         return
     item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, CHUNKS)
     members += item * tokens
@@ -271,11 +270,12 @@ def spread_launch(
     meta = config.merge(dim, groups, grad.dtype, f"grad of {mode}", size is not None)
     blocks = triton.cdiv(groups, meta["ROWS"])
     strides = (0, 0, 0, 0) if x is None or y is None else (*x.stride()[:2], *y.stride()[:2])
+    programs = n * blocks * meta["CHUNKS"]
     arguments = (
-        grad, members, offsets, size, x, y, out, out.shape[1], groups, blocks, grad.stride(0), grad.stride(1), *strides
+        grad, members, offsets, size, x, y, out, out.shape[1], groups, blocks, programs,
+        grad.stride(0), grad.stride(1), *strides,
     )  # fmt: skip
-    grid = (n * (blocks * meta["CHUNKS"] + 1),)
-    return spread_rows, grid, arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+    return spread_rows, (programs + n,), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
 
 
 def reduce(
