@@ -20,6 +20,7 @@ from torch import Tensor
 
 _MAGIC = b"PK\x03\x04"
 _CHUNK = 1 << 20
+_FOLDER = 0x10  # of MS-DOS's attributes, which zip files have
 _DTYPES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -77,6 +78,8 @@ def _verify(archive: zipfile.ZipFile, length: int) -> None:
     records = [record for record in archive.infolist() if "/code/" not in record.filename]
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("its records are compressed, which torch doesn't do")
+    if any(record.is_dir() or record.external_attr & _FOLDER for record in records):
+        raise ValueError("one of its records is a folder")  # torch would take it for empty and leave its tensor unread
     if sum(record.file_size for record in records) > length:
         raise ValueError("its records are longer than the file")
     if len({record.filename for record in records}) < len(records):
