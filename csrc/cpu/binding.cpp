@@ -272,9 +272,9 @@ void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtyp
   expect_writes(args.y, bytes);
   expect_writes(args.normed, bytes);
   const NormKernels &run = *kernels().norm;
-  const int64_t piece = run.scratch(args.dtype, dim);
+  const int64_t count = items * tokens_out, piece = count ? run.scratch(args.dtype, dim) : 0;  // no rows: any width
   const Buffer scratch(piece * std::max(threads, 1));
-  in_ranges(items * tokens_out, 2 * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
+  in_ranges(count, 2 * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
     run.forward(args, scratch.data() + thread * piece, begin, end);
   });
 }
@@ -287,7 +287,7 @@ void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided
   const int64_t blocks = (count + block_rows - 1) / block_rows;
   const int64_t real = dtype == int(Dtype::f64) ? 8 : 4, bytes = items * tokens_in * dim * element_bytes(dtype);
   const NormKernels &run = *kernels().norm;
-  const int64_t piece = run.scratch(Dtype(dtype), dim), parts = affine ? align64(blocks * 2 * dim * real) : 0;
+  const int64_t piece = count ? run.scratch(Dtype(dtype), dim) : 0, parts = affine ? align64(blocks * 2 * dim * real) : 0;
   const Buffer memory(parts + piece * std::max(threads, 1));
   const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
   NormGradArgs args{rows(grad_normed), rows(grad_y), rows(y), rows(out), Dtype(dtype), groups, dim,

@@ -319,3 +319,13 @@ def test_memory_that_is_not_there_is_said_in_bytes():
     metric = torch.zeros(2**24).expand(1, 2**22, -1)
     with pytest.raises(MemoryError, match=r"stoptome_kernels can't allocate \d{12,} bytes of memory"):
         stk.match(metric, 1, backend="native")
+
+
+def test_no_rows_take_no_memory_however_wide():
+    plan = stk.match(torch.zeros(0, 9, 4), 2)
+    x = torch.zeros(1).expand(0, 9, 2**45)
+    row = torch.ones(1).expand(2**45)
+    with pytest.raises(RuntimeError, match="allocate memory: you tried to allocate"):  # of the parameters, by torch
+        stk.merge_norm(x, x, plan, None, row, row, backend="native")
+    y, rows, _ = stk.merge_norm(x, x, plan, None, backend="native")
+    assert y.shape == rows.shape == (0, 7, 2**45)
