@@ -355,6 +355,22 @@ def test_what_was_saved_is_restored(tmp_path):
     assert fit.resume(tmp_path / "ckpt", fit.content) == checkpoint.Progress(1, 1, 4, 50.0)
 
 
+def test_a_parameter_that_never_had_a_gradient_has_none_after_going_on(tmp_path):
+    """STOP proper has two."""
+    fit, again = Fit(), Fit()
+    for each in (fit, again):
+        each.optimizer = torch.optim.AdamW([{"params": [p]} for p in each.model.parameters()])
+        each.model.weight.grad = None
+    fit.optimizer.step()
+    again.model.bias.grad = None  # as a model is before its first step
+    content = checkpoint.capture(fit.model, fit.optimizer, fit.scaler, checkpoint.Progress(0, 1, 1, 5.0), {})
+    assert content["optimizer"]["state"].keys() == {"bias"}
+    again.resume(tmp_path / "ckpt", content)
+    assert [*again.optimizer.state] == [again.model.bias]
+    moments = [each.optimizer.state[each.model.bias] for each in (fit, again)]
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
 @pytest.mark.parametrize("key", NOT_OURS)
 def test_a_checkpoint_with_anything_in_it(tmp_path, key):
     fit = Fit()

@@ -66,18 +66,26 @@ def test_errors_are_escaped(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminal_that_lacks_the_letters(tmp_path):
-    for encoding in ("ascii:strict", "latin-1:strict"):
-        env = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        name = os.fsdecode("日本é".encode() + b"\xff")
-        argv = [sys.executable, "-c", "import sys; from retrieval.run import main; sys.exit(main(sys.argv[1:]))"]
-        env["PYTHONPATH"] = os.pathsep.join(sys.path)
-        done = subprocess.run(
-            [*argv, "--output_dir", str(tmp_path), "--do_eval", "--init_model", name], env=env, capture_output=True
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith(b"error: no checkpoint at \\ud")
-        assert done.stderr.isascii()
+@pytest.mark.parametrize(("utf8", "shown"), [("0", rb"\ud"), ("1", rb"\u65e5")])
+def test_a_terminal_that_lacks_the_letters(tmp_path, utf8, shown):
+    """Python's mode of UTF-8 reads the name as letters, and without it as bytes that are none."""
+    code = (
+        "import sys; from retrieval import run, terminal\ncode = run.main(sys.argv[1:])\nterminal.say(sys.argv[-1])\n"
+    )
+    env = os.environ | {
+        "PYTHONIOENCODING": "ascii:strict",
+        "LC_ALL": "C",
+        "PYTHONUTF8": utf8,
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    argv = ["--output_dir", str(tmp_path), "--do_eval", "--init_model", os.fsdecode("日本".encode() + b"\xff")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(code)", *argv], capture_output=True,
+        env=env | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: no checkpoint at " + shown)
+    assert done.stdout.startswith(shown)
 
 
 # -- full disks -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from .errors import UsageError
 from .parallel import unwrapped
 
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+# a parameter that never had a gradient has no moments: STOP proper has two
+_SOME = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 
 
@@ -200,9 +202,12 @@ def restore(
     kept_state: dict[str, Any] = {"state": state, "param_groups": groups}
     try:
         sharded.set_model_state_dict(model, weights, options=_WHOLE)
-        sharded.set_optimizer_state_dict(model, optimizer, kept_state, options=_WHOLE)
+        sharded.set_optimizer_state_dict(model, optimizer, kept_state, options=_SOME)
     except (RuntimeError, KeyError, ValueError) as error:
         raise _of_another_model(found.path, " ".join(str(error).split())[:300]) from error
+    for parameter in [*optimizer.state]:
+        if names[parameter] not in state:
+            del optimizer.state[parameter]
     if found.scaler:
         scaler.load_state_dict(found.scaler)
     return found.progress
