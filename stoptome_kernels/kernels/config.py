@@ -108,12 +108,15 @@ def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine
     tile = max(block, 1024)
     # the most registers a thread may have, without which Triton 3.6 or 3.9 takes more at some width or spills: rows of
     # 513 to 4096 columns 48 (10 programs of 4 warps a multiprocessor; forward in float32 it spills, so 56: 9), and 80
-    # (6) with sums for the gradients of weight and bias; of shorter rows these sums alone, 96 (5), in float32 104 (4)
+    # (6) with sums for the gradients of weight and bias; of shorter rows these sums, 96 (5), in float32 104 (4), and
+    # the backward without them in 16 bits, 64 (8)
     limit, full = None, dtype == torch.float32
     if 1024 <= block <= 4096:
         limit = 80 if affine else 56 if full and not backward else 48
     elif affine and block < 1024:
         limit = 104 if full else 96
+    elif backward and block < 1024 and not full:
+        limit = 64
     # EARLY: what follows the row's reductions is loaded before them, so that nothing waits for memory behind their
     # barriers. Backward that takes no more registers; forward, for weight and bias, 56 in place of 48.
     return {
