@@ -102,7 +102,7 @@ class MergePlan:
 
 def _within(dest: Tensor, tokens_out: int, name: str) -> Tensor:
     """Return ``dest``, whose values are outputs that there are, see :meth:`MergePlan.then`."""
-    if dest.numel() and checks.can_read(dest):
+    if checks.can_read(dest) and dest.numel():
         wrong = (dest < 0) | (dest >= tokens_out)
         if bool(wrong.any()):
             item, token = wrong.nonzero()[0].tolist()
