@@ -180,7 +180,7 @@ def restore(
     """
     bare = unwrapped(model)
     _same_weights(found.path, found.weights, bare)
-    names = {parameter: name for name, parameter in bare.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in bare.named_parameters()}
     groups = [
         {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
     ]
