@@ -44,7 +44,7 @@ hypothesis.settings.load_profile("default")
 # which must have everything, importing them fails.
 NEEDED = {
     "ops/test_native.py": ("stoptome_kernels._native",),
-    "retrieval/*": ("av", "faiss", "ftfy", "PIL", "safetensors", "tokenizers"),
+    "retrieval/*": ("av", "faiss", "filelock", "ftfy", "msgspec", "PIL", "safetensors", "tokenizers"),
     **dict.fromkeys(
         ("models/test_report.py", "models/test_trial.py", "models/test_warnings.py"),
         ("open_clip", "timm", "torchvision", "transformers"),

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import math
 import os
-import pickletools
 import zipfile
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .pickles import Interpreter, Name, depth
+
 _MAGIC = b"PK\x03\x04"
 _CHUNK = 1 << 20
 _FOLDER = 0x10  # of MS-DOS's attributes, which zip files have
+_DEEPEST = 100  # in each other; what torch.save writes of a training has less than ten
 _DTYPES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool,
+    f"torch {name}Storage": dtype
+    for name, dtype in (
+        ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16),
+        ("Long", torch.int64), ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8),
+        ("Byte", torch.uint8), ("Bool", torch.bool),
+    )
 }  # fmt: skip
+_KNOWN = {*_DTYPES, "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
 
 
 def load(path: str | os.PathLike, mmap: bool = False) -> Any:
@@ -50,16 +55,31 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
         with open(path, "rb") as file:
             packed = file.read(len(_MAGIC)) == _MAGIC or zipfile.is_zipfile(file)
         if not packed:
+            with open(path, "rb") as file:
+                for _ in range(5):  # which torch.save wrote one behind the other before version 1.6
+                    _shallow(file)
             return torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             _verify(archive, os.path.getsize(path))
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            return _tensors(archive) if scripted else torch.load(path, "cpu", weights_only=True, mmap=mmap)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return _tensors(archive)
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    with archive.open(name) as file:
+                        _shallow(file)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what the parsers of zip and pickle raise of damaged bytes is not limited
         raise ValueError(
             f"{path} can't be read as weights ({_reason(error)}); give a whole file that torch.save or torch.jit.save "
             "wrote, of the state_dict and not of the model"
         ) from error
+
+
+def _shallow(file: IO[bytes]) -> None:
+    """Raise ValueError for a pickle that nests so deep that its keys' hashes would end the process."""
+    found = depth(file)
+    if found > _DEEPEST:
+        raise ValueError(f"its values lie {found} deep in each other")
 
 
 def _reason(error: Exception) -> str:
@@ -84,8 +104,9 @@ def _verify(archive: zipfile.ZipFile, length: int) -> None:
         raise ValueError("its records are longer than the file")
     if len({record.filename for record in records}) < len(records):
         raise ValueError("two of its records have one name")
-    if not any(record.CRC for record in records):
-        return  # written without checksums
+    if not any(record.CRC for record in records):  # written without checksums
+        for record in records:
+            record.CRC = None  # type: ignore[assignment]  # zipfile compares none, then
     for record in records:
         with archive.open(record) as data:
             while data.read(_CHUNK):  # zipfile compares at the end
@@ -95,14 +116,8 @@ def _verify(archive: zipfile.ZipFile, length: int) -> None:
 # -- TorchScript ------------------------------------------------------------------------------------------------------
 
 
-class _Name(NamedTuple):
-    """A class or function that the pickle names, which is neither looked up nor imported."""
-
-    name: str
-
-
 class _Storage(NamedTuple):
-    """The memory of tensors, by the record that holds it."""
+    """The memory of tensors, one record of the archive."""
 
     values: Tensor
 
@@ -114,26 +129,62 @@ class _Object:
         self.attributes: dict = {}
 
 
+class _Script(Interpreter):
+    """The pickle of a TorchScript archive: objects of its classes, and tensors.
+
+    Args:
+        archive: that holds it.
+        root: of the names in it.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.read(f"{root}data.pkl"))
+        self._archive, self._root = archive, root
+        self._storages: dict[str, _Storage] = {}
+
+    def knows(self, name: str) -> bool:
+        return name.startswith(("__torch__ ", "__torch__.", "torch.jit._pickle ")) or name in _KNOWN
+
+    def make(self, name: str, arguments: tuple) -> Any:
+        return _Object() if name.startswith("__torch__") else super().make(name, arguments)
+
+    def build(self, target: Any, state: Any) -> None:
+        if not isinstance(target, _Object):
+            super().build(target, state)
+        if isinstance(state, dict):  # a class with a __setstate__ of its own may take anything, and is left empty
+            target.attributes = state
+
+    def call(self, name: str, arguments: tuple) -> Any:
+        match name, arguments:
+            case "torch._utils _rebuild_tensor_v2", (_Storage(values), offset, size, stride, _, *_):
+                return _view(values, offset, size, stride)
+            case "torch._utils _rebuild_parameter", (Tensor() as value, *_):
+                return value
+            case "collections OrderedDict", ():
+                return {}
+            case _, (value, *_) if name.startswith("torch.jit._pickle "):
+                return value  # a list or a dictionary, and the type that TorchScript knows it by
+        return super().call(name, arguments)
+
+    def outside(self, saved: Any) -> _Storage:
+        kind, name, key, _device, _count = saved
+        if kind != "storage" or not isinstance(key, str) or not isinstance(name, Name):
+            raise ValueError("it names memory in an unknown way")
+        if key not in self._storages:
+            dtype = _DTYPES[name.name]
+            data = bytearray(self._archive.read(f"{self._root}data/{key}"))
+            values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self._storages[key] = _Storage(values)
+        return self._storages[key]
+
+
 def _tensors(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """Return the parameters and buffers of the module in a TorchScript archive, by their names in its state_dict."""
     root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix("constants.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-    storages: dict[str, _Storage] = {}
-
-    def storage(saved: Any) -> _Storage:
-        kind, name, key, _device, _count = saved
-        if kind != "storage" or not isinstance(key, str):
-            raise ValueError("it names memory in an unknown way")
-        if key not in storages:
-            dtype = _DTYPES[name.name.removeprefix("torch ").removesuffix("Storage")]
-            data = bytearray(archive.read(f"{root}data/{key}"))
-            storages[key] = _Storage(torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype))
-        return storages[key]
-
     found: dict[str, Tensor] = {}
-    module = _unpickled(archive.read(f"{root}data.pkl"), storage)
-    left, seen = [("", module)], set()
+    left, seen = [("", _Script(archive, root).load())], set()
     while left:
         prefix, module = left.pop()
         if not isinstance(module, _Object) or id(module) in seen:
@@ -144,101 +195,6 @@ def _tensors(archive: zipfile.ZipFile) -> dict[str, Tensor]:
                 found[f"{prefix}{name}"] = value
         left += [(f"{prefix}{name}.", value) for name, value in reversed(module.attributes.items())]
     return found
-
-
-def _unpickled(data: bytes, storage: Callable[[Any], _Storage]) -> Any:
-    """Return the value of a pickle that TorchScript wrote; any other is refused.
-
-    Nothing is looked up, imported or called but what is below: opcodes are told apart by the standard library, which
-    doesn't execute them.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-    value: Any
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        values = stack[start:]
-        del stack[start:]
-        return values
-
-    for opcode, value, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(value)
-            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[opcode.name])
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = since_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                item = stack.pop()
-                stack[-2][stack.pop()] = item
-            case "SETITEMS":
-                items = since_mark()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[value] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "GLOBAL":
-                stack.append(_Name(value))
-            case "BINPERSID":
-                stack.append(storage(stack.pop()))
-            case "NEWOBJ":
-                _arguments, kind = stack.pop(), stack.pop()
-                if not isinstance(kind, _Name) or not kind.name.startswith("__torch__"):
-                    raise ValueError(f"it asks for {_name(kind)}")
-                stack.append(_Object())
-            case "BUILD":
-                state = stack.pop()
-                if not isinstance(stack[-1], _Object):
-                    raise ValueError("it changes what is no object of TorchScript")
-                if isinstance(
-                    state, dict
-                ):  # a class with a __setstate__ of its own may take anything, and is left empty
-                    stack[-1].attributes = state
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_called(function, arguments))
-            case name:
-                raise ValueError(f"its pickle holds {name}, which TorchScript doesn't write")
-    raise ValueError("its pickle has no end")
-
-
-def _called(function: Any, arguments: Any) -> Any:
-    """Return what TorchScript means by a function applied to arguments."""
-    match function, arguments:
-        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(values), offset, size, stride, _, *_):
-            return _view(values, offset, size, stride)
-        case _Name("torch._utils _rebuild_parameter"), (Tensor() as value, *_):
-            return value
-        case _Name("collections OrderedDict"), ():
-            return {}
-        case _Name(name), (value, *_) if name.startswith("torch.jit._pickle "):
-            return value  # a list or a dictionary, and the type that TorchScript knows it by
-    raise ValueError(f"it asks for {_name(function)}")
-
-
-def _name(asked: Any) -> str:
-    return asked.name.replace(" ", ".") if isinstance(asked, _Name) else f"a {type(asked).__name__} as a function"
 
 
 def _view(values: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stoptome_kernels.stop import archive, checkpoint
+from stoptome_kernels.stop import archive, checkpoint, pickles
 from torch import Tensor, nn
 
 from support import damage
@@ -247,6 +247,30 @@ def test_other_files(tmp_path, data):
         checkpoint.read(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))} can't be read as weights"):
         checkpoint.read(tmp_path)
+
+
+NESTED = b")" + b"\x85" * 200_000  # tuples in each other: as a key they end the process, where they are hashed
+
+
+@pytest.mark.parametrize("data", [b"\x80\2}" + NESTED + b"K\1s.", b"\x80\2}(" + NESTED + b"K\1u.", NESTED + b"."])
+@pytest.mark.parametrize("kind", ["legacy", "torch.save", "TorchScript"])
+def test_values_deep_in_each_other(tmp_path, kind, data):
+    path = tmp_path / "a.pt"
+    if kind == "legacy":
+        path.write_bytes(data)
+    else:
+        scripted(path, Tied()) if kind == "TorchScript" else saved(path)
+        repacked(path, data=data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} "):
+        checkpoint.read(path)
+
+
+def test_how_deep_values_lie():
+    for value, want in ((1, 0), ((), 0), ([1], 1), ({"a": [(1,)]}, 3), ([[]] * 9 + [{"a": 1}], 2), ({1, (2, 3)}, 2)):
+        for protocol in range(4 if isinstance(value, set) else 2, 6):  # before 4 sets are made by calls
+            file = io.BytesIO(pickle.dumps(value, protocol) + b"rest")
+            assert pickles.depth(file) == want, (value, protocol)
+            assert file.read() == b"rest"
 
 
 def rebuilt(offset: int, size: tuple, stride: tuple, key: object = "0", dtype: str = "Float") -> bytes:
