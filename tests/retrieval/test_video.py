@@ -457,12 +457,22 @@ def test_a_file_that_may_not_be_read(tmp_path, clip, monkeypatch):
         read_video(clip, 4, 32)
 
 
-def test_a_playlist_does_not_wait_for_ever(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # without an end: players wait for the next part
+        ("live.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:2,\npart.ts\n"),
+        ("whole.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\npart.ts\n#EXT-X-ENDLIST\n"),
+        ("video.mp4", "ffconcat version 1.0\nfile part.ts\n"),
+    ],
+)
+def test_a_playlist_is_no_video(tmp_path, monkeypatch, name, text):
+    """What it shows is in other files, which whoever wrote it may not read."""
     write(tmp_path / "part.ts", numbered(20))
-    path = tmp_path / "live.m3u8"  # without an end: players wait for the next part
-    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:2,\npart.ts\n")
+    (tmp_path / name).write_text(text)
     monkeypatch.setattr(module, "PATIENCE", 0.3)
-    assert numbers(read_video(path, 4, 32)[0]) == sample_indices(20, 4, None).tolist()
+    with pytest.raises(BrokenVideo, match="a playlist, whose frames are in other files$"):
+        read_video(tmp_path / name, 4, 32)
 
 
 @pytest.mark.parametrize("name", ["a:b %03d?#.mp4", "ü 日本.mp4", "-x.mp4", os.fsdecode(b"\xff\xfe.mp4")])

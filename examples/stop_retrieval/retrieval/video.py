@@ -27,6 +27,7 @@ MAX_PIXELS = 8192 * 8192  # a frame of so many takes 400 MB on its way to a tens
 # limit: FLV, MPEG program and transport streams
 _LATE = (b"FLV", b"\0\0\1\xba", b"\x47")
 _REFUSED = re.compile(r"Picture size (\d+)x(\d+) exceeds")
+PLAYLISTS = ("hls", "dash", "concat", "imf")  # formats of FFmpeg that name other files to be read
 PATIENCE = 60.0  # seconds that one packet may take; a playlist is a file too, and may wait for its next part for ever
 
 
@@ -226,6 +227,8 @@ def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputConta
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
+    if container.format.name in PLAYLISTS:
+        raise BrokenVideo(path, "a playlist, whose frames are in other files")
     # a cover is a stream of its own, of one picture
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
