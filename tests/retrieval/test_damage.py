@@ -5,7 +5,7 @@ import gzip
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from retrieval.features import FeatureStore
 from retrieval.tokenizer import FILE, Tokenizer, _find
 from retrieval.video import BrokenVideo, read_video
 from support import damage
+from support.fuzz import rounds
 
 VIDEOS = [Video(f"video{n}", f"videos/{n}.mp4", (n, n + 1.5) if n % 3 else None) for n in range(6)]
 
@@ -143,12 +144,18 @@ def refused(kind: Kind) -> bool:
     return True
 
 
+def drawn_damage(whole: bytes, count: int) -> Iterator[damage.Copy]:
+    """Yield damaged copies, of each kind ``count``, and other ones in each further round of ``make fuzz``."""
+    for seed in range(rounds(1)):
+        yield from damage.every(whole, count, seed)
+
+
 @pytest.mark.parametrize("name", SEALED)
-def test_what_the_program_wrote_is_read_as_it_was_or_refused(tmp_path, name):
+def test_fuzz_what_the_program_wrote_is_read_as_it_was_or_refused(tmp_path, name):
     kind = SEALED[name](tmp_path)
     whole, expected = kind.path.read_bytes(), kind.read()
     outcomes = {}
-    for copy in damage.every(whole, 24):
+    for copy in drawn_damage(whole, 24):
         kind.path.write_bytes(copy.data)
         outcomes[copy.what] = refused(kind)
         if not outcomes[copy.what]:
@@ -209,23 +216,23 @@ OTHERS: dict[str, Callable[[Path], Kind]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_damaged_annotations_are_read_as_what_they_say_or_refused(tmp_path, name):
+def test_fuzz_damaged_annotations_are_read_as_what_they_say_or_refused(tmp_path, name):
     kind = OTHERS[name](tmp_path)
     whole = kind.path.read_bytes()
     kind.read()
     outcomes = set()
-    for copy in damage.every(whole, 60):
+    for copy in drawn_damage(whole, 60):
         kind.path.write_bytes(copy.data)
         outcomes.add(refused(kind))
     assert outcomes == {True, False}
 
 
-def test_a_damaged_vocabulary(tmp_path):
+def test_fuzz_a_damaged_vocabulary(tmp_path):
     kind = Kind(tmp_path / FILE, lambda: Tokenizer(tmp_path / FILE)(["a man's dog, isn't it"], 12))
     whole = _find().read_bytes()
     kind.path.write_bytes(whole)
     expected = kind.read()
-    for copy in damage.every(whole, 4):
+    for copy in drawn_damage(whole, 4):
         kind.path.write_bytes(copy.data)
         if not refused(kind):
             assert same(kind.read(), expected), copy.what
@@ -239,13 +246,13 @@ def test_a_vocabulary_with_two_merges_swapped(tmp_path):
         Tokenizer(tmp_path / FILE)
 
 
-def test_a_damaged_video(tmp_path):
+def test_fuzz_a_damaged_video(tmp_path):
     synthetic.write(tmp_path / "set", train=1, val=1, size=16, frames=8)
     path = tmp_path / "set/videos/video0.mp4"
     kind = Kind(path, lambda: read_video(path, 4, 16))
     whole = path.read_bytes()
     outcomes = set()
-    for copy in damage.every(whole, 24):
+    for copy in drawn_damage(whole, 24):
         path.write_bytes(copy.data)
         outcomes.add(refused(kind))
         if not refused(kind):
