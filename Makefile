@@ -117,9 +117,9 @@ asan: $(STAMP)
 tsan: $(STAMP)
 	PYTHON=$(RUN) tests/build/tsan.sh
 
-# The fuzzers, some minutes: what their short forms in make test do, twenty times as long, by the same seeds
+# The fuzzers, some minutes: what their short forms in make test do, a hundred times as long, by the same seeds
 fuzz: $(STAMP)
-	STOPTOME_FUZZ=20 $(PYTEST) -m "" -k fuzz $(ARGS)
+	STOPTOME_FUZZ=100 $(PYTEST) -m "" -k fuzz $(ARGS)
 
 # On Linux: an sdist, and from it a wheel for $(PYTHON), with the manylinux tag that this machine's compiler and glibc allow
 RELEASE := .release
