@@ -27,8 +27,14 @@ MAX_PIXELS = 8192 * 8192  # a frame of so many takes 400 MB on its way to a tens
 # limit: FLV, MPEG program and transport streams
 _LATE = (b"FLV", b"\0\0\1\xba", b"\x47")
 _REFUSED = re.compile(r"Picture size (\d+)x(\d+) exceeds")
-PLAYLISTS = ("hls", "dash", "concat", "imf")  # formats of FFmpeg that name other files to be read
-PATIENCE = 60.0  # seconds that one packet may take; a playlist is a file too, and may wait for its next part for ever
+# formats of FFmpeg that name other files or addresses, or scripts: these would be opened before we see the first stream
+PLAYLISTS = {
+    "hls", "applehttp", "dash", "concat", "imf", "vobsub", "sdp", "rtsp", "rtp", "sap", "avisynth", "vapoursynth",
+}  # fmt: skip
+# all others; FFmpeg knows what a file is by its first bytes, and opens nothing else if that is not among these
+_FORMATS = ",".join(sorted(name for name in av.formats_available if PLAYLISTS.isdisjoint(name.split(","))))
+_NOT_AMONG_THEM = "Format not on whitelist"
+PATIENCE = 60.0  # seconds that one packet may take
 
 
 class BrokenVideo(Exception):
@@ -145,7 +151,8 @@ def read_video(
 
 
 class _Limit:
-    """How large frames may be. FFmpeg keeps to it, and says in a message what it refused: its error doesn't tell.
+    """What may be opened: no playlists, and how large frames may be. FFmpeg keeps to it, and says in a message what it
+    refused: its error doesn't tell.
 
     Attributes:
         options: for opening a file and for its decoder.
@@ -158,21 +165,27 @@ class _Limit:
         self._capture = av.logging.Capture()
 
     def __enter__(self) -> None:
-        self._level = av.logging.get_level()
+        self._before = av.logging.get_level(), av.logging.get_skip_repeated()
         av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)  # the next file may be refused in the same words
         self._said = self._capture.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._capture.__exit__(*error)
-        av.logging.set_level(self._level)
+        level, skip = self._before
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip)
 
     def check(self, width: int = 0, height: int = 0) -> None:
-        """Raise BrokenVideo if this is too large, or if FFmpeg refused a frame since it was asked last."""
+        """Raise BrokenVideo if this is too large, or if FFmpeg refused a frame or the file since it was asked last."""
+        playlist = any(text.startswith(_NOT_AMONG_THEM) for _, _, text in self._said)
         sizes = [
             (width, height),
             *((int(m[1]), int(m[2])) for _, _, text in self._said if (m := _REFUSED.search(text))),
         ]
         self._said.clear()
+        if playlist:
+            raise BrokenVideo(self.path, "a playlist, whose frames are in other files")
         for across, down in sizes:
             if across * down > self.pixels:
                 raise BrokenVideo(
@@ -223,12 +236,11 @@ def _read(
 
 
 def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputContainer:
-    return av.open(f"file:{path}", timeout=PATIENCE, options=limit.options | options, **_OPEN)
+    options |= limit.options | {"format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", timeout=PATIENCE, options=options, **_OPEN)
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
-    if container.format.name in PLAYLISTS:
-        raise BrokenVideo(path, "a playlist, whose frames are in other files")
     # a cover is a stream of its own, of one picture
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
