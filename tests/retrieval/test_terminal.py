@@ -2,6 +2,7 @@
 """What is printed and logged, full disks, the lock on a run's folder, and the environment."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -248,7 +249,14 @@ def test_what_a_killed_training_has_forked_holds_no_lock(tmp_path):
         held.release()
 
 
-@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), NotImplementedError("no flock")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EOPNOTSUPP, "Operation not supported"),
+        OSError(errno.ENOLCK, "No locks available"),
+        NotImplementedError("no flock"),
+    ],
+)
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, logged, capsys, error):
     def fail(self, *_, **__):
         raise error
@@ -261,6 +269,25 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, logged,
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1
     assert f"{tmp_path} can't be locked" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a link to nowhere", "EACCES", "EIO"])
+def test_a_lock_that_can_not_be_had_is_no_licence(tmp_path, monkeypatch, capsys, kind):
+    """Who holds it can't be known."""
+    if kind == "a folder":
+        (tmp_path / lock.NAME).mkdir()
+    elif kind == "a link to nowhere":
+        (tmp_path / lock.NAME).symlink_to(tmp_path / "nowhere" / "lock")
+    else:
+        number = getattr(errno, kind)
+
+        def fail(self, *_, **__):
+            raise OSError(number, os.strerror(number))  # as PermissionError, for one
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    said = refused(capsys, "--output_dir", str(tmp_path), "--do_train", "1")
+    assert f"{tmp_path / lock.NAME} can't be locked: " in said
+    assert "give another --output_dir" in said
 
 
 # -- the environment --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ import filelock
 from .errors import UsageError
 
 NAME = ".lock"
+# how a file system says that it has no locks
+_NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 log = logging.getLogger("stop_retrieval")
 
 
@@ -23,10 +26,11 @@ def hold(folder: str | os.PathLike[str]) -> filelock.BaseFileLock | None:
         The lock; None on a file system that has none, which is logged.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or the file can't be opened or locked.
     """
     # without the library's own stand-in for file systems that have no locks, a file that would outlast a killed process
-    lock = filelock.FileLock(Path(folder) / NAME, timeout=0, fallback_to_soft=False)
+    path = Path(folder) / NAME
+    lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -36,6 +40,11 @@ def hold(folder: str | os.PathLike[str]) -> filelock.BaseFileLock | None:
         ) from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise UsageError(
+                f"{path} can't be locked: {reason}; it must be a file that you may write: see to that, or give another "
+                "--output_dir"
+            ) from error
         log.warning("%s can't be locked (%s): see to it that no other process trains in it", folder, reason)
         return None
     return lock
