@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from stoptome_kernels.stop import StopModel
 
 from retrieval import checkpoint, options, run
+from retrieval.errors import UsageError
 from retrieval.model import Retrieval, build
 from retrieval.tokenizer import Tokenizer
 from retrieval.video import read_video
@@ -336,6 +338,36 @@ def test_bad_settings_are_refused_before_training(data, clip, tmp_path, capsys, 
     assert not (out / "hparams_train.json").exists(), "a new try must not find the folder taken"
 
 
+def test_settings_that_weights_do_not_fit_name_their_file(data, clip, tmp_path, capsys):
+    said = refused(capsys, *msrvtt(data, clip, tmp_path / "a", "--temporal_prompt", "group2-2"))
+    assert f"{clip / 'ViT-B-32.pt'}: " in said
+    twice = tmp_path / "frames of  two"  # a name that looks like a setting stays as it is
+    shutil.copytree(clip, twice)
+    linear = ["--shared_latent_space", "linear", "--text_prompt_length", "6"]
+    said = refused(capsys, *msrvtt(data, twice, tmp_path / "b", *linear))
+    assert f"{twice / 'ViT-B-32.pt'}: with --shared_latent_space" in said
+
+
+def test_weights_that_can_not_be_copied(clip, tmp_path, monkeypatch):
+    """Of the weights, or of the machine: only the first is said of the file."""
+    args = options.complete(options.read(msrvtt(tmp_path, clip, tmp_path)))
+    args.world = 1
+
+    def build_failing(message):
+        def fail(self, state):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(StopModel, "load_clip", fail)
+        return build(args, stk.ToMeConfig())
+
+    copying = 'Error(s) in loading state_dict:\n\tWhile copying the parameter named "visual.proj", {}'
+    with pytest.raises(UsageError, match=r"ViT-B-32\.pt doesn't fit: .*visual\.proj"):
+        build_failing(copying.format("copy_ isn't implemented"))
+    for message in (copying.format("can't allocate memory"), "CUDA error"):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            build_failing(message)
+
+
 def test_a_checkpoint_of_another_size(trained, data, clip, tmp_path, capsys):
     best = str(trained / "ckpt.best.pth.tar")
     said = refused(capsys, *msrvtt(data, clip, tmp_path / "a", "--init_model", best, "--max_frames", "8"))
@@ -343,9 +375,9 @@ def test_a_checkpoint_of_another_size(trained, data, clip, tmp_path, capsys):
     state_dict = torch.load(best, weights_only=True)["state_dict"]
     state_dict["clip.visual.proj"] = state_dict["clip.visual.proj"][:, :7]
     torch.save(state_dict, tmp_path / "cut.pt")
-    assert "visual.proj" in refused(
-        capsys, *msrvtt(data, clip, tmp_path / "b", "--init_model", str(tmp_path / "cut.pt"))
-    )
+    said = refused(capsys, *msrvtt(data, clip, tmp_path / "b", "--init_model", str(tmp_path / "cut.pt")))
+    assert "visual.proj" in said
+    assert str(tmp_path / "cut.pt") in said
     (tmp_path / "text.pt").write_text("no weights")
     assert "text.pt" in refused(capsys, *msrvtt(data, clip, tmp_path / "c", "--init_model", str(tmp_path / "text.pt")))
     said = refused(capsys, *msrvtt(data, clip, tmp_path / "d", "--resume", str(clip / "ViT-B-32.pt")))

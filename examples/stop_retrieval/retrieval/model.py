@@ -134,7 +134,7 @@ def build(
             stk.apply_tome_patch(model, config=tome)
         else:
             model, notes = _load(weights_from or _clip_file(args), given, tome)
-    except (TypeError, ValueError, FileNotFoundError) as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(_by_flags(str(error))) from error
     model.requires_grad_(True)
     if args.freeze_clip:
@@ -169,7 +169,10 @@ def _clip_file(args: argparse.Namespace) -> str:
 
 def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list[str]]:
     """A model of the sizes that the weights have, with those that they don't tell as given."""
-    state = weights.read(path)
+    try:
+        state = weights.read(path)
+    except (ValueError, FileNotFoundError) as error:  # these name the file
+        raise UsageError(" ".join(str(error).split())) from error
     # of a table of prompts for texts and frames, the weights tell only how many rows it has
     rows = {
         name: given[name] for name in ("text_prompts", "frame_prompts") if "unified_prompt_embedding.weight" in state
@@ -196,11 +199,18 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         raise UsageError(
             f"--max_words {given['max_words']} is more than the {told.context_length} tokens that {path} was made for"
         )
-    model = StopModel(weights.config_of(state, **changes))
+    try:
+        model = StopModel(weights.config_of(state, **changes))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {_by_flags(str(error))}") from error
     stk.apply_tome_patch(model, config=tome)
     try:
         loaded = model.load_clip(state)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: values that can't be copied
+    except (ValueError, RuntimeError) as error:
+        # torch says of values that can't be copied whose they are; too little memory is no fault of theirs
+        theirs = "While copying the parameter named" in str(error) and "can't allocate memory" not in str(error)
+        if isinstance(error, RuntimeError) and not theirs:
+            raise
         raise UsageError(f"{path} doesn't fit: {' '.join(str(error).split())[:400]}") from error
     notes = [f"weights from {path}"]
     if loaded.missing:
