@@ -1,73 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading what torch.save and torch.jit.save write, without running anything that the file holds.
 
-Both write a zip archive: ``data.pkl``, a pickle of the values, and beside it each tensor's memory with a CRC-32 that
-torch.load doesn't compare. A pickle is a program, and so is what torch.jit.load reads: the first goes through
-``torch.load(weights_only=True)``, the second is interpreted here, by the few instructions that tensors take.
+Both write a zip archive: ``data.pkl``, a pickle of the values, and beside it each tensor's memory with a CRC-32. Before
+version 1.6 torch.save wrote pickles one behind the other, then the memory. A pickle is a program, and so is what
+torch.jit.load reads; here pickles are interpreted, by the few instructions that tensors take, and one parser alone sees
+a file, so that what was checked is what is used.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import struct
 import zipfile
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pickles import Interpreter, Name, depth
+from .pickles import Forbidden, Interpreter, Name, bounded
 
 _MAGIC = b"PK\x03\x04"
+_LEGACY = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1.6
 _CHUNK = 1 << 20
-_FOLDER = 0x10  # of MS-DOS's attributes, which zip files have
-_DEEPEST = 100  # in each other; what torch.save writes of a training has less than ten
+# values and letters that a pickle may hold for each of its bytes, references followed
+_VALUES, _LETTERS = 4, 64
+_NAME, _DEPTH = 200, 100  # the longest name of a module, and how deep modules may lie in each other
 _DTYPES = {
     f"torch {name}Storage": dtype
     for name, dtype in (
         ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16),
         ("Long", torch.int64), ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8),
-        ("Byte", torch.uint8), ("Bool", torch.bool),
+        ("Byte", torch.uint8), ("Bool", torch.bool), ("ComplexFloat", torch.complex64),
+        ("ComplexDouble", torch.complex128),
     )
 }  # fmt: skip
-_KNOWN = {*_DTYPES, "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
+_KNOWN = {
+    *_DTYPES, "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch Size",
+    "collections OrderedDict",
+}  # fmt: skip
 
 
 def load(path: str | os.PathLike, mmap: bool = False) -> Any:
-    """Return what is in a file of torch.save, or the tensors of a TorchScript archive by their names, on the CPU.
+    """Return what is in a file of torch.save, or the tensors of a TorchScript archive by name, on the CPU.
 
-    An archive whose checksums don't match is refused. Files of torch.save before 1.6, and those written with
-    ``torch.serialization.set_crc32_options(False)``, have no checksums.
+    Parameters come as tensors, ordered dictionaries as dictionaries. Whatever is read of an archive is compared with
+    its checksum. Files from before torch 1.6 have none, nor do those that were written with
+    ``torch.serialization.set_crc32_options(False)``.
 
     Args:
         path: of the file.
-        mmap: tensors stay in the file until they are used; for torch.save's zip archives alone.
+        mmap: tensors stay in the file until they are used, where it is an archive.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, is of another kind, or asks for more than tensors and plain values. The message
-            is one line that begins with the path.
+        ValueError: the file is damaged, is of another kind, or holds more than dense tensors and plain values. The
+            message is one line that begins with the path.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with open(path, "rb") as file:
-            packed = file.read(len(_MAGIC)) == _MAGIC or zipfile.is_zipfile(file)
-        if not packed:
-            with open(path, "rb") as file:
-                for _ in range(5):  # which torch.save wrote one behind the other before version 1.6
-                    _shallow(file)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if file.read(len(_MAGIC)) != _MAGIC:
+                file.seek(0)
+                return _legacy(file, os.path.getsize(path))
         with zipfile.ZipFile(path) as archive:
-            _verify(archive, os.path.getsize(path))
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return _tensors(archive)
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    with archive.open(name) as file:
-                        _shallow(file)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return _Archive(archive, path, mmap).load()
     except Exception as error:  # what the parsers of zip and pickle raise of damaged bytes is not limited
         raise ValueError(
             f"{path} can't be read as weights ({_reason(error)}); give a whole file that torch.save or torch.jit.save "
@@ -75,49 +75,28 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
         ) from error
 
 
-def _shallow(file: IO[bytes]) -> None:
-    """Raise ValueError for a pickle that nests so deep that its keys' hashes would end the process."""
-    found = depth(file)
-    if found > _DEEPEST:
-        raise ValueError(f"its values lie {found} deep in each other")
-
-
 def _reason(error: Exception) -> str:
-    """Return the sentence of an error that says what is wrong, on one line."""
+    """Return the sentence of an error that says what is wrong."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch gives much advice before it
-    return " ".join(text.split()).split(". ")[0][:200].rstrip(".") or type(error).__name__
+    text = one_line(error).split(". ")[0][:200].rstrip(".")
+    if isinstance(error, Forbidden):
+        return f"it asks for {text}"
+    return f"it lacks {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 
-# -- checksums --------------------------------------------------------------------------------------------------------
+def one_line(said: object) -> str:
+    """Return a message on one line, with a mark in place of what a terminal would obey: names in it are a file's."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(str(said).split())
+    )
 
 
-def _verify(archive: zipfile.ZipFile, length: int) -> None:
-    """Compare every record that is read with its checksum; raise ValueError or zipfile's errors."""
-    records = [record for record in archive.infolist() if "/code/" not in record.filename]
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError("its records are compressed, which torch doesn't do")
-    if any(record.is_dir() or record.external_attr & _FOLDER for record in records):
-        raise ValueError("one of its records is a folder")  # torch would take it for empty and leave its tensor unread
-    if sum(record.file_size for record in records) > length:
-        raise ValueError("its records are longer than the file")
-    if len({record.filename for record in records}) < len(records):
-        raise ValueError("two of its records have one name")
-    if not any(record.CRC for record in records):  # written without checksums
-        for record in records:
-            record.CRC = None  # type: ignore[assignment]  # zipfile compares none, then
-    for record in records:
-        with archive.open(record) as data:
-            while data.read(_CHUNK):  # zipfile compares at the end
-                pass
-
-
-# -- TorchScript ------------------------------------------------------------------------------------------------------
+# -- pickles of tensors -----------------------------------------------------------------------------------------------
 
 
 class _Storage(NamedTuple):
-    """The memory of tensors, one record of the archive."""
+    """The memory of tensors."""
 
     values: Tensor
 
@@ -129,21 +108,49 @@ class _Object:
         self.attributes: dict = {}
 
 
-class _Script(Interpreter):
-    """The pickle of a TorchScript archive: objects of its classes, and tensors.
+class _Tensors(Interpreter):
+    """A pickle of tensors and plain values.
 
     Args:
-        archive: that holds it.
-        root: of the names in it.
+        data: the pickle, or a file that stands before it.
+        storage: gives the memory of a key, as a tensor of a dtype, for the number of elements that the pickle tells.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.read(f"{root}data.pkl"))
-        self._archive, self._root = archive, root
-        self._storages: dict[str, _Storage] = {}
+    def __init__(self, data: bytes | bytearray | IO[bytes], storage: Callable[[str, torch.dtype, int], Tensor]):
+        super().__init__(data)
+        self._storage = storage
 
     def knows(self, name: str) -> bool:
-        return name.startswith(("__torch__ ", "__torch__.", "torch.jit._pickle ")) or name in _KNOWN
+        return name in _KNOWN
+
+    def call(self, name: str, arguments: tuple) -> Any:
+        match name, arguments:
+            case "torch._utils _rebuild_tensor_v2", (_Storage(values), offset, tuple(size), tuple(stride), *_):
+                return _view(values, offset, size, stride)
+            case "torch._utils _rebuild_parameter", (Tensor() as value, *_):
+                return value
+            case "torch Size", (tuple(size),):
+                return size
+            case "collections OrderedDict", ():
+                return {}
+        return super().call(name, arguments)
+
+    def build(self, target: Any, state: Any) -> None:
+        if type(target) is not dict:  # a state_dict's attribute _metadata means nothing here
+            super().build(target, state)
+
+    def outside(self, saved: Any) -> _Storage:
+        match saved:
+            case ("storage", Name(name), str(key), str(), int(count), *_) if name in _DTYPES:
+                return _Storage(self._storage(key, _DTYPES[name], count))
+        raise ValueError("it names memory in an unknown way")
+
+
+class _Script(_Tensors):
+    """The pickle of a TorchScript archive, which holds objects of its classes too."""
+
+    def knows(self, name: str) -> bool:
+        return name.startswith(("__torch__ ", "__torch__.", "torch.jit._pickle ")) or super().knows(name)
 
     def make(self, name: str, arguments: tuple) -> Any:
         return _Object() if name.startswith("__torch__") else super().make(name, arguments)
@@ -151,56 +158,166 @@ class _Script(Interpreter):
     def build(self, target: Any, state: Any) -> None:
         if not isinstance(target, _Object):
             super().build(target, state)
-        if isinstance(state, dict):  # a class with a __setstate__ of its own may take anything, and is left empty
+        elif type(state) is dict:  # a class with a __setstate__ of its own may take anything, and is left empty
             target.attributes = state
 
     def call(self, name: str, arguments: tuple) -> Any:
-        match name, arguments:
-            case "torch._utils _rebuild_tensor_v2", (_Storage(values), offset, size, stride, _, *_):
-                return _view(values, offset, size, stride)
-            case "torch._utils _rebuild_parameter", (Tensor() as value, *_):
-                return value
-            case "collections OrderedDict", ():
-                return {}
-            case _, (value, *_) if name.startswith("torch.jit._pickle "):
-                return value  # a list or a dictionary, and the type that TorchScript knows it by
+        if name.startswith("torch.jit._pickle ") and arguments:
+            return arguments[0]  # a list or a dictionary, and the type that TorchScript knows it by
         return super().call(name, arguments)
 
-    def outside(self, saved: Any) -> _Storage:
-        kind, name, key, _device, _count = saved
-        if kind != "storage" or not isinstance(key, str) or not isinstance(name, Name):
-            raise ValueError("it names memory in an unknown way")
-        if key not in self._storages:
-            dtype = _DTYPES[name.name]
-            data = bytearray(self._archive.read(f"{self._root}data/{key}"))
-            values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            self._storages[key] = _Storage(values)
-        return self._storages[key]
 
-
-def _tensors(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """Return the parameters and buffers of the module in a TorchScript archive, by their names in its state_dict."""
-    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix("constants.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    found: dict[str, Tensor] = {}
-    left, seen = [("", _Script(archive, root).load())], set()
-    while left:
-        prefix, module = left.pop()
-        if not isinstance(module, _Object) or id(module) in seen:
-            continue
-        seen.add(id(module))
-        for name, value in module.attributes.items():
-            if isinstance(value, Tensor):
-                found[f"{prefix}{name}"] = value
-        left += [(f"{prefix}{name}.", value) for name, value in reversed(module.attributes.items())]
-    return found
-
-
-def _view(values: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+def _view(values: Tensor, offset: Any, size: tuple, stride: tuple) -> Tensor:
+    """Return the tensor of a shape and strides in some memory."""
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise ValueError("a tensor has no valid shape")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if math.prod(size) > len(values) or (0 not in size and last >= len(values)):
         raise ValueError("a tensor is longer than its data")
-    return values.as_strided(size, stride, offset)
+    return values.as_strided(size, stride, values.storage_offset() + offset)
+
+
+def _within(value: Any, length: int) -> Any:
+    """Return a value that is no larger than a pickle of that length may hold."""
+    bounded(value, _VALUES * length + 1000, _LETTERS * length + 1000)
+    return value
+
+
+# -- archives ---------------------------------------------------------------------------------------------------------
+
+
+class _Archive:
+    """A zip archive of torch.save or torch.jit.save."""
+
+    def __init__(self, archive: zipfile.ZipFile, path: str, mmap: bool):
+        self._archive, self._path, self._mmap = archive, path, mmap
+        self._length = os.path.getsize(path)
+        self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
+        roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
+        roots = [root for root in roots if root.count("/") == 1]
+        if len(roots) != 1:
+            raise ValueError(f"it holds {len(roots)} pickles of values")
+        self._root = roots[0]
+        self._check()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        if mmap:
+            self._memory = torch.from_file(path, shared=False, size=self._length, dtype=torch.uint8)
+
+    def load(self) -> Any:
+        """Return the values of an archive of torch.save, or the tensors of the module in one of TorchScript."""
+        names, data = {*self._archive.namelist()}, self._read("data.pkl")
+        if f"{self._root}byteorder" in names and self._read("byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        if f"{self._root}constants.pkl" in names:
+            return _of_module(_Script(data, self._storage).load())
+        return _within(_Tensors(data, self._storage).load(), len(data))
+
+    def _check(self) -> None:
+        """Raise ValueError for records that torch doesn't write; the code of TorchScript is never read."""
+        records = [r for r in self._archive.infolist() if not r.filename.startswith(f"{self._root}code/")]
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed, which torch doesn't do")
+        if sum(record.file_size for record in records) > self._length:
+            raise ValueError("its records are longer than the file")
+        if len({record.filename for record in records}) < len(records):
+            raise ValueError("two of its records have one name")
+        if not any(record.CRC for record in records):  # written without checksums
+            for record in records:
+                record.CRC = None  # type: ignore[assignment]  # zipfile compares none, then
+
+    def _read(self, name: str) -> bytearray:
+        """Return a record, compared with its checksum."""
+        record = self._archive.getinfo(self._root + name)
+        data, at = bytearray(record.file_size), 0
+        with self._archive.open(record) as file:
+            while part := file.read(_CHUNK):  # zipfile compares at the end
+                data[at : at + len(part)] = part
+                at += len(part)
+        if at != record.file_size:
+            raise ValueError(f"{name} breaks off")
+        return data
+
+    def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Return the memory of a key."""
+        if key not in self._storages:
+            data = self._mapped(f"data/{key}") if self._mmap else _numbers(self._read(f"data/{key}"))
+            if len(data) % dtype.itemsize:
+                raise ValueError("a tensor's memory is no whole number of elements")
+            if data.data_ptr() % dtype.itemsize:
+                data = data.clone()
+            self._storages[key] = dtype, data.view(dtype)
+        kept, values = self._storages[key]
+        if kept != dtype or len(values) < count:
+            raise ValueError("a tensor's memory is of another dtype or length")
+        return values
+
+    def _mapped(self, name: str) -> Tensor:
+        """Return the bytes of a record where they lie in the file, compared with its checksum."""
+        record = self._archive.getinfo(self._root + name)
+        with self._archive.open(record) as file:
+            while file.read(_CHUNK):
+                pass
+        with open(self._path, "rb") as file:
+            file.seek(record.header_offset + 26)
+            name_length, extra = struct.unpack("<HH", file.read(4))
+        begin = record.header_offset + 30 + name_length + extra
+        return self._memory[begin : begin + record.file_size]
+
+
+def _numbers(data: bytearray) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _of_module(module: Any) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module of TorchScript, by their names in its state_dict."""
+    found: dict[str, Tensor] = {}
+    left, seen = [("", 0, module)], set()
+    while left:
+        prefix, depth, module = left.pop()
+        if not isinstance(module, _Object) or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name in module.attributes:
+            if type(name) is not str or len(name) > _NAME or depth > _DEPTH:
+                raise ValueError("a module in it has no sensible name, or too many around it")
+        inner = [(name, value) for name, value in module.attributes.items() if isinstance(value, _Object)]
+        found |= {f"{prefix}{n}": value for n, value in module.attributes.items() if isinstance(value, Tensor)}
+        left += [(f"{prefix}{name}.", depth + 1, value) for name, value in reversed(inner)]
+    return found
+
+
+# -- files from before torch 1.6 --------------------------------------------------------------------------------------
+
+
+def _legacy(file: IO[bytes], length: int) -> Any:
+    """Return the values of pickles one behind the other: a mark, two of no meaning here, the values, and the keys of
+    their memory, which follows."""
+    storages: dict[str, tuple[torch.dtype, Tensor]] = {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if count < 0 or count * dtype.itemsize > length:
+            raise ValueError("a tensor is longer than the file")
+        if key not in storages:
+            storages[key] = dtype, _numbers(bytearray(count * dtype.itemsize)).view(dtype)
+        kept, values = storages[key]
+        if kept != dtype or len(values) < count:
+            raise ValueError("a tensor's memory is of another dtype or length")
+        return values
+
+    if Interpreter(file).load() != _LEGACY:
+        raise ValueError("it is no file of torch.save")
+    for _ in range(2):  # the version, and what the machine was like
+        Interpreter(file).load()
+    value = _within(_Tensors(file, storage).load(), length)
+    keys = Interpreter(file).load()
+    if type(keys) is not list or sorted(keys) != sorted(storages):
+        raise ValueError("the memory of its tensors is not all there")
+    for key in keys:
+        dtype, values = storages[key]
+        (count,) = struct.unpack("<q", file.read(8))
+        data = bytearray(file.read(len(values) * dtype.itemsize))
+        if count != len(values) or len(data) != len(values) * dtype.itemsize:
+            raise ValueError("it breaks off")
+        if count:
+            values.copy_(torch.frombuffer(data, dtype=dtype))
+    return value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..tome import ToMeConfig, apply_tome_patch
 from ..tome.parts import is_plain
 from . import checkpoint
+from .archive import one_line
 from .config import StopConfig
 from .layers import LayerNorm, QuickGELU, TextBlock, Transformer
 from .tower import VisualTransformer
@@ -209,13 +210,16 @@ class StopModel(nn.Module):
         that learnt frame embeddings find their place. What was missing or left over is in ``model.loaded``.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or no such weights in it.
+            FileNotFoundError, ValueError: no such file, or no such weights in it; the message begins with the path.
         """
         state = checkpoint.read(path)
-        model = cls(checkpoint.config_of(state, **changes))
-        if tome is not None:
-            apply_tome_patch(model, config=tome)
-        model.loaded = model.load_clip(state)
+        try:
+            model = cls(checkpoint.config_of(state, **changes))
+            if tome is not None:
+                apply_tome_patch(model, config=tome)
+            model.loaded = model.load_clip(state)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{os.fspath(path)}: {one_line(error)}") from error
         return model
 
 

@@ -37,11 +37,12 @@ class Interpreter:
     a meaning.
 
     Args:
-        data: the pickle, of any protocol.
+        data: the pickle, of any protocol, or a file that stands before it, and behind it afterwards.
     """
 
-    def __init__(self, data: bytes):
-        self._data = data
+    def __init__(self, data: bytes | bytearray | IO[bytes]):
+        # read() gives no more than there is, whatever length it is asked for
+        self._file = io.BytesIO(data) if isinstance(data, bytes | bytearray) else data
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -53,7 +54,7 @@ class Interpreter:
             Forbidden: it holds something else than plain data and what the subclass knows.
             ValueError, IndexError, KeyError, TypeError: it is damaged, or no pickle.
         """
-        file = io.BytesIO(self._data)  # its read() gives no more than there is, whatever length it is asked for
+        file = self._file
         while code := file.read(1):
             opcode = _OPCODES.get(code.decode("latin-1"))
             if opcode is None:
@@ -214,35 +215,18 @@ def _quoted(line: bytes) -> str:
     return codecs.escape_decode(text[1:-1])[0].decode()
 
 
-# -- pickles that others will run -------------------------------------------------------------------------------------
-
-_GROW = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-
-
-def depth(file: IO[bytes]) -> int:
-    """Return how deep the values of a pickle lie in each other at most, without making them; ``file`` stands behind it
-    afterwards."""
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
-    deepest = 0
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "MARK":
-            marks.append(len(stack))
-        elif opcode.name in _GET:
-            stack.append(memo[argument])
-        elif opcode.name in _PUT:
-            memo[argument] = stack[-1]
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif opcode.name != "STOP":
-            below = len(opcode.stack_before)
-            start = len(stack) - below
-            if pickletools.markobject in opcode.stack_before:
-                start = marks.pop() - opcode.stack_before.index(pickletools.markobject)
-            taken = stack[max(start, 0) :]
-            del stack[max(start, 0) :]
-            value = 1 + max(taken[1:] if opcode.name in _GROW else taken, default=-1)
-            stack += [max(value, taken[0]) if opcode.name in _GROW and taken else value] * len(opcode.stack_after)
-            deepest = max(deepest, value)
-    return deepest
+def bounded(value: Any, values: int, letters: int) -> None:
+    """Raise ValueError where a value, each reference to one of its parts counted anew, is larger than this."""
+    left = [value]
+    while left:
+        value = left.pop()
+        values -= 1
+        if isinstance(value, str | bytes):
+            letters -= len(value)
+        elif isinstance(value, dict):
+            left += value.keys()
+            left += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            left += value
+        if values < len(left) or letters < 0:
+            raise ValueError("it refers to the same parts over and over")

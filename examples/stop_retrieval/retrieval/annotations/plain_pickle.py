@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoptome_kernels.stop.pickles import Forbidden, Interpreter, atoms
+from stoptome_kernels.stop.pickles import Forbidden, Interpreter, atoms, bounded
 
 __all__ = ["Forbidden", "load"]
 
@@ -27,7 +27,7 @@ def load(data: bytes) -> Any:
         ValueError, IndexError, KeyError, TypeError: it is damaged, or no pickle.
     """
     value = _Containers(data).load()
-    _bounded(value, VALUES * len(data), LETTERS * len(data))
+    bounded(value, VALUES * len(data), LETTERS * len(data))
     return value
 
 
@@ -57,20 +57,3 @@ class _Containers(Interpreter):
         if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in items):  # as Python 2 has it
             raise TypeError("a dictionary in it is not made of pairs")
         return dict(zip(atoms([key for key, _ in items]), [value for _, value in items], strict=True))
-
-
-def _bounded(value: Any, values: int, letters: int) -> None:
-    """Raise ValueError where a value, each reference to one of its parts counted anew, is larger than this."""
-    left = [value]
-    while left:
-        value = left.pop()
-        values -= 1
-        if isinstance(value, str | bytes):
-            letters -= len(value)
-        elif isinstance(value, dict):
-            left += value.keys()
-            left += value.values()
-        elif isinstance(value, list | tuple | set | frozenset):
-            left += value
-        if values < len(left) or letters < 0:
-            raise ValueError("it refers to the same parts over and over")
