@@ -32,8 +32,8 @@ class Groups(NamedTuple):
 
 
 def can_raise(tensor: Tensor) -> bool:
-    """Whether asking what is in a tensor does not wait for a device."""
-    return tensor.device.type == "cpu"
+    """Whether the numbers in a tensor can be asked for: they are on the CPU, and more than a trace's description."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and torch._C._get_tracing_state() is None
 
 
 def read(members: Tensor, offsets: Tensor) -> Groups:
@@ -75,7 +75,7 @@ def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
     return out.view(n, lengths.shape[1], dim)
 
 
-def _group_of(offsets: Tensor, tokens: int) -> Tensor:
+def group_of(offsets: Tensor, tokens: int) -> Tensor:
     """Output token of each position of ``members``: ``(N, T)`` int64."""
     position = torch.arange(tokens, dtype=offsets.dtype, device=offsets.device).repeat(offsets.shape[0], 1)
     group = torch.searchsorted(offsets[:, 1:].contiguous(), position, right=True)
@@ -147,12 +147,12 @@ def spread(
     """
     groups = read(members, offsets)
     index, valid, offsets, _ = groups
-    group = _group_of(offsets, members.shape[1])
+    group = group_of(offsets, members.shape[1])
     rows = _rows(grad, group)
     if mode == "max":
         if x is None or y is None:
             raise ValueError("mode 'max' needs x and y")
-        won = _rows(winners(x, y, members, offsets), group) == index[..., None]
+        won = _rows(_winners(x, y, groups), group) == index[..., None]
         rows = rows.masked_fill(~won, 0.0)
     elif mode == "mean":
         wide = _wide(grad.dtype)
@@ -170,9 +170,13 @@ def spread(
 
 def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
     """The token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
-    index, valid, offsets, _ = read(members, offsets)
+    return _winners(x, y, read(members, offsets))
+
+
+def _winners(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
+    index, valid, offsets, _ = groups
     rows = _rows(x, index)
-    reached = _rows(y, _group_of(offsets, members.shape[1]))
+    reached = _rows(y, group_of(offsets, index.shape[1]))
     hit = ((rows == reached) | (rows.isnan() & reached.isnan())) & valid[..., None]
     candidate = torch.where(hit, index[..., None].double(), torch.inf)
-    return _segments(candidate, offsets, "min").clamp_max(max(members.shape[1] - 1, 0)).long()
+    return _segments(candidate, offsets, "min").clamp_max(max(index.shape[1] - 1, 0)).long()

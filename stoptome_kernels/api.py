@@ -119,7 +119,8 @@ def merge(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
         IndexError: the plan, on the CPU, does not hold each token once. On a GPU, where asking would wait for the
-            device, nothing outside of an item is read or written, and the row of a token in no group becomes NaN.
+            device, nothing outside of an item is read or written; the gradient of a token in no group is NaN (the
+            reference makes all of the item NaN).
         RuntimeError: an explicit backend can't run here, or ``out`` was given where x needs a gradient.
 
     Differentiable in x, twice, in reverse mode (forward mode and vmap raise). The gradient of ``max`` goes to the
@@ -176,7 +177,8 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
         IndexError: the plan, on the CPU, does not hold each token once. On a GPU, where asking would wait for the
-            device, nothing outside of an item is read or written, and the row of a token in no group becomes NaN.
+            device, nothing outside of an item is read or written; the row of a token in no group is NaN (the
+            reference makes all of the item NaN).
         RuntimeError: an explicit backend can't run here; the message says why.
 
     Differentiable in y, twice; the gradient is the sum over the tokens of each group, in ascending order.
@@ -340,7 +342,9 @@ def attention(
 def _check_plan(plan: object) -> None:
     if not isinstance(plan, MergePlan):
         raise TypeError(f"plan must be a MergePlan from match(), got {type(plan).__name__}")
-    checks.parts(plan.dest, plan.members, plan.offsets, "plan")
+    checks.parts(plan.dest, plan.members, plan.offsets)
+    if plan.r == 0:
+        checks.merges_nothing(plan.members, plan.offsets)
 
 
 def _check_backend(backend: str, tensor: Tensor) -> None:

@@ -14,8 +14,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from .reference.merging import can_raise
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = ("mean", "sum", "max")
@@ -31,9 +32,7 @@ def tensor(value: object, name: str, shape: str) -> None:
 
 def can_read(value: Tensor) -> bool:
     """Whether the numbers in a tensor can be read without waiting for a device or ending a trace."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    return value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    return not torch.compiler.is_compiling() and can_raise(value)
 
 
 def integer(value: object, name: str, what: str) -> int:
@@ -166,34 +165,50 @@ def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
         raise ValueError(f"sets must be disjoint, but token {both[0].item()} is a source and a destination")
 
 
-def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str) -> None:
-    """Raise what is wrong with the types and shapes of a plan's tensors; the operators see to members and offsets."""
+def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") -> None:
+    """Raise what is wrong with the types, shapes and devices of a plan's tensors."""
     for part, value in (("dest", dest), ("members", members), ("offsets", offsets)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}.{part} must be a tensor, got {type(value).__name__}; use a plan from match()")
-    if dest.dtype != torch.int32 or dest.shape != members.shape or dest.dim() != 2:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"{value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}.{part} must be a dense tensor, got {what}; use a plan from match()")
+    _groups(members, offsets, name)
+    if dest.dtype != torch.int32 or dest.shape != members.shape:
         raise ValueError(
             f"{name}.dest must be int32 and of members' shape (N, T) = {tuple(members.shape)}, got {dest.dtype} of "
             f"shape {tuple(dest.shape)}; use a plan from match()"
         )
+    for part, value in (("members", members), ("offsets", offsets)):
+        if value.device != dest.device:
+            raise ValueError(f"{name}.{part} is on {value.device}, but {name}.dest on {dest.device}; use plan.to()")
 
 
-def _plan(members: Tensor, offsets: Tensor) -> None:
-    for index, name in ((members, "members"), (offsets, "offsets")):
+def _groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
+    for index, part in ((members, "members"), (offsets, "offsets")):
         if index.dim() != 2 or index.dtype != torch.int32:
             raise ValueError(
-                f"plan.{name} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()"
+                f"{name}.{part} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()"
             )
     if members.shape[0] != offsets.shape[0] or offsets.shape[1] < 1 or offsets.shape[1] > members.shape[1] + 1:
         raise ValueError(
-            f"plan.members {tuple(members.shape)} and plan.offsets {tuple(offsets.shape)} do not belong together; "
+            f"{name}.members {tuple(members.shape)} and {name}.offsets {tuple(offsets.shape)} do not belong together; "
             "use a plan from match()"
         )
 
 
+def merges_nothing(members: Tensor, offsets: Tensor) -> None:
+    """Raise IndexError for a plan of r = 0 on the CPU that does anything else than leave every token where it is."""
+    if can_read(members):
+        every = torch.arange(offsets.shape[1], dtype=torch.int32)
+        if not bool((members == every[:-1]).all() and (offsets == every).all()):
+            raise IndexError(
+                "plan is damaged: it has r = 0, but does not leave every token where it is; it was changed after "
+                "match(), or is no plan"
+            )
+
+
 def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor, backend: str) -> None:
     """``value`` is ``(N, tokens, D)`` floating and lives where the plan does."""
-    _plan(members, offsets)
+    _groups(members, offsets)
     n = members.shape[0]
     if value.dim() != 3:
         raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")
@@ -231,6 +246,8 @@ def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
     ):
         if value.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+        if value.is_neg():
+            raise ValueError(f"{name} must be memory to write to, got a view that negates; use {name}.resolve_neg()")
         if tuple(value.shape) != shape or not value.is_contiguous():
             kind = "contiguous" if value.is_contiguous() else "strided"
             raise ValueError(f"{name} must be contiguous of shape {shape}, got {kind} of shape {tuple(value.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .grouping import group
+from .reference.merging import group_of, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,8 @@ class MergePlan:
         Raises:
             TypeError: ``following`` is no MergePlan.
             ValueError: ``following`` does not start from this plan's tokens.
-            IndexError: one of them, on the CPU, sends a token to an output that it doesn't have. On a GPU, where asking
-                would wait for the device, the token goes to the nearest output.
+            IndexError: one of them, on the CPU, is damaged: its groups don't hold each token once, or its ``dest`` says
+                something else. On a GPU, where asking would wait for the device, a token goes to the nearest output.
         """
         if not isinstance(following, MergePlan):
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
@@ -75,9 +76,11 @@ class MergePlan:
             raise ValueError(
                 f"following is on {following.dest.device}, this plan on {self.dest.device}; move one of them"
             )
-        step = _within(self.dest, self.tokens_out, "this plan").long()
-        dest = _within(following.dest, following.tokens_out, "following").gather(1, step)
-        weightless = self._weightless() | following._weightless().gather(1, step)
+        step, weightless = self._read("this plan")
+        dest, more = following._read("following")
+        step = step.long()
+        dest = dest.gather(1, step)
+        weightless = weightless | more.gather(1, step)
         members, offsets = group(dest, weightless, following.tokens_out)
         return MergePlan(dest, members, offsets, min(self.protected, following.protected))
 
@@ -87,8 +90,26 @@ class MergePlan:
             return self
         return MergePlan(self.dest.to(device), self.members.to(device), self.offsets.to(device), self.protected)
 
+    def _read(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return ``dest`` and, ``(N, tokens_in)`` bool, which tokens had weight 0. Both are read once, whatever another
+        thread writes meanwhile; see :meth:`then` for plans that are damaged."""
+        dest = self.dest
+        if checks.can_read(dest):
+            dest = dest.clone()
+            try:
+                groups = read(self.members, self.offsets)
+            except IndexError as error:
+                raise IndexError(f"{name}: {error}") from None
+            if not torch.equal(dest.gather(1, groups.index).long(), group_of(groups.offsets, self.tokens_in)):
+                raise IndexError(
+                    f"{name} is damaged: its dest and its groups send tokens to different outputs; it was changed "
+                    "after match(), or is no plan"
+                )
+            return dest, (~groups.valid).gather(1, groups.index.argsort(1))
+        return dest.clamp(0, max(self.tokens_out - 1, 0)), self._weightless()
+
     def _weightless(self) -> Tensor:
-        """``(N, tokens_in)`` bool: tokens that were merged with weight 0."""
+        """Return ``(N, tokens_in)`` bool: tokens that were merged with weight 0."""
         # by argsort, not scatter: on a GPU scatter waits for the device in deterministic mode
         token = torch.where(self.members >= 0, self.members, ~self.members)
         return (self.members < 0).gather(1, token.argsort(1))
@@ -98,20 +119,6 @@ class MergePlan:
             f"MergePlan({self.dest.shape[0]} items, {self.tokens_in} -> {self.tokens_out} tokens, r={self.r}, "
             f"protected={self.protected}, {self.dest.device})"
         )
-
-
-def _within(dest: Tensor, tokens_out: int, name: str) -> Tensor:
-    """Return ``dest``, whose values are outputs that there are, see :meth:`MergePlan.then`."""
-    if checks.can_read(dest) and dest.numel():
-        wrong = (dest < 0) | (dest >= tokens_out)
-        if bool(wrong.any()):
-            item, token = wrong.nonzero()[0].tolist()
-            raise IndexError(
-                f"{name} is damaged: its dest sends token {token} of item {item} to output {int(dest[item, token])} of "
-                f"{tokens_out}; it was changed after match(), or is no plan"
-            )
-        return dest
-    return dest.clamp(0, max(tokens_out - 1, 0))
 
 
 def _flatten(plan: MergePlan) -> tuple[list[Tensor], int]:

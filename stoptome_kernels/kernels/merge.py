@@ -27,11 +27,12 @@ def _span(offsets, inside, tokens):
 
 @triton.jit
 def _hash(index):
-    """A 64-bit hash of indices: the finaliser of SplitMix64 (Steele et al., *Fast Splittable Pseudorandom Number
-    Generators*, OOPSLA 2014)."""
+    """A 64-bit hash of indices: SplitMix64 (Steele et al., *Fast Splittable Pseudorandom Number Generators*, OOPSLA
+    2014)."""
     z = index.to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    return z ^ (z >> 27)
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 @triton.jit

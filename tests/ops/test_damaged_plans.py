@@ -166,32 +166,72 @@ def test_the_reference_marks_items_where_it_can_not_raise(monkeypatch, damage):
         assert torch.equal(got[[0, 2]], want[[0, 2]]), name
 
 
+def composed(which: str, **change: Tensor) -> stk.MergePlan:
+    """Two plans composed, of which one has other tensors."""
+    plans = {"this plan": PLAN, "following": stk.match(torch.randn(3, OUT, 4), 2)}
+    for name, value in change.items():
+        tensor = getattr(plans[which], name).clone()
+        tensor[1] = value
+        plans[which] = dataclasses.replace(plans[which], **{name: tensor})
+    return plans["this plan"].then(plans["following"])
+
+
+@pytest.mark.parametrize("which", ["this plan", "following"])
 @pytest.mark.parametrize(
-    ("which", "dest", "says"),
+    ("name", "value", "says"),
     [
-        ("this plan", OUT, "this plan is damaged: its dest sends token 2 of item 1 to output 7 of 7"),
-        ("this plan", -1, "this plan is damaged: its dest sends token 2 of item 1 to output -1 of 7"),
-        ("following", 2**31 - 1, "following is damaged: its dest sends token 2 of item 1 to output 2147483647 of 5"),
+        ("dest", -1, "is damaged: its dest and its groups send tokens to different outputs"),
+        ("dest", 0, "is damaged: its dest and its groups send tokens to different outputs"),
+        ("dest", 2**31 - 1, "is damaged: its dest and its groups send tokens to different outputs"),
+        ("members", 0, "plan is damaged: the groups of item 1 don't hold"),
+        ("members", -1, "plan is damaged: the groups of item 1 don't hold"),
+        ("offsets", 99, "plan is damaged: the groups of item 1 don't hold"),
     ],
 )
-def test_composing(which, dest, says):
-    plans = {"this plan": PLAN, "following": stk.match(torch.randn(3, OUT, 4), 2)}
-    wrong = plans[which].dest.clone()
-    wrong[1, 2] = dest
-    plans[which] = dataclasses.replace(plans[which], dest=wrong)
-    with pytest.raises(IndexError, match=re.escape(says)):
-        plans["this plan"].then(plans["following"])
+def test_composing(which, name, value, says):
+    with pytest.raises(IndexError, match=f"^{which}:? {re.escape(says)}"):
+        composed(which, **{name: value})
+
+
+@pytest.mark.parametrize("which", ["this plan", "following"])
+def test_composing_where_asking_would_wait(monkeypatch, which):
+    """A token goes to the nearest output that there is, and no index leaves its range."""
+    monkeypatch.setattr("stoptome_kernels.checks.can_read", lambda tensor: False)
+    for value in (-1, 2**31 - 1):
+        plan = composed(which, dest=value)
+        assert ((plan.dest >= 0) & (plan.dest < plan.tokens_out)).all()
+
+
+@pytest.mark.parametrize("cpu", ["native", "reference", "auto"])
+def test_a_plan_that_merges_nothing_moves_nothing(cpu):
+    plan, row = stk.match(torch.randn(3, TOKENS, 4), 0), torch.ones(DIM)
+    for change in ({"members": plan.members * 0}, {"members": plan.members.flip(1)}, {"offsets": plan.offsets * 0}):
+        wrong = dataclasses.replace(plan, **change)
+        for call in (
+            lambda wrong=wrong: stk.merge(X, wrong, backend=cpu),
+            lambda wrong=wrong: stk.unmerge(X, wrong, backend=cpu),
+            lambda wrong=wrong: stk.merge_norm(X, X, wrong, None, row, row, backend=cpu),
+        ):
+            with pytest.raises(IndexError, match=r"^plan is damaged: it has r = 0, but does not leave every token"):
+                call()
+    assert stk.merge(X, plan, backend=cpu)[0] is X
 
 
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"dest": None}, TypeError, "dest must be a tensor, got NoneType"),
-        ({"members": [[0]]}, TypeError, "members must be a tensor, got list"),
-        ({"offsets": "x"}, TypeError, "offsets must be a tensor, got str"),
+        ({"dest": None}, TypeError, "dest must be a dense tensor, got NoneType"),
+        ({"members": [[0]]}, TypeError, "members must be a dense tensor, got list"),
+        ({"offsets": "x"}, TypeError, "offsets must be a dense tensor, got str"),
         ({"dest": PLAN.dest[:, :8]}, ValueError, r"dest must be int32 and of members' shape \(N, T\) = \(3, 9\)"),
         ({"dest": PLAN.dest.long()}, ValueError, "dest must be int32"),
-        ({"members": PLAN.members[0]}, ValueError, "dest must be int32"),
+        ({"members": PLAN.members[0]}, ValueError, "members must be 2-D int32, got 1-D"),
+        ({"members": PLAN.members.float()}, ValueError, "members must be 2-D int32, got 2-D torch.float32"),
+        ({"members": PLAN.members.to("meta")}, ValueError, "members is on meta, but .*dest on cpu"),
+        ({"members": PLAN.members.to_sparse()}, TypeError, "members must be a dense tensor, got torch.sparse_coo"),
+        ({"offsets": PLAN.offsets[0]}, ValueError, "offsets must be 2-D int32, got 1-D"),
+        ({"offsets": PLAN.offsets.long()}, ValueError, "offsets must be 2-D int32, got 2-D torch.int64"),
+        ({"offsets": PLAN.offsets[:2]}, ValueError, "do not belong together"),
     ],
 )
 def test_parts_of_other_types(change, error, says):
@@ -283,8 +323,21 @@ def scribble():
             plan.members.copy_(good[0])
             plan.offsets.copy_(good[1])
 
-thread = threading.Thread(target=scribble)
-thread.start()
+after = stk.match(torch.randn(N, T - 100, 8), 50)
+
+def scribble_dest():
+    kept = plan.dest.clone()
+    while time.monotonic() < end:
+        plan.dest[:, 1::5] = 2**30
+        plan.dest.copy_(kept)
+
+threads = [threading.Thread(target=scribble), threading.Thread(target=scribble_dest)]
+for thread in threads:
+    thread.start()
+
+def compose(m, o):
+    assert (plan.then(after).dest < T - 150).all()
+
 ops = torch.ops.stoptome
 run = [
     lambda m, o: ops.merge(x, m, o, None, "mean", "native"),
@@ -292,6 +345,7 @@ run = [
     lambda m, o: ops.unmerge(y, m, o, "native"),
     lambda m, o: ops.merge_norm(x, x, m, o, None, weight, weight, 1e-5, "native"),
     lambda m, o: ops.merge_norm_backward(y, y, y, mean, mean, m, o, None, weight, True, "native"),
+    compose,
 ]
 while time.monotonic() < end:
     for op in run:
@@ -300,7 +354,8 @@ while time.monotonic() < end:
             op(plan.members, plan.offsets)
         except IndexError:
             refused += 1
-thread.join()
+for thread in threads:
+    thread.join()
 assert 0 < refused < calls, (refused, calls)
 """
 

@@ -218,5 +218,3 @@ def test_what_torch_library_can_not_transform_is_refused(backend, device, r):
             torch.func.jvp(only, (inputs[place],), (inputs[place],))
         with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
             torch.vmap(only)(inputs[place][None])
-
-
