@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+TRITON ?= "triton==3.9.0; python_version >= '3.11'" "triton; python_version < '3.11'"
 ARGS ?=
 SOURCES := $(wildcard csrc/cpu/*) setup.py pyproject.toml
 
