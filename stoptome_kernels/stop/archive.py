@@ -190,7 +190,7 @@ class _Archive:
     """A zip archive of torch.save or torch.jit.save."""
 
     def __init__(self, archive: zipfile.ZipFile, path: str, mmap: bool):
-        self._archive, self._path, self._mmap = archive, path, mmap
+        self._archive, self._path = archive, path
         self._length = os.path.getsize(path)
         self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
         roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -199,9 +199,7 @@ class _Archive:
             raise ValueError(f"it holds {len(roots)} pickles of values")
         self._root = roots[0]
         self._check()
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        if mmap:
-            self._memory = torch.from_file(path, shared=False, size=self._length, dtype=torch.uint8)
+        self._memory: Any = torch.UntypedStorage.from_file(path, False, self._length) if mmap else None
 
     def load(self) -> Any:
         """Return the values of an archive of torch.save, or the tensors of the module in one of TorchScript."""
@@ -240,7 +238,8 @@ class _Archive:
     def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return the memory of a key."""
         if key not in self._storages:
-            data = self._mapped(f"data/{key}") if self._mmap else _numbers(self._read(f"data/{key}"))
+            name = f"data/{key}"
+            data = _numbers(self._read(name)) if self._memory is None else self._mapped(self._memory, name)
             if len(data) % dtype.itemsize:
                 raise ValueError("a tensor's memory is no whole number of elements")
             if data.data_ptr() % dtype.itemsize:
@@ -251,8 +250,9 @@ class _Archive:
             raise ValueError("a tensor's memory is of another dtype or length")
         return values
 
-    def _mapped(self, name: str) -> Tensor:
-        """Return the bytes of a record where they lie in the file, compared with its checksum."""
+    def _mapped(self, memory: torch.UntypedStorage, name: str) -> Tensor:
+        """Return the bytes of a record where they lie in the file, compared with its checksum. They are storage of
+        their own: what saves one of them saves no others."""
         record = self._archive.getinfo(self._root + name)
         with self._archive.open(record) as file:
             while file.read(_CHUNK):
@@ -261,7 +261,8 @@ class _Archive:
             file.seek(record.header_offset + 26)
             name_length, extra = struct.unpack("<HH", file.read(4))
         begin = record.header_offset + 30 + name_length + extra
-        return self._memory[begin : begin + record.file_size]
+        piece = memory[begin : begin + record.file_size]
+        return torch.empty(0, dtype=torch.uint8).set_(piece, 0, (record.file_size,), (1,))
 
 
 def _numbers(data: bytearray) -> Tensor:

@@ -86,6 +86,21 @@ def test_files_of_torch_save(tmp_path, mmap):
     assert same(archive.load(saved(tmp_path / "c.pt", want, _use_new_zipfile_serialization=False)), want)
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+def test_each_memory_is_storage_of_its_own(tmp_path, mmap):
+    """What saves one tensor of a file saves no others; and what shares memory in it shares it still."""
+    base = torch.arange(64.0)
+    found = archive.load(saved(tmp_path / "a.pt", {"a": base[:4], "b": base[2:], "c": torch.ones(5)}), mmap=mmap)
+    assert found["a"].untyped_storage().nbytes() == 256
+    assert found["c"].untyped_storage().nbytes() == 20
+    found["a"][3] = 9
+    assert found["b"][1] == 9
+    assert torch.load(tmp_path / "a.pt")["a"][3] == 3  # the file stays as it is
+    torch.save(found, tmp_path / "b.pt")
+    assert same(archive.load(tmp_path / "b.pt"), found)
+    assert same(torch.load(tmp_path / "b.pt"), found)
+
+
 # -- what would run ---------------------------------------------------------------------------------------------------
 
 
