@@ -166,28 +166,27 @@ def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
 
 
 def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") -> None:
-    """Raise what is wrong with the types, shapes and devices of a plan's tensors."""
+    """Raise what is wrong with a plan's tensors by themselves; :func:`groups`, which every operator asks too, with how
+    they belong together."""
     for part, value in (("dest", dest), ("members", members), ("offsets", offsets)):
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             what = f"{value.layout}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}.{part} must be a dense tensor, got {what}; use a plan from match()")
-    _groups(members, offsets, name)
+        if value.device != dest.device:
+            raise ValueError(f"{name}.{part} is on {value.device}, but {name}.dest on {dest.device}; use plan.to()")
+    for part, value in (("members", members), ("offsets", offsets)):
+        _table(value, f"{name}.{part}")
     if dest.dtype != torch.int32 or dest.shape != members.shape:
         raise ValueError(
             f"{name}.dest must be int32 and of members' shape (N, T) = {tuple(members.shape)}, got {dest.dtype} of "
             f"shape {tuple(dest.shape)}; use a plan from match()"
         )
-    for part, value in (("members", members), ("offsets", offsets)):
-        if value.device != dest.device:
-            raise ValueError(f"{name}.{part} is on {value.device}, but {name}.dest on {dest.device}; use plan.to()")
 
 
-def _groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
-    for index, part in ((members, "members"), (offsets, "offsets")):
-        if index.dim() != 2 or index.dtype != torch.int32:
-            raise ValueError(
-                f"{name}.{part} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()"
-            )
+def groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
+    """Raise what is wrong with the shapes and dtypes of a plan's groups."""
+    _table(members, f"{name}.members")
+    _table(offsets, f"{name}.offsets")
     if members.shape[0] != offsets.shape[0] or offsets.shape[1] < 1 or offsets.shape[1] > members.shape[1] + 1:
         raise ValueError(
             f"{name}.members {tuple(members.shape)} and {name}.offsets {tuple(offsets.shape)} do not belong together; "
@@ -195,11 +194,16 @@ def _groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
         )
 
 
+def _table(index: Tensor, name: str) -> None:
+    if index.dim() != 2 or index.dtype != torch.int32:
+        raise ValueError(f"{name} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()")
+
+
 def merges_nothing(members: Tensor, offsets: Tensor) -> None:
     """Raise IndexError for a plan of r = 0 on the CPU that does anything else than leave every token where it is."""
     if can_read(members):
         every = torch.arange(offsets.shape[1], dtype=torch.int32)
-        if not bool((members == every[:-1]).all() and (offsets == every).all()):
+        if not (torch.equal(members, every[:-1].expand_as(members)) and torch.equal(offsets, every.expand_as(offsets))):
             raise IndexError(
                 "plan is damaged: it has r = 0, but does not leave every token where it is; it was changed after "
                 "match(), or is no plan"
@@ -208,7 +212,7 @@ def merges_nothing(members: Tensor, offsets: Tensor) -> None:
 
 def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor, backend: str) -> None:
     """``value`` is ``(N, tokens, D)`` floating and lives where the plan does."""
-    _groups(members, offsets)
+    groups(members, offsets)
     n = members.shape[0]
     if value.dim() != 3:
         raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")

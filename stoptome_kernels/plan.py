@@ -66,6 +66,7 @@ class MergePlan:
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
         for plan, name in ((self, "this plan"), (following, "following")):
             checks.parts(plan.dest, plan.members, plan.offsets, name)
+            checks.groups(plan.members, plan.offsets, name)
         have, want = (self.dest.shape[0], self.tokens_out), tuple(following.dest.shape)
         if have != want:
             raise ValueError(
@@ -105,20 +106,24 @@ class MergePlan:
                     f"{name} is damaged: its dest and its groups send tokens to different outputs; it was changed "
                     "after match(), or is no plan"
                 )
-            return dest, (~groups.valid).gather(1, groups.index.argsort(1))
+            return dest, _by_token(~groups.valid, groups.index)
         return dest.clamp(0, max(self.tokens_out - 1, 0)), self._weightless()
 
     def _weightless(self) -> Tensor:
         """Return ``(N, tokens_in)`` bool: tokens that were merged with weight 0."""
-        # by argsort, not scatter: on a GPU scatter waits for the device in deterministic mode
-        token = torch.where(self.members >= 0, self.members, ~self.members)
-        return (self.members < 0).gather(1, token.argsort(1))
+        return _by_token(self.members < 0, torch.where(self.members >= 0, self.members, ~self.members))
 
     def __repr__(self) -> str:
         return (
             f"MergePlan({self.dest.shape[0]} items, {self.tokens_in} -> {self.tokens_out} tokens, r={self.r}, "
             f"protected={self.protected}, {self.dest.device})"
         )
+
+
+def _by_token(marks: Tensor, token: Tensor) -> Tensor:
+    """Return marks of members in the order of their tokens. By argsort, not scatter: on a GPU scatter waits for the
+    device in deterministic mode."""
+    return marks.gather(1, token.argsort(1))
 
 
 def _flatten(plan: MergePlan) -> tuple[list[Tensor], int]:
