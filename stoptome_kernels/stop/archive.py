@@ -113,12 +113,17 @@ class _Tensors(Interpreter):
 
     Args:
         data: the pickle, or a file that stands before it.
-        storage: gives the memory of a key, as a tensor of a dtype, for the number of elements that the pickle tells.
+        memory: gives the memory of a key, as a tensor of a dtype, for the number of elements that the pickle tells;
+            asked once for each key.
+
+    Attributes:
+        storages: the memory by its keys.
     """
 
-    def __init__(self, data: bytes | bytearray | IO[bytes], storage: Callable[[str, torch.dtype, int], Tensor]):
+    def __init__(self, data: bytes | bytearray | IO[bytes], memory: Callable[[str, torch.dtype, int], Tensor]):
         super().__init__(data)
-        self._storage = storage
+        self._memory = memory
+        self.storages: dict[str, Tensor] = {}
 
     def knows(self, name: str) -> bool:
         return name in _KNOWN
@@ -142,7 +147,13 @@ class _Tensors(Interpreter):
     def outside(self, saved: Any) -> _Storage:
         match saved:
             case ("storage", Name(name), str(key), str(), int(count), *_) if name in _DTYPES:
-                return _Storage(self._storage(key, _DTYPES[name], count))
+                dtype = _DTYPES[name]
+                if key not in self.storages:
+                    self.storages[key] = self._memory(key, dtype, count)
+                values = self.storages[key]
+                if values.dtype != dtype or len(values) < count:
+                    raise ValueError("a tensor's memory is of another dtype or length")
+                return _Storage(values)
         raise ValueError("it names memory in an unknown way")
 
 
@@ -192,7 +203,6 @@ class _Archive:
     def __init__(self, archive: zipfile.ZipFile, path: str, mmap: bool):
         self._archive, self._path = archive, path
         self._length = os.path.getsize(path)
-        self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
         roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
         roots = [root for root in roots if root.count("/") == 1]
         if len(roots) != 1:
@@ -237,18 +247,11 @@ class _Archive:
 
     def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return the memory of a key."""
-        if key not in self._storages:
-            name = f"data/{key}"
-            data = _numbers(self._read(name)) if self._memory is None else self._mapped(self._memory, name)
-            if len(data) % dtype.itemsize:
-                raise ValueError("a tensor's memory is no whole number of elements")
-            if data.data_ptr() % dtype.itemsize:
-                data = data.clone()
-            self._storages[key] = dtype, data.view(dtype)
-        kept, values = self._storages[key]
-        if kept != dtype or len(values) < count:
-            raise ValueError("a tensor's memory is of another dtype or length")
-        return values
+        name = f"data/{key}"
+        data = _numbers(self._read(name)) if self._memory is None else self._mapped(self._memory, name)
+        if len(data) % dtype.itemsize:
+            raise ValueError("a tensor's memory is no whole number of elements")
+        return (data.clone() if data.data_ptr() % dtype.itemsize else data).view(dtype)
 
     def _mapped(self, memory: torch.UntypedStorage, name: str) -> Tensor:
         """Return the bytes of a record where they lie in the file, compared with its checksum. They are storage of
@@ -293,32 +296,27 @@ def _of_module(module: Any) -> dict[str, Tensor]:
 def _legacy(file: IO[bytes], length: int) -> Any:
     """Return the values of pickles one behind the other: a mark, two of no meaning here, the values, and the keys of
     their memory, which follows."""
-    storages: dict[str, tuple[torch.dtype, Tensor]] = {}
 
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if count < 0 or count * dtype.itemsize > length:
+    def blank(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if not 0 <= count * dtype.itemsize <= length:
             raise ValueError("a tensor is longer than the file")
-        if key not in storages:
-            storages[key] = dtype, _numbers(bytearray(count * dtype.itemsize)).view(dtype)
-        kept, values = storages[key]
-        if kept != dtype or len(values) < count:
-            raise ValueError("a tensor's memory is of another dtype or length")
-        return values
+        return _numbers(bytearray(count * dtype.itemsize)).view(dtype)
 
     if Interpreter(file).load() != _LEGACY:
         raise ValueError("it is no file of torch.save")
     for _ in range(2):  # the version, and what the machine was like
         Interpreter(file).load()
-    value = _within(_Tensors(file, storage).load(), length)
+    tensors = _Tensors(file, blank)
+    value = _within(tensors.load(), length)
     keys = Interpreter(file).load()
-    if type(keys) is not list or sorted(keys) != sorted(storages):
+    if type(keys) is not list or sorted(keys) != sorted(tensors.storages):
         raise ValueError("the memory of its tensors is not all there")
     for key in keys:
-        dtype, values = storages[key]
+        values = tensors.storages[key]
         (count,) = struct.unpack("<q", file.read(8))
-        data = bytearray(file.read(len(values) * dtype.itemsize))
-        if count != len(values) or len(data) != len(values) * dtype.itemsize:
+        data = bytearray(file.read(values.nbytes))
+        if (count, len(data)) != (len(values), values.nbytes):
             raise ValueError("it breaks off")
         if count:
-            values.copy_(torch.frombuffer(data, dtype=dtype))
+            values.copy_(torch.frombuffer(data, dtype=values.dtype))
     return value
