@@ -135,7 +135,7 @@ class Study:
 
 
 def _results(out: Path) -> dict[str, Any] | None:
-    """What a run has measured; None: nothing yet, or its file is damaged."""
+    """Return what a run has measured; None: nothing yet, or its file is damaged."""
     try:
         return sealed.read_json(out / "results.json", dict[str, Any])
     except (sealed.Damaged, OSError):

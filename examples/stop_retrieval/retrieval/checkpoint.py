@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training goes on from: written by all its processes, and checked before any of it is used.
+"""The checkpoints of a training: written by all its processes, and checked before any of one is used.
 
 The keys of a checkpoint are STOP's (``epoch, global_step, arch, state_dict, best_acc1, optimizer, scaler``), its
 weights have STOP's names; ``step`` and ``hparams`` are this program's. It holds tensors and plain values
@@ -47,7 +47,7 @@ class Progress:
 
 
 class _Moments(msgspec.Struct, forbid_unknown_fields=True):
-    """What AdamW keeps of a parameter."""
+    """AdamW's state of a parameter."""
 
     step: Tensor
     exp_avg: Tensor
@@ -93,7 +93,7 @@ class _File(_Weights):
 
 @dataclass
 class Checkpoint:
-    """What a training goes on from.
+    """A checkpoint that a training can go on from.
 
     Attributes:
         path: of the file, for messages.

@@ -26,7 +26,7 @@ _AGAIN = "remove it and run --index again"
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What tells a store from others, as its manifest has it."""
+    """The identity of a store, as its manifest has it."""
 
     format: int
     fingerprint: str
@@ -35,7 +35,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Header(Identity, frozen=True, forbid_unknown_fields=True):
-    """What a shard tells of itself."""
+    """The metadata of a shard."""
 
     start: int
     stop: int

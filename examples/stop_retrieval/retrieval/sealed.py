@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Damaged(ValueError):
-    """What is wrong with the content of a file, in one line without its name."""
+    """An error that says in one line, without the file's name, what is wrong with its content."""
 
 
 class NotWhole(Damaged):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its folder: settings, log, results, checkpoints."""
+"""The folder of a run: settings, log, results, checkpoints."""
 
 from __future__ import annotations
 
