@@ -78,7 +78,7 @@ def attention_backward(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradient of :func:`attention` for the gradient ``grad (N, H, Tq, d)`` of its output.
+    """The gradient of ``attention`` for the gradient ``grad (N, H, Tq, d)`` of its output.
 
     Returns:
         (dq, dk, dv, dprefix_k, dprefix_v), each of its tensor's shape and dtype; None for no prefix.

@@ -91,11 +91,11 @@ def match(
         metric: ``(N, H, T, C)``, any floating dtype.
         r: tokens to remove from each item, already capped: at ``(T - protected) // 2``, or at ``sources``.
         protected: tokens of neither set, which are never merged: the leading ones, or those that lead ``order``.
-        order: ``(T,)`` int32, the tokens as :func:`arrange` has them; None for even sources and odd destinations.
+        order: ``(T,)`` int32, the tokens as ``arrange`` has them; None for even sources and odd destinations.
         sources: with ``order``, how many of its tokens are sources.
 
     Returns:
-        ``(dest, members, offsets)`` as :class:`stoptome_kernels.MergePlan` describes them.
+        ``(dest, members, offsets)`` as ``stoptome_kernels.MergePlan`` describes them.
     """
     n, _, tokens, _ = metric.shape
     if r == 0 or n == 0:

@@ -134,11 +134,11 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The adjoint of :func:`reduce`: one row for each token, read from its group's row.
+    """The adjoint of ``reduce``: one row for each token, read from its group's row.
 
     Args:
         grad: ``(N, T_out, D)``.
-        members, offsets, size, mode: as in :func:`reduce`; ``all`` is unmerging: x̂_i = y_dest(i).
+        members, offsets, size, mode: as in ``reduce``; ``all`` is unmerging: x̂_i = y_dest(i).
         x, y: input and output of the merge, for ``max`` alone.
 
     Returns:

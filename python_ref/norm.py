@@ -22,7 +22,7 @@ def merge_norm(
 
     Args:
         x, residual: ``(N, T, D)`` floating; the stream's dtype is what the two promote to.
-        members, offsets, size: as in :func:`reduce`.
+        members, offsets, size: as in ``reduce``.
         weight, bias: ``(D,)`` or None.
         eps: added to the variance.
 
@@ -60,7 +60,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of :func:`merge_norm` from those of normed and y, ``(N, T_out, D)``.
+    """The gradient of ``merge_norm`` from those of normed and y, ``(N, T_out, D)``.
 
     Returns:
         The gradient of x and of residual ``(N, T, D)`` in the stream's dtype, rounded once: with x̂ the rows normalised

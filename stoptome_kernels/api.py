@@ -43,7 +43,7 @@ def match(
             sources; without destinations nothing is merged.
 
     Returns:
-        A :class:`MergePlan` on metric's device; its ``protected`` is 0 with ``sets``.
+        A ``MergePlan`` on metric's device; its ``protected`` is 0 with ``sets``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or range; the message names it.
@@ -103,7 +103,7 @@ def merge(
 
     Args:
         x: ``(N, T, D)``, float32, float64, bfloat16 or float16, any strides.
-        plan: from :func:`match`.
+        plan: from ``match``.
         size: ``(N, T)`` float32, how many original tokens each token stands for (positive); None for all ones. No
             gradient flows into it.
         mode: ``mean`` weighted by size, ``sum`` (unweighted) or ``max`` (elementwise; NaN if a member is NaN).
@@ -216,7 +216,7 @@ def merge_norm(
         x: ``(N, T, D)``, D ≥ 1, float32, float64, bfloat16 or float16, any strides.
         residual: ``(N, T, D)``, of any of these dtypes: what a layer adds to x. The dtype of the stream is
             ``torch.promote_types(x.dtype, residual.dtype)`` (under autocast x is float32 and residual bfloat16).
-        plan: from :func:`match`.
+        plan: from ``match``.
         size: ``(N, T)`` float32, how many original tokens each token stands for (positive); None for all ones. No
             gradient flows into it.
         weight, bias: ``(D,)``, of any of these dtypes (float32 beside a 16-bit stream is usual), each or both None.
@@ -227,7 +227,7 @@ def merge_norm(
         ``y (N, T - r, D)``, the merged stream, and ``normed (N, T - r, D)``, both in the stream's dtype; and
         ``size (N, T - r)`` float32. An output token is ``Σ s (x + residual) / Σ s`` over its members, where sums of all
         kinds run in float32 (float64 for a float64 stream), in ascending token order, and are rounded once; a token
-        that nothing was merged into is ``x + residual``; tokens of weight 0 (see :func:`match`) are left out. normed
+        that nothing was merged into is ``x + residual``; tokens of weight 0 (see ``match``) are left out. normed
         is the LayerNorm of y as rounded: ``(y − mean) / sqrt(var + eps) · weight + bias`` with the biased variance in
         two passes. y is the same bit for bit on every backend, normed up to the order of its sums; both are so from
         run to run and for any number of threads. For a plan with r = 0: ``x + residual``, its layer_norm (computed in
@@ -235,7 +235,7 @@ def merge_norm(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; the message names it.
-        IndexError: the plan is damaged, see :func:`merge`.
+        IndexError: the plan is damaged, see ``merge``.
         RuntimeError: an explicit backend can't run here; the message says why.
 
     Differentiable in x, residual (which get the same gradient), weight and bias, once and in reverse mode: a second

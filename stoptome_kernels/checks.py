@@ -59,7 +59,7 @@ def integer(value: object, name: str, what: str) -> int:
 
 
 def count(value: object, name: str, what: str, least: int = 0) -> int:
-    """``value`` as an int of ``least`` or more, see :func:`integer`."""
+    """``value`` as an int of ``least`` or more, see ``integer``."""
     number = integer(value, name, what)
     if number < least:
         raise ValueError(f"{name} must be {least} or more ({what}), got {number}")
@@ -166,7 +166,7 @@ def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
 
 
 def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") -> None:
-    """Raise what is wrong with a plan's tensors by themselves; :func:`groups`, which every operator asks too, with how
+    """Raise what is wrong with a plan's tensors by themselves; ``groups``, which every operator asks too, with how
     they belong together."""
     for part, value in (("dest", dest), ("members", members), ("offsets", offsets)):
         if not isinstance(value, Tensor) or value.layout != torch.strided:

@@ -12,9 +12,9 @@ their MergePlan.
 Order of the tokens that come out: unmerged ones by their index, then destinations by theirs. With a class token that is
 the published order too. Without one (``class_token=False``), and on images, the published functions leave the unmerged
 tokens in the order of their similarity: the same tokens with the same values in other rows. Neither ``unmerge`` nor
-anything that goes by ``plan.dest`` or :func:`merge_source` depends on that.
+anything that goes by ``plan.dest`` or ``merge_source`` depends on that.
 
-Differences: ties, zeros and NaN go as :func:`stoptome_kernels.match` says, arithmetic is float32 inside, sizes are
+Differences: ties, zeros and NaN go as ``stoptome_kernels.match`` says, arithmetic is float32 inside, sizes are
 float32, and the gradient of ``max`` goes to one token. New code has no need of this module.
 """
 
@@ -50,10 +50,10 @@ class Merge:
 
         Args:
             x: ``(N, T, D)`` floating, any strides.
-            mode: ``mean`` (each member counts once: :func:`merge_wavg` weighs by size), ``sum``, ``max`` or ``amax``.
+            mode: ``mean`` (each member counts once: ``merge_wavg`` weighs by size), ``sum``, ``max`` or ``amax``.
 
         Raises:
-            TypeError, ValueError: as :func:`stoptome_kernels.merge`, or another mode.
+            TypeError, ValueError: as ``stoptome_kernels.merge``, or another mode.
         """
         if self.plan.r == 0:
             return x
@@ -112,10 +112,10 @@ def bipartite_soft_matching(
         metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
         r: tokens to remove; capped at half of the unprotected tokens. At 0 or less the callables return their argument.
         class_token: True if the first token is not to be merged. An int (that is no bool) is TempMe's ``cls_num``, and
-            the call goes to :func:`bipartite_soft_matching_tempme`; 0 and 1 mean the same in both.
+            the call goes to ``bipartite_soft_matching_tempme``; 0 and 1 mean the same in both.
         distill_token: True if the second token is not to be merged either; TempMe's ``r_f`` with an int before it.
         cls_num, r_f: TempMe's third and fourth argument by name, in place of ``class_token`` and ``distill_token``; see
-            :func:`bipartite_soft_matching_tempme`.
+            ``bipartite_soft_matching_tempme``.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
@@ -124,7 +124,7 @@ def bipartite_soft_matching(
         function leaves the unmerged ones in the order of their similarity.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`; a distillation token without a class token; arguments
+        TypeError, ValueError: as ``stoptome_kernels.match``; a distillation token without a class token; arguments
             of both forms.
     """
     if cls_num is not None:
@@ -165,15 +165,15 @@ def bipartite_soft_matching_tempme(
     """Match as TempMe does, with any number of class tokens in front (a joined clip has one for each frame).
 
     Args:
-        metric, r, backend: as of :func:`bipartite_soft_matching`.
+        metric, r, backend: as of ``bipartite_soft_matching``.
         cls_num: leading tokens that are not merged.
         r_f: any int, without effect: the published function takes it (1, or the number of frames) and never uses it.
 
     Returns:
-        As :func:`bipartite_soft_matching`.
+        As ``bipartite_soft_matching``.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`.
+        TypeError, ValueError: as ``stoptome_kernels.match``.
     """
     cls_num = checks.count(cls_num, "cls_num", "leading tokens that are not merged; bools are ToMe's form")
     checks.integer(r_f, "r_f", "without effect")
@@ -194,7 +194,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int, *, backend: str = "auto"
         fill no group: the published function drops those.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`.
+        TypeError, ValueError: as ``stoptome_kernels.match``.
     """
     tokens = _tokens(metric, backend)
     k = min(max(1, checks.integer(k, "k", "tokens of a group")), 2**31)  # more than a metric's tokens
@@ -223,7 +223,7 @@ def random_bipartite_soft_matching(
         items of the call, where the published function makes one for each.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`.
+        TypeError, ValueError: as ``stoptome_kernels.match``.
     """
     tokens = _tokens(metric, backend)
     r = min(_not_negative(r), max(0, tokens - 1))
@@ -263,7 +263,7 @@ def bipartite_soft_matching_random2d(
         each by index. The published function leaves the unmerged sources in the order of their similarity.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.match`, or sizes that do not fit.
+        TypeError, ValueError: as ``stoptome_kernels.match``, or sizes that do not fit.
     """
     tokens = _tokens(metric, backend)
     w, h = checks.count(w, "w", "tokens in a row"), checks.count(h, "h", "rows of tokens")
@@ -287,7 +287,7 @@ def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = No
     """Average the members of every merged token, weighted by how many tokens each stands for.
 
     Args:
-        merge: from one of the matchings above: then it is one fused :func:`stoptome_kernels.merge`. Any other callable
+        merge: from one of the matchings above: then it is one fused ``stoptome_kernels.merge``. Any other callable
             ``merge(x, mode="sum")`` is called twice.
         x: ``(N, T, D)``.
         size: ``(N, T, 1)``, any floating dtype; None for all ones. No gradient flows into it.
@@ -298,7 +298,7 @@ def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = No
         ``size.log().to(scores.dtype)``. With another callable, ``size`` is what that callable gives for float32 sizes.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.merge`, or a size of another shape.
+        TypeError, ValueError: as ``stoptome_kernels.merge``, or a size of another shape.
     """
     if size is not None:
         checks.tensor(size, "size", "(N, T, 1)")
@@ -328,7 +328,7 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
         that was removed with weight 0 is counted where ``plan.dest`` puts it.
 
     Raises:
-        TypeError, ValueError: as :func:`stoptome_kernels.merge`.
+        TypeError, ValueError: as ``stoptome_kernels.merge``.
     """
     checks.tensor(x, "x", "(N, T, D)")
     n, tokens = x.shape[:2]

@@ -18,7 +18,7 @@ exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it is 
 
 
 def group(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Tensor, Tensor]:
-    """``members (N, T)`` and ``offsets (N, tokens_out + 1)`` of a plan, see :func:`.reference.build_groups`.
+    """``members (N, T)`` and ``offsets (N, tokens_out + 1)`` of a plan, see ``reference.build_groups``.
 
     Args:
         dest: ``(N, T)`` integer, input token to output token.

@@ -30,7 +30,7 @@ def heads_last(x: Tensor) -> Tensor:
 
 
 def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
-    """Memory for ``(n, heads, tokens, d)`` of x's kind, laid out as :func:`heads_last` has it."""
+    """Memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
     return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
 
 

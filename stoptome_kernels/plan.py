@@ -15,10 +15,10 @@ from .reference.merging import group_of, read
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """Where every token of every item goes; made by :func:`stoptome_kernels.match`, never changed afterwards.
+    """Where every token of every item goes; made by ``stoptome_kernels.match``, never changed afterwards.
 
     A value without hidden state: it can be reused for any tensors of its shape, passed into and out of compiled
-    functions, and composed with :meth:`then`. It takes 12 bytes a token and 4 an item.
+    functions, and composed with ``then``. It takes 12 bytes a token and 4 an item.
 
     Attributes:
         dest: ``(N, tokens_in)`` int32, the output token of every input token. Composed over layers it is the *source
@@ -93,7 +93,7 @@ class MergePlan:
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:
         """Return ``dest`` and, ``(N, tokens_in)`` bool, which tokens had weight 0. Both are read once, whatever another
-        thread writes meanwhile; see :meth:`then` for plans that are damaged."""
+        thread writes meanwhile; see ``then`` for plans that are damaged."""
         dest = self.dest
         if checks.can_read(dest):
             dest = dest.clone()

@@ -58,7 +58,7 @@ def visualize(
         frames: ``(T, 3, H, W)`` or ``(T, H, W, 3)``, uint8 or floating in [0, 1]; a torch tensor or a numpy array.
         trace: where every token of every frame ended. One of: an integer tensor or array ``(T, L)``, in which two
             tokens of whatever frames ended in one if and only if their numbers are equal, or ``(B, T, L)`` for several
-            videos; an object with such an attribute ``dest``; a :class:`MergePlan` with a frame in each item (so equal
+            videos; an object with such an attribute ``dest``; a ``MergePlan`` with a frame in each item (so equal
             numbers in different items are different tokens), ``N = T`` or ``N = B · T``.
         out: a file to write: .png or .jpg of all frames, .gif or .mp4 that plays them. Written whole or not at all.
         video: which of the B videos of the trace ``frames`` shows.

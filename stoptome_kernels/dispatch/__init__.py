@@ -2,7 +2,7 @@
 """Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
 
 Each backend is a module with ``match``, ``reduce``, ``spread`` and ``merge_norm`` (see
-:mod:`stoptome_kernels.reference` for what they compute) and ``why_not``, one predicate that serves the silent choice of
+``stoptome_kernels.reference`` for what they compute) and ``why_not``, one predicate that serves the silent choice of
 ``auto`` and the error of an explicit backend.
 """
 

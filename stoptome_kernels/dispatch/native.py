@@ -42,7 +42,7 @@ def _address(t: Tensor | None) -> int:
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.match`."""
+    """See ``stoptome_kernels.reference.match``."""
     metric = unit(metric)
     n, heads, tokens, channels = metric.shape
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
@@ -64,7 +64,7 @@ def reduce(
     mode: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write, contiguous."""
+    """See ``stoptome_kernels.reference.reduce``; ``out`` is where to write, contiguous."""
     x, members, offsets = unit(x), members.contiguous(), offsets.contiguous()
     n, tokens, dim = x.shape
     tokens_out = offsets.shape[1] - 1
@@ -87,7 +87,7 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`stoptome_kernels.reference.spread`."""
+    """See ``stoptome_kernels.reference.spread``."""
     grad, members, offsets = unit(grad), members.contiguous(), offsets.contiguous()
     n, tokens_out, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
@@ -110,7 +110,7 @@ def merge_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.merge_norm`."""
+    """See ``stoptome_kernels.reference.merge_norm``."""
     stream = torch.promote_types(x.dtype, residual.dtype)
     wide = torch.float64 if stream == torch.float64 else torch.float32
     x, residual = unit(x.to(stream)), unit(residual.to(stream))
@@ -140,7 +140,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    """See ``stoptome_kernels.reference.merge_norm_backward``."""
     grad_normed, y, members, offsets = unit(grad_normed), unit(y), members.contiguous(), offsets.contiguous()
     grad_y = None if grad_y is None else unit(grad_y)
     weight = None if weight is None else weight.to(mean.dtype).contiguous()
@@ -166,7 +166,7 @@ def attention(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.attention`: torch's own fused kernel, with the prefix concatenated."""
+    """See ``stoptome_kernels.reference.attention``: torch's own fused kernel, with the prefix concatenated."""
     keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         unit(q), keys, values, attn_mask=log_size(size, keys), scale=scale
@@ -186,7 +186,7 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`stoptome_kernels.reference.attention_backward`."""
+    """See ``stoptome_kernels.reference.attention_backward``."""
     keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
     dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         unit(grad), unit(q), keys, values, out, lse, 0.0, False, attn_mask=log_size(size, keys), scale=scale

@@ -34,7 +34,7 @@ def reduce(
     mode: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write."""
+    """See ``stoptome_kernels.reference.reduce``; ``out`` is where to write."""
     y, size_out = reference.reduce(x, members, offsets, size, mode)
     return (y, size_out) if out is None else (out[0].copy_(y), out[1].copy_(size_out))
 
@@ -51,5 +51,5 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`stoptome_kernels.reference.attention_backward`; it needs neither ``out`` nor ``lse``."""
+    """See ``stoptome_kernels.reference.attention_backward``; it needs neither ``out`` nor ``lse``."""
     return reference.attention_backward(grad, q, k, v, size, prefix_k, prefix_v, scale)

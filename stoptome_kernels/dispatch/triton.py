@@ -80,7 +80,7 @@ def _on(tensor: Tensor):
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.match`."""
+    """See ``stoptome_kernels.reference.match``."""
     from ..kernels import match as kernels
 
     with _on(metric):
@@ -95,7 +95,7 @@ def reduce(
     mode: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.reduce`; ``out`` is where to write, contiguous."""
+    """See ``stoptome_kernels.reference.reduce``; ``out`` is where to write, contiguous."""
     from ..kernels import merge as kernels
 
     with _on(x):
@@ -111,7 +111,7 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`stoptome_kernels.reference.spread`."""
+    """See ``stoptome_kernels.reference.spread``."""
     from ..kernels import merge as kernels
 
     with _on(grad):
@@ -128,7 +128,7 @@ def merge_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.merge_norm`."""
+    """See ``stoptome_kernels.reference.merge_norm``."""
     from ..kernels import norm as kernels
 
     with _on(x):
@@ -147,7 +147,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    """See ``stoptome_kernels.reference.merge_norm_backward``."""
     from ..kernels import norm as kernels
 
     with _on(grad_normed):
@@ -163,7 +163,7 @@ def attention(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.reference.attention`."""
+    """See ``stoptome_kernels.reference.attention``."""
     from ..kernels import attention as kernels
 
     with _on(q):
@@ -182,7 +182,7 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`stoptome_kernels.reference.attention_backward`."""
+    """See ``stoptome_kernels.reference.attention_backward``."""
     from ..kernels import attention as kernels
 
     with _on(q):

@@ -324,7 +324,7 @@ def attention(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; see :func:`stoptome_kernels.reference.attention`."""
+    """``(out, lse)``; see ``stoptome_kernels.reference.attention``."""
     q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
     n, heads, queries, _ = q.shape
     out = empty_heads_last(q, n, heads, queries)
@@ -346,7 +346,7 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(dq, dk, dv, dprefix_k, dprefix_v)``; see :func:`stoptome_kernels.reference.attention_backward`."""
+    """``(dq, dk, dv, dprefix_k, dprefix_v)``; see ``stoptome_kernels.reference.attention_backward``."""
     q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
     dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in (q, k, v))
     shape = None if prefix_k is None else (q.shape[0], *prefix_k.shape[1:])

@@ -329,7 +329,7 @@ def launches(
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dest, members, offsets)`` of metric (N, H, T, C); see :func:`stoptome_kernels.reference.match`."""
+    """``(dest, members, offsets)`` of metric (N, H, T, C); see ``stoptome_kernels.reference.match``."""
     metric = unit(metric)
     n, _, tokens, _ = metric.shape
     before = None

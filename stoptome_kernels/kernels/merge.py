@@ -287,7 +287,7 @@ def reduce(
     mode: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, size_out)`` of x (N, T, D), in ``out`` if given; see :func:`stoptome_kernels.reference.reduce`."""
+    """``(y, size_out)`` of x (N, T, D), in ``out`` if given; see ``stoptome_kernels.reference.reduce``."""
     n, _, dim = x.shape
     groups = offsets.shape[1] - 1
     y = x.new_empty((n, groups, dim)) if out is None else out[0]
@@ -310,7 +310,7 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The adjoint: (N, T, D) from grad (N, T_out, D); see :func:`stoptome_kernels.reference.spread`."""
+    """The adjoint: (N, T, D) from grad (N, T_out, D); see ``stoptome_kernels.reference.spread``."""
     n, groups, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
     if n * groups * dim > 0:

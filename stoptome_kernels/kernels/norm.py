@@ -242,7 +242,7 @@ def merge_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, normed, size_out, mean, rstd); see :func:`stoptome_kernels.reference.merge_norm`."""
+    """(y, normed, size_out, mean, rstd); see ``stoptome_kernels.reference.merge_norm``."""
     n, _, dim = x.shape
     groups = offsets.shape[1] - 1
     stream = torch.promote_types(x.dtype, residual.dtype)
@@ -270,7 +270,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients (N, T, D) and (2, D); see :func:`stoptome_kernels.reference.merge_norm_backward`."""
+    """The gradients (N, T, D) and (2, D); see ``stoptome_kernels.reference.merge_norm_backward``."""
     n, groups, dim = grad_normed.shape
     out = grad_normed.new_empty((n, members.shape[1], dim))
     if n * groups == 0:

@@ -17,7 +17,7 @@ from ..reference import match_sets
 
 
 def match(metric: Tensor, r: int, protected: int) -> MergePlan:
-    """See :func:`stoptome_kernels.match`."""
+    """See ``stoptome_kernels.match``."""
     m = metric.detach().to(_wide(metric.dtype))
     m = m.mean(1) if m.dim() == 4 else m
     n, tokens, _ = m.shape
@@ -51,7 +51,7 @@ def match(metric: Tensor, r: int, protected: int) -> MergePlan:
 
 
 def merge(x: Tensor, plan: MergePlan, size: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
-    """See :func:`stoptome_kernels.merge`."""
+    """See ``stoptome_kernels.merge``."""
     counts = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     counts = counts.masked_fill(plan._weightless(), 0.0)
     into = plan.dest.long()
@@ -69,7 +69,7 @@ def merge(x: Tensor, plan: MergePlan, size: Tensor | None, mode: str) -> tuple[T
 
 
 def unmerge(y: Tensor, plan: MergePlan) -> Tensor:
-    """See :func:`stoptome_kernels.unmerge`."""
+    """See ``stoptome_kernels.unmerge``."""
     return y.gather(1, plan.dest.long()[..., None].expand(-1, -1, y.shape[2]))
 
 
@@ -82,7 +82,7 @@ def merge_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`stoptome_kernels.merge_norm`."""
+    """See ``stoptome_kernels.merge_norm``."""
     y, total = merge(x + residual, plan, size, "mean")
     weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
     return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps), total

@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 def read(path: str | os.PathLike) -> dict[str, Tensor]:
     """Return the weights in a file: a state_dict, a dictionary that holds one, or a TorchScript archive.
 
-    Nothing in the file is run, see :mod:`.archive`; OpenAI's files of CLIP are TorchScript archives.
+    Nothing in the file is run, see ``archive``; OpenAI's files of CLIP are TorchScript archives.
 
     Raises:
         FileNotFoundError: no such file.
@@ -122,7 +122,7 @@ def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
 
 
 def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
-    """Load what the model has; see :meth:`StopModel.load_clip`."""
+    """Load what the model has; see ``StopModel.load_clip``."""
     state, own = own_names(state), model.state_dict()
     for name, value in state.items():
         if name in own and own[name].shape != value.shape:

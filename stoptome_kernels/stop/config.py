@@ -38,7 +38,7 @@ class StopConfig:
         max_words: tokens of a text.
         temporal_prompt: ``group2-2`` is STOP proper; ``DGL`` leaves the dynamic prompts out.
         shared_latent_space: where deep prompts come from, a small ``transformer`` or ``linear`` layers.
-        visual_output: what stands for a video, see :meth:`StopModel.encode_video`.
+        visual_output: what stands for a video, see ``StopModel.encode_video``.
         lora: blocks have a low-rank branch beside the MLP.
         prompt_layers: layers that have prompts of their own (None: as many as the larger of the two towers).
     """

@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class VisualBlock(Block):
-    """A block of the visual tower, see :func:`stoptome_kernels.tome.stream.run_block`."""
+    """A block of the visual tower, see ``stoptome_kernels.tome.stream.run_block``."""
 
     def forward(self, stream: Stream, step, **options) -> tuple[Stream, Plans]:
         return run_block(self, stream, step, **options)

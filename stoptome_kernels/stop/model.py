@@ -25,8 +25,8 @@ class StopModel(nn.Module):
     """STOP with upstream's parameter names, its visual blocks on this package's operators.
 
     ``state_dict()`` has the names and shapes of upstream's CLIP, and ``load_state_dict`` takes a STOP checkpoint with
-    or without the prefix ``clip.``; see :meth:`from_checkpoint` and :meth:`load_clip`. Token merging is switched on by
-    :func:`stoptome_kernels.apply_tome_patch`.
+    or without the prefix ``clip.``; see ``from_checkpoint`` and ``load_clip``. Token merging is switched on by
+    ``stoptome_kernels.apply_tome_patch``.
     """
 
     loaded: checkpoint.Loaded  # of from_checkpoint
@@ -205,7 +205,7 @@ class StopModel(nn.Module):
     def from_checkpoint(cls, path: str | os.PathLike, tome: ToMeConfig | None = None, **changes) -> StopModel:
         """A model with the weights of a STOP checkpoint or of plain CLIP weights.
 
-        The configuration is read off the weights; ``changes`` are fields of :class:`StopConfig` that they don't tell
+        The configuration is read off the weights; ``changes`` are fields of ``StopConfig`` that they don't tell
         (``frames``, ``visual_output``, ``max_words`` …). ``tome`` patches the model before the weights are loaded, so
         that learnt frame embeddings find their place. What was missing or left over is in ``model.loaded``.
 

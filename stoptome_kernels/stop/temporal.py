@@ -79,7 +79,7 @@ class TemporalPrompt(nn.Module):
 
         Args:
             tokens: ``(B, T, 50, 768)`` behind ``ln_pre``, class token first.
-            salient: of :meth:`forward`.
+            salient: of ``forward``.
 
         The weights of the frames are scaled by the smallest and the largest of the batch: as upstream, a video's
         features depend a little on the videos beside it.

@@ -45,8 +45,8 @@ class ToMeConfig:
 
     Attributes:
         tome_r: tokens to merge from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
-            ``(r, inflection)``, see :func:`stoptome_kernels.tome.parse_r`.
-        trace_source: keep the source map of a forward, for :func:`stoptome_kernels.tome_trace`.
+            ``(r, inflection)``, see ``stoptome_kernels.tome.parse_r``.
+        trace_source: keep the source map of a forward, for ``stoptome_kernels.tome_trace``.
         prop_attn: attention counts a merged key as often as the tokens it stands for.
         merge_layers, merge_frame_nums, merge_token_proportions: clip merging as in TempMe: at these layers (from 0)
             so many adjacent frames (or clips) become one; per cent of the tokens merged between and within frames.
@@ -132,7 +132,7 @@ class ToMeConfig:
 
     @classmethod
     def from_args(cls, args: object) -> ToMeConfig:
-        """From a namespace with STOP's flags (see :func:`add_tome_args`) or TempMe's, any object with some of these
+        """From a namespace with STOP's flags (see ``add_tome_args``) or TempMe's, any object with some of these
         attributes, or a mapping with some of these keys.
 
         Missing ones have their defaults; ``merge_layers="3-6-9"`` is read as on the command line.
@@ -158,7 +158,7 @@ def _names(setting: str) -> tuple[str, ...]:
 
 
 def nothing_said(args: object) -> str:
-    """Say what arguments lack that have none of the names that :meth:`ToMeConfig.from_args` reads, or no tome_r but a
+    """Say what arguments lack that have none of the names that ``ToMeConfig.from_args`` reads, or no tome_r but a
     name that is like it; else nothing.
 
     A name whose value is None, or 0, is there.
@@ -215,7 +215,7 @@ def _rate(text: str) -> int:
 
 
 def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add STOP's token merging flags to a parser; :meth:`ToMeConfig.from_args` reads them back.
+    """Add STOP's token merging flags to a parser; ``ToMeConfig.from_args`` reads them back.
 
     ``--tome_r N`` (0: off), ``--tome_trace_source``, ``--tome_prop_attn`` (on; ``--no-tome_prop_attn`` or
     ``--tome_prop_attn 0`` turns it off), ``--merge_layers 3-6-9``, ``--merge_frame_nums 2-2-2``,

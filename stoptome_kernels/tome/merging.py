@@ -72,7 +72,7 @@ class Merging:
         whole: bool = False,
         checkpointing: bool = False,
     ) -> Stream:
-        """Send a stream through the blocks, see :func:`.stream.run_stack`."""
+        """Send a stream through the blocks, see ``stream.run_stack``."""
         prompts = 0 if frame_prompts is None else frame_prompts.shape[3]
         items, tokens = self.schedule.frames, stream.x.shape[1] + prompts
         if tokens != self.schedule.tokens_in or stream.x.shape[0] % items:

@@ -53,16 +53,16 @@ def apply_tome_patch(
     """Merge tokens in the visual tower of a model, from its next forward on.
 
     Args:
-        model: a :class:`StopModel`; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
+        model: a ``StopModel``; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
             or TempMe's (``VTRModel`` or its ``clip``), recognised by structure; a vision transformer of timm, open_clip
             or torchvision, or a model that holds one; a ``nn.TransformerEncoder`` or ``nn.TransformerEncoderLayer``
             itself. Perhaps inside DistributedDataParallel or torch.compile.
         tome_r: tokens merged from every frame in every layer: an int (0, the default: off), a list with one int a
             layer, or a pair (tuple) ``(r, inflection)``.
-        trace_source: keep the source map for :func:`tome_trace`.
+        trace_source: keep the source map for ``tome_trace``.
         prop_attn: attention counts a merged key as often as the tokens it stands for (the default, but for a TempMe
             that was made with ``tome_propattn`` off).
-        merge_layers, merge_frame_nums, merge_token_proportions: clip merging, see :class:`ToMeConfig`.
+        merge_layers, merge_frame_nums, merge_token_proportions: clip merging, see ``ToMeConfig``.
         frame_pos: 1 adds a learnt embedding to each merge layer: TempMe's own, elsewhere new parameters
             ``tome_frame_embedding``, zero at the start: make the optimizer afterwards.
         config: all of these as one value, in place of them.
@@ -82,8 +82,8 @@ def apply_tome_patch(
 
     A block of upstream's is tried on random tokens first, and refused if it computes something else than CLIP's does.
     With ``tome_r=0`` the model computes what it computed before, bit for bit. Class tokens, prompts and the text tower
-    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see :class:`.stream.Stream`
-    (TempMe's: :class:`.tempme.Course`).
+    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see ``stream.Stream``
+    (TempMe's: ``tempme.Course``).
 
     TempMe's model merges by its own schedule, as it was published, unless one of ``tome_r``, ``merge_layers``,
     ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given: then by these alone. It may
@@ -236,7 +236,7 @@ def tome_trace(model: nn.Module) -> Trace:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a tower of the model, or the model itself, was given to :func:`apply_tome_patch` (``tome_r=0``
+    """Whether a tower of the model, or the model itself, was given to ``apply_tome_patch`` (``tome_r=0``
     included)."""
     return bool(_mergings(model))
 
@@ -281,7 +281,7 @@ def _merging(model: nn.Module) -> Any:
 
 def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
     """Patch a model by its ``task_config``: a namespace, a mapping, any object with STOP's flags as attributes, see
-    :func:`add_tome_args`, or TempMe's.
+    ``add_tome_args``, or TempMe's.
 
     Made to be the last line of a model's constructor: it does nothing at ``tome_r`` 0. Without any of the flags it does
     nothing either, with a warning, which names what is like one of them: a flag may be misspelt.

@@ -20,7 +20,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 @dataclass(frozen=True)
 class Description:
-    """A description of what a model merges. ``str()`` of it is a table, :attr:`line` fits into a log.
+    """A description of what a model merges. ``str()`` of it is a table, ``line`` fits into a log.
 
     Attributes:
         model: name of the model's class.
@@ -86,7 +86,7 @@ class Description:
 
 
 def family_of(tower: object) -> str:
-    """Return the class of a tower and its library, for :attr:`Description.family`."""
+    """Return the class of a tower and its library, for ``Description.family``."""
     return f"{type(tower).__name__} ({type(tower).__module__})"
 
 

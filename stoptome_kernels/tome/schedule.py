@@ -51,10 +51,10 @@ def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
 
 
 def as_rate(tome_r: Any) -> int | tuple[int, float] | Rates:
-    """``tome_r`` of :func:`parse_r` in Python's own numbers; what is no pair is marked as :class:`Rates`.
+    """``tome_r`` of ``parse_r`` in Python's own numbers; what is no pair is marked as ``Rates``.
 
     Raises:
-        TypeError, ValueError: as :func:`parse_r`, but for the number of layers.
+        TypeError, ValueError: as ``parse_r``, but for the number of layers.
     """
     if type(tome_r) is tuple and len(tome_r) == 2:
         r = checks.count(tome_r[0], "r of the pair tome_r = (r, inflection)", "tokens to merge")
@@ -128,7 +128,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a stack of layers, and what they save. ``str()`` of it is a table, :attr:`line` its first line.
+    """The steps of a stack of layers, and what they save. ``str()`` of it is a table, ``line`` its first line.
 
     Attributes:
         steps: one for each layer.
@@ -176,7 +176,7 @@ class Schedule:
 
     @property
     def speedup(self) -> float:
-        """Ideal speed-up: :attr:`flops_unmerged` ÷ :attr:`flops`."""
+        """Ideal speed-up: ``flops_unmerged`` ÷ ``flops``."""
         return self.flops_unmerged / self.flops if self.steps else 1.0
 
     @property
@@ -239,7 +239,7 @@ def plan_layers(
     """The schedule of a stack.
 
     Args:
-        tome_r: see :func:`parse_r`; counts before the first of ``merge_layers``.
+        tome_r: see ``parse_r``; counts before the first of ``merge_layers``.
         layers: of the stack.
         tokens: of a frame, protected ones included.
         frames: of a video.

@@ -277,10 +277,10 @@ def run_stack(
     """All blocks of a tower, each called as ``block(stream, step, ...)`` so that hooks and wrappers on it work.
 
     Args:
-        blocks: whose forward is :func:`run_block`; ``tome_frame_embedding`` is read where a block has one.
+        blocks: whose forward is ``run_block``; ``tome_frame_embedding`` is read where a block has one.
         stream: what stands before the first block, without frame prompts.
         schedule: of as many steps as there are blocks.
-        prop_attn, trace: see :func:`run_block`.
+        prop_attn, trace: see ``run_block``.
         frame_prompts: ``(layers, B, T, P, D)``, the deep prompts of each layer.
         whole: all tokens are wanted behind the last layer, not class tokens and global prompts alone.
         checkpointing: keep only what stands between the blocks, and compute the rest again in backward.

@@ -239,7 +239,7 @@ def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int
 
 
 def take(model: nn.Module) -> None:
-    """Take away what :func:`put` gave to other modules than the patched ones."""
+    """Take away what ``put`` gave to other modules than the patched ones."""
     made = [
         merging.counts
         for module in model.modules()
@@ -280,7 +280,7 @@ def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on a frame, ``(L, 1, D)``.
 
     Raises:
-        TypeError, ValueError: see :func:`.try_blocks`.
+        TypeError, ValueError: see ``try_blocks``.
     """
     try_blocks(blocks, (4, 1, tower.width), _theirs, _ours)
 

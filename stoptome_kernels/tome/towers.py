@@ -21,7 +21,7 @@ class Tower(NamedTuple):
     """A visual tower whose tokens can be merged.
 
     Attributes:
-        kind: ``own`` (:class:`StopModel`), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP),
+        kind: ``own`` (``StopModel``), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP),
             ``tempme``.
         runner: the module that calls the blocks.
         blocks: from first to last.
@@ -119,7 +119,7 @@ def check_tower(tower: Tower) -> None:
     """Raise what keeps a tower from being patched.
 
     Raises:
-        TypeError, ValueError: a block computes something else than what :func:`.stream.run_block` does.
+        TypeError, ValueError: a block computes something else than what ``stream.run_block`` does.
         RuntimeError: sharded already, or a module's forward was replaced.
     """
     check_unsharded(*tower.around, *tower.blocks)

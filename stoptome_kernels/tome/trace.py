@@ -42,7 +42,7 @@ class Trace:
     def sizes(self) -> Tensor:
         """``(B, items · tokens)`` float32: of how many original tokens each token behind the last layer is made.
 
-        Counted in :attr:`dest`: padding, and tokens that were merged with weight 0, count as others do; a token that
+        Counted in ``dest``: padding, and tokens that were merged with weight 0, count as others do; a token that
         ``dest`` never names counts 0.
         """
         return self._counts(-1).float()
@@ -102,7 +102,7 @@ def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: i
 
 
 def _joined(place: Tensor, length: int, classes: int, carried: int, count: int) -> Tensor:
-    """Where tokens go when ``count`` adjacent items become one: part by part, see :func:`.stream.join`."""
+    """Where tokens go when ``count`` adjacent items become one: part by part, see ``stream.join``."""
     item, local = place // length, place % length
     start = 0
     out = local

@@ -21,7 +21,7 @@ from .weights import ReadBlock, known_classes
 
 
 class StreamBlock(ReadBlock):
-    """A block that takes a :class:`.stream.Stream`; called as before it does as before."""
+    """A block that takes a ``stream.Stream``; called as before it does as before."""
 
     def forward(self, x, *args, **options):
         if isinstance(x, Stream):
@@ -88,7 +88,7 @@ def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on two videos, ``(G + L·T, B, D)`` or ``(L, B·T, D)``, as upstream calls it and our way.
 
     Raises:
-        TypeError, ValueError: see :func:`.try_blocks`.
+        TypeError, ValueError: see ``try_blocks``.
     """
     shared, frames, length = tower.prompts, _TRIED, tower.prompts + 4  # as many global prompts as frame prompts
     prompted = tower.kind == "prompted"

@@ -22,7 +22,7 @@ class ReadBlock(Patched):
     """A block of upstream's kind, whose attention's weights are read.
 
     Attributes:
-        tome_classes: of the parts whose weights are read, see :func:`known_classes`.
+        tome_classes: of the parts whose weights are read, see ``known_classes``.
         tome_step: what it does by a schedule, for whoever prints the model; not there by the model's own.
     """
 

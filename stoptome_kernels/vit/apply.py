@@ -106,7 +106,7 @@ def _try(vit: Vit, blocks: dict[int, Any]) -> None:
     """Refuse a block that computes something else than its library's did when this was written.
 
     Raises:
-        TypeError, ValueError: see :func:`.try_blocks`.
+        TypeError, ValueError: see ``try_blocks``.
     """
     nothing = Merging(ToMeConfig(), (0,) * len(vit.blocks), _shape(vit), False)
 

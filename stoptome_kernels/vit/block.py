@@ -17,11 +17,11 @@ from .tokens import Layer, Merging, Tokens, spread
 
 
 class Block(Patched):
-    """A block that takes and gives :class:`.tokens.Tokens` between the first and the last block of its tower.
+    """A block that takes and gives ``tokens.Tokens`` between the first and the last block of its tower.
 
     Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says by
     ``tome_run`` what its blocks compute, and by ``tome_sample`` what they want beside tokens. All parts are called as
-    the block's own forward calls them, its attention with :class:`Ask` in place of a mask; only a norm that is nothing
+    the block's own forward calls them, its attention with ``Ask`` in place of a mask; only a norm that is nothing
     but a LayerNorm is fused with the merge before it.
     """
 
@@ -81,7 +81,7 @@ class Ask:
 
 
 class Attention(Patched):
-    """A block's attention. Called with :class:`Ask` it attends by sizes and tells its keys; else it does as before.
+    """A block's attention. Called with ``Ask`` it attends by sizes and tells its keys; else it does as before.
 
     Attributes:
         tome_mask: the argument that ``Ask`` stands in for.
@@ -159,7 +159,7 @@ class Reader(Watching):
         raise NotImplementedError
 
     def tome_read(self, *args, **options):
-        """The class's own forward_intermediates with :func:`reading` in place of the blocks."""
+        """The class's own forward_intermediates with ``reading`` in place of the blocks."""
         raise NotImplementedError
 
     def forward_intermediates(self, *args, **options):
@@ -196,7 +196,7 @@ def reading(blocks: Iterable[Any]) -> list[Callable]:
     """The blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
 
     Merged tokens go from one to the next beside the loop; what goes through the blocks, their hooks and wrappers are
-    :class:`.tokens.Tokens` all the same.
+    ``tokens.Tokens`` all the same.
     """
     carried = _Carried()
 

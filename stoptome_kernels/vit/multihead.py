@@ -42,7 +42,7 @@ def check(block: Any, attn: Any) -> None:
 
 
 class Multihead(Attention):
-    """``nn.MultiheadAttention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
+    """``nn.MultiheadAttention``, which takes ``block.Ask`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: Ask, query: Tensor, *args, **options):
         """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""

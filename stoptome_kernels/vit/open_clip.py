@@ -52,7 +52,7 @@ def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 class _Attention(Attention):
-    """open_clip's own ``Attention``, which takes :class:`.block.Ask` for an ``attn_mask``."""
+    """open_clip's own ``Attention``, which takes ``block.Ask`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: Ask, x: Tensor):
         """``x (N, T, D)``."""

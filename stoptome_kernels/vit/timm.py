@@ -87,7 +87,7 @@ def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor |
 
 
 class _Attention(Attention):
-    """``Attention``, ``AttentionRope``, ``EvaAttention``, which take :class:`.block.Ask` for an ``attn_mask``."""
+    """``Attention``, ``AttentionRope``, ``EvaAttention``, which take ``block.Ask`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: Ask, x: Tensor, *args, rope: Tensor | None = None, **options):
         """``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""

@@ -154,7 +154,7 @@ class Merging:
 
     @property
     def carries(self) -> bool:
-        """Blocks give :class:`Tokens` to one another."""
+        """Blocks give ``Tokens`` to one another."""
         return self.config.trace_source or not self.idle
 
     def schedule(self, tokens: int) -> Schedule:

@@ -168,7 +168,7 @@ class _Dinov2(_Layer):
 
 
 class _Inner(Attention):
-    """The module that projects to queries, keys and values, which takes :class:`.block.Ask` for an
+    """The module that projects to queries, keys and values, which takes ``block.Ask`` for an
     ``attention_mask``.
 
     Attributes:
