@@ -49,7 +49,7 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], object]) -> No
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of :func:`replace` in a folder. Files that living ones write are locked and
+    """Remove what killed processes left of ``replace`` in a folder. Files that living ones write are locked and
     stay, so that any process may do this at any time; where the file system has no locks, everything stays."""
     for left in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(left, "r+b") as file:

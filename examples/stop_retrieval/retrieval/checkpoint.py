@@ -99,7 +99,7 @@ class Checkpoint:
         path: of the file, for messages.
         weights, optimizer: as torch.distributed.checkpoint gives them, whole and on the CPU.
         scaler: a GradScaler's state; None: it was off.
-        hparams: settings of the run, unchecked; see :func:`options.adopt`.
+        hparams: settings of the run, unchecked; see ``options.adopt``.
         progress: how far it was.
     """
 

@@ -36,7 +36,7 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64, frames: int =
         ``(frames, size, size, 3)`` uint8, RGB.
 
     Raises:
-        UsageError: see :func:`photographs`.
+        UsageError: see ``photographs``.
     """
     half = round(frames * rng.uniform(0.48, 0.52))
     film = _background(rng, size, frames)

@@ -93,7 +93,7 @@ def evaluate(
         train: for the query bank of QB-Norm.
 
     Returns:
-        ``text_to_video`` and ``video_to_text`` with the fields of :class:`metrics.Retrieval`, the same again under
+        ``text_to_video`` and ``video_to_text`` with the fields of ``metrics.Retrieval``, the same again under
         ``qb_norm`` and ``dsl`` where asked for, ``videos``, ``captions``, ``skipped`` and ``seconds``.
     """
     begun, broken = time.perf_counter(), Broken()

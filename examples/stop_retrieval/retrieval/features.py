@@ -59,7 +59,7 @@ class Features:
     Attributes:
         videos: those that could be read, in the order of the corpus.
         tensor: ``(n, E)`` or ``(n, k, E)``, float32 or float16, on the CPU.
-        fingerprint: of the model, see :func:`fingerprint`.
+        fingerprint: of the model, see ``fingerprint``.
     """
 
     videos: tuple[Video, ...]
@@ -142,7 +142,7 @@ class FeatureStore:
         """Put a shard there, in place of one that is there already.
 
         Args:
-            shard: one of :attr:`shards`.
+            shard: one of ``shards``.
             features: ``(n, E)`` or ``(n, k, E)``, float32 or float16, on any device; n may be 0.
             kept: which videos of the shard the n are, counted from its start, rising; the others could not be read.
 

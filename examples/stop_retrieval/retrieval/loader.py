@@ -227,7 +227,7 @@ def tokens(split: Split, tokenizer: Tokenizer, max_words: int) -> Tensor:
 def train_loader(
     args: argparse.Namespace, split: Split, ids: Tensor, size: int, processes: Processes
 ) -> tuple[DataLoader, TrainSampler]:
-    """Batches to train on; see :class:`TrainSampler` for what they hold.
+    """Batches to train on; see ``TrainSampler`` for what they hold.
 
     Raises:
         UsageError: there are fewer samples than processes.

@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:
-    """The settings of a run, complete but for what an earlier run in the folder tells (see :func:`complete`).
+    """The settings of a run, complete but for what an earlier run in the folder tells (see ``complete``).
 
     ``notes`` are lines to be said once. ``given`` are the names of the flags that were given.
 
@@ -260,8 +260,8 @@ def complete(args: argparse.Namespace, run: Any = None, path: str = "the run") -
     """Fill in what was not given: from the run that made the checkpoint, then by the kind of data.
 
     Args:
-        args: of :func:`read`; changed in place.
-        run: the settings of that run, see :func:`checked`.
+        args: of ``read``; changed in place.
+        run: the settings of that run, see ``checked``.
         path: of the file that they are from.
 
     Raises:
@@ -311,7 +311,7 @@ def adopt(args: argparse.Namespace, run: Any, path: str) -> dict[str, Any]:
 
     Raises:
         UsageError: another value was given for one that changes what is learnt, there are more or fewer processes, or
-            what :func:`checked` raises.
+            what ``checked`` raises.
     """
     run = checked(run, path)
     if run["world"] != args.world:
@@ -334,7 +334,7 @@ def adopt(args: argparse.Namespace, run: Any, path: str) -> dict[str, Any]:
 def checked(run: Any, path: str) -> dict[str, Any]:
     """The settings in a file, each of which is one that its flag could have given; lists become tuples.
 
-    They must be those of :func:`settings`, no more (a setting this program doesn't know may be why the weights are as
+    They must be those of ``settings``, no more (a setting this program doesn't know may be why the weights are as
     they are) and no less, but for those that may change when a run goes on: of older files they may be missing.
 
     Raises:

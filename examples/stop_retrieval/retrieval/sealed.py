@@ -38,13 +38,13 @@ class NotWhole(Damaged):
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write an object as JSON, whole or not at all; see :func:`atomic.replace`."""
+    """Write an object as JSON, whole or not at all; see ``atomic.replace``."""
     data = (json.dumps({DIGEST: _digest(value), **value}, indent=1) + "\n").encode()
     atomic.replace(path, lambda file: file.write_bytes(data))
 
 
 def read_json(path: str | os.PathLike[str], schema: type[T]) -> T:
-    """Return what :func:`write_json` wrote, as a ``schema`` of msgspec.
+    """Return what ``write_json`` wrote, as a ``schema`` of msgspec.
 
     Raises:
         Damaged: it is something else.
@@ -65,7 +65,7 @@ def pack(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> bytes:
 
 
 def unpack(path: str | os.PathLike[str], schema: type[T]) -> tuple[dict[str, Tensor], T]:
-    """Return what :func:`pack` made.
+    """Return what ``pack`` made.
 
     Raises:
         NotWhole: it breaks off or is no safetensors file.

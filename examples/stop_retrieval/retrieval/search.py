@@ -49,7 +49,7 @@ class Hit:
     Attributes:
         rank: from 1.
         score: cosine of text and video.
-        id, path, span: of the video, see :class:`Video`.
+        id, path, span: of the video, see ``Video``.
     """
 
     rank: int
@@ -106,7 +106,7 @@ def build(features: Features, folder: str | os.PathLike[str]) -> None:
 
 
 class Index:
-    """An index that :func:`build` wrote, in memory.
+    """An index that ``build`` wrote, in memory.
 
     Attributes:
         fingerprint: of the model whose features it holds.

@@ -27,7 +27,7 @@ class Folder:
 
     def open(self, alone: bool) -> None:
         """Make it, be sure that files can be written there, and log into it; ``alone``: lock others out until
-        :meth:`close`.
+        ``close``.
 
         Raises:
             UsageError: it can't be written to, or is locked.
@@ -69,7 +69,7 @@ class Folder:
             raise UsageError(f"{path} can't be read: {error.strerror or error}; {_ANEW}") from error
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write settings or results; see :mod:`sealed`."""
+        """Write settings or results; see ``sealed``."""
         sealed.write_json(self.path / name, value)
 
     def save(self, checkpoint: dict[str, Any], best: bool) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A text-video set that is made, not downloaded: mp4 files of synthetic scenes in MSR-VTT's file layout.
 
-Its captions can be told apart only by what happens, and when: see :mod:`.scenes`. Videos of the evaluation come in
+Its captions can be told apart only by what happens, and when: see ``scenes``. Videos of the evaluation come in
 pairs that differ in one attribute; ``MSRVTT_data.json`` says of the second of a pair which one (``"twin"``) and in
 what (``"differs_in"``).
 """
@@ -80,7 +80,7 @@ def write(
 
     Args:
         folder: doesn't exist, is empty, or holds such a set.
-        train, val: videos. Those of ``val`` are pairs, see :func:`scenes.draw_split`.
+        train, val: videos. Those of ``val`` are pairs, see ``scenes.draw_split``.
         size: pixels a side, even.
         frames: of a video, 4 or more; fps: of them in a second.
         processes: that draw and encode.
@@ -106,7 +106,7 @@ def draw(train: int, val: int, seed: int = 0) -> tuple[dict[str, Any], list[Clip
     """The set without its files.
 
     Returns:
-        What ``MSRVTT_data.json`` holds, the clips to train on, and those to evaluate on; :func:`film` gives frames.
+        What ``MSRVTT_data.json`` holds, the clips to train on, and those to evaluate on; ``film`` gives frames.
     """
     apart, pairs = scenes.draw_split(train, val, seed)
     clips = [

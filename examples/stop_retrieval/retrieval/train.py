@@ -58,8 +58,8 @@ class Training:
 
     Args:
         args: complete settings.
-        model: as :meth:`Processes.wrap` gives it.
-        loader, sampler: of :func:`loader.train_loader`.
+        model: as ``Processes.wrap`` gives it.
+        loader, sampler: of ``loader.train_loader``.
         folder: for checkpoints and TensorBoard.
         evaluate: called after each epoch in all processes; gives the results.
     """

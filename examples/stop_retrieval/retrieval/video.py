@@ -101,7 +101,7 @@ def read_video(
         rng: for a training sample; None: the same frames every time.
         span: seconds from and to, where frame ``i`` is at ``i`` divided by the average frame rate; the frames at both
             ends belong to it, as in STOP. None: all of the video.
-        slice_framepos: 2: spread over the video (:func:`sample_indices`). 0 and 1: the first and the last ones of those
+        slice_framepos: 2: spread over the video (``sample_indices``). 0 and 1: the first and the last ones of those
             that ``feature_framerate`` takes a second, as in CLIP4Clip.
         feature_framerate: frames a second, above 0; a video that has fewer gives all it has.
         order: 0: as they are shown; 1: reversed; 2: shuffled, by ``rng``, or always the same for a file of this name.
