@@ -41,7 +41,7 @@ def positive(kind: type) -> Callable[[str], int | float]:
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
-    """Where rows go and how the machine is set up; :func:`settle` does as they say."""
+    """Where rows go and how the machine is set up; ``settle`` does as they say."""
     add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")

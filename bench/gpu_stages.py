@@ -46,10 +46,10 @@ def stop(name: str, seconds: int, *arguments: str) -> Stage:
     return Stage(name, seconds, "stop.py", ("--json", "{out}/stop.json", *arguments))
 
 
-def chart(name: str, script: str, rows: str) -> Stage:
-    """Return a stage that draws rows and writes their table."""
-    files = (f"{{out}}/{rows}.json", "--png", f"{{out}}/{rows}.png", "--table", f"{{out}}/{rows}.md")
-    return Stage(name, 20, script, files)
+def chart(name: str, kind: str, rows: str) -> Stage:
+    """Return a stage that draws one kind of rows and writes their tables."""
+    files = (f"{{out}}/{rows}.json", "--chart", f"{{out}}/{rows}.png", "--table", f"{{out}}/{rows}.md")
+    return Stage(name, 20, "plot.py", (kind, *files))
 
 
 def profile(name: str, seconds: int, shape: str, kernels: str) -> Stage:
@@ -106,7 +106,7 @@ SECOND = (  # right again, with a compiler, whole towers
     merge("merge-compile", 50, *HALF, "--seconds", "10", "--shapes", THREE),
     stop("stop-one-video", 30, *ONE_VIDEO, "--seconds", "2"),
     stop("stop-tower", 30, "--scope", "tower", "--settings", "r=0", "r=2", "r=4", "r=8", "--seconds", "2"),
-    chart("chart", "plot.py", "rows"),
+    chart("chart", "operators", "rows"),
 )
 TESTS = (
     pytest("test-gpu", 150, *TEST_GPU),
@@ -120,14 +120,15 @@ BENCH = (
     Stage("fused", 50, "fused.py", FUSED),
     stop("stop-one-video", 40, *ONE_VIDEO, "--seconds", "6"),
     merge("merge-float32", 70, "--dtype", "float32", "--no-compile", "--seconds", "25"),
+    Stage("blocks", 30, "blocks.py", ("--json", "{out}/blocks.json", "--seconds", "3")),
     Stage("tune", 45, "tune.py", TUNE),
-    chart("chart", "plot.py", "rows"),
-    chart("stop-chart", "plot_stop.py", "stop"),
+    chart("chart", "operators", "rows"),
+    chart("stop-chart", "stop", "stop"),
 )
 MODELS = (
     Stage("models", 330, "models.py", ("--json", "{out}/models.json", "--seconds", "6", "--direction", "inference",
                                        "training")),
-    chart("models-chart", "plot_models.py", "models"),
+    chart("models-chart", "models", "models"),
 )  # fmt: skip
 PLANS: dict[str, tuple[Stage, ...]] = {
     "first": FIRST,
@@ -141,6 +142,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
 # What makes a script's run small where there is no GPU; argparse takes the last of options that are given twice.
 SMALLEST = {
     "merge.py": ("--dry", "--no-compile", "--backend", "triton", "--shapes", "stop-b32-video-r2"),
+    "blocks.py": ("--dry", "--shapes", "stop-b32-video-r2"),
     "fused.py": ("--dry", "--shapes", "stop-b32-video-r2"),
     "stop.py": ("--dry", "--layers", "2", "--settings", "r=0", "r=2", "--direction", "inference"),
     "models.py": ("--dry", "--models", "ViT-S/16", "--modes", "plain", "--layers", "1"),

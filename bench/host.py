@@ -26,6 +26,7 @@ from torch import Tensor
 
 import command
 import measure
+from charts.host import verdict
 
 FOLDER = measure.ROOT / "bench/results/host"
 BACKENDS = ("native", "triton")
@@ -201,15 +202,6 @@ def rows_of(backend: str, seconds: float) -> list[dict]:
     return rows
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def verdict(row: dict) -> str:
-    if row["target"] is None:
-        return ""
-    return f"≤ {row['target']}×" if row["met"] else f"≤ {row['target']}×, **missed**"
-
-
 def table(rows: list[dict]) -> str:
     """The rows as text, in columns."""
     return "\n".join(
@@ -219,38 +211,6 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def markdown(rows: list[dict]) -> str:
-    first = rows[0]
-    parts = [f"# The host's time of a call: {first['device']}, torch {first['torch']}"]
-    for backend in BACKENDS:
-        own = [row for row in rows if row["impl"] == backend]
-        if not own:
-            continue
-        what = {
-            "native": "native kernels, float32",
-            "triton": f"launch path of Triton {own[0]['triton']}, bfloat16, nothing launched",
-        }
-        parts.append(
-            f"**{what[backend]}** (`{BASE}` without gradient: {own[0]['base_us']:.1f} µs, commit "
-            f"{(own[0]['commit'] or 'unknown')[:10]}{', changed' if own[0]['dirty'] else ''})"
-        )
-        lines = ["| call | direction | µs | × `F.layer_norm` | target |", "|---|---|---:|---:|---|"]
-        lines += [
-            f"| {r['op']} | {r['direction']} | {r['p50_us']:.1f} | {r['times_layer_norm']:.1f} | {verdict(r)} |"
-            for r in own
-        ]
-        parts.append("\n".join(lines))
-    parts.append(
-        f"Medians of alternating samples of the one thread's own time, two items of {TOKENS} tokens and {WIDTH} "
-        "channels (blocks: one video of 12 frames, one image, 64 channels), so that the host's time is nearly all. "
-        "Blocks are in float32 with the native kernels, under autocast to bfloat16 with Triton's. *With gradient*: a "
-        "forward that notes its graph; *backward* alone. Of a multiple the measure is `F.layer_norm` without gradient "
-        "in the same run. With Triton everything is real but the driver's launch; torch's own operations run on the "
-        "CPU, where they may take longer than their launch. Made by `python bench/host.py --json --table`."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -258,14 +218,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", nargs="?", const=FOLDER,
         help="add the rows to FILE; in a folder: to one named by device and backend (default: bench/results/host)",
     )  # fmt: skip
-    add("--table", action="store_true", help="and write a Markdown table out of the file's rows beside it")
     add("--backend", choices=(*BACKENDS, "both"), default="both")
     add("--seconds", type=command.positive(float), default=45.0, metavar="S", help="for each backend (default: 45)")
     add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
-    args = p.parse_args(argv)
-    if args.table and not args.json:
-        p.error("argument --table: is made of the rows in a file: give --json")
-    return args
+    return p.parse_args(argv)
 
 
 def rows_file(asked: Path | None, where: dict, backend: str) -> Path | None:
@@ -296,15 +252,12 @@ def main(argv: list[str] | None = None) -> int:
     if file:
         measure.write_rows(file, rows)
         print(f"rows: {file}")
-    if args.table and file:
-        file.with_suffix(".md").write_text(markdown(measure.read_rows(file)))
-        print(f"table: {file.with_suffix('.md')}")
     return 0
 
 
 def _in_a_process(backend: str, args: argparse.Namespace) -> int:
     """Measure one backend: a process has either the CPU's kernels or the driver that launches nothing."""
-    options = ["--backend", backend, "--seconds", str(args.seconds), *(["--table"] if args.table else [])]
+    options = ["--backend", backend, "--seconds", str(args.seconds)]
     options += ["--json", str(args.json)] if args.json else []
     options += ["--commit", args.commit] if args.commit else []
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

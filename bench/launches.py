@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 import measure
 import models
 import no_gpu
+from charts.launches import listed
 
 FOLDER = measure.ROOT / "bench/results/launches"
 DIRECTIONS = ("inference", "training")
@@ -189,59 +190,17 @@ def all_rows(gpu: no_gpu.Gpu) -> list[dict]:
     return [row for make in (stop_models, vit_models) for model in make() for row in rows_of(gpu, model)]
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def listed(names: dict[str, int]) -> str:
-    return ", ".join(name if times == 1 else f"{times} {name}" for name, times in names.items()) or "none"
-
-
-def markdown(rows: list[dict]) -> str:
-    first = rows[0]
-    head = ["model", "direction", "kernels launched", "second block, forward", "compiled", "other operations"]
-    more = sum(row["compiled_for_two"] for row in rows) or "none"
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|---|---|---:|"]
-    for row in rows:
-        cells = (
-            row["model"], row["direction"], f"**{row['launches']}**: {listed(row['kernels'])}",
-            " → ".join(row["blocks"][1]) or "none", f"**{row['compiled']}**: {listed(row['variants'])}",
-            str(row["operations"]),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            f"# Launches with Triton {first['triton']}",
-            "",
-            "One video or one image, 12 layers, bfloat16 (autocast), counted without a GPU: Triton's binder, cache and "
-            "compiler for sm_90 over a driver that launches nothing (`bench/no_gpu.py`). *Training*: forward and the "
-            "gradients of all parameters, without the optimizer. *Compiled*: variants in a new process, read from "
-            f"Triton's cache or compiled; two videos or images compile {more} more. *Other operations*: ATen's that "
-            "run a kernel on a GPU (no views, no uninitialised memory), each counted once, those that the launch path "
-            "adds among them; autocast on a CPU stands in for a GPU's.",
-            "",
-            *lines,
-            "",
-            f"torch {first['torch']}, commit {first['commit'][:10] if first['commit'] else 'unknown'}"
-            f"{', changed' if first['dirty'] else ''}. Made by `python bench/launches.py --table`.",
-            "",
-        ]
-    )
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    release = f"triton-{measure._version('triton')}"
-    for name, suffix, what in (("--json", ".json", "rows"), ("--table", ".md", "a Markdown table")):
-        file = FOLDER / f"{release}{suffix}"
-        p.add_argument(
-            name, type=Path, metavar="FILE", nargs="?", const=file,
-            help=f"write {what} to FILE, or into a folder (default: {file.relative_to(measure.ROOT)})",
-        )  # fmt: skip
+    name = f"triton-{measure._version('triton')}.json"
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", nargs="?", const=FOLDER / name,
+        help=f"write rows to FILE, or into a folder (default: {(FOLDER / name).relative_to(measure.ROOT)})",
+    )  # fmt: skip
     p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
-    for name, suffix in (("json", ".json"), ("table", ".md")):
-        if (file := getattr(args, name)) and file.is_dir():
-            setattr(args, name, file / f"{release}{suffix}")
+    if args.json and args.json.is_dir():
+        args.json = args.json / name
     return args
 
 
@@ -255,14 +214,10 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(f"{row['model']}, {row['direction']}: {row['launches']} kernels ({listed(row['kernels'])}), "
               f"{row['compiled']} compiled, {row['operations']} other operations")  # fmt: skip
-    for file, text in (
-        (args.json, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"),
-        (args.table, markdown(rows)),
-    ):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-            print(f"written: {file}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        print(f"rows: {args.json}")
     return 0
 
 

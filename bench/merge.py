@@ -277,9 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         if file:
             print(f"rows: {file}")
         if args.plot:
-            import plot
+            from charts import common, operators
 
-            plot.chart(rows, args.plot)
+            common.draw(operators.chart, rows, args.plot)
             print(f"chart: {args.plot}")
     return status
 

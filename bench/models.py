@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import command
 import measure
+from charts.models import table
 from peers import eager_vit
-from plot_models import table
 from verify import WrongResult
 
 IMPLS = ("unpatched", "package", "eager")

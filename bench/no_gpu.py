@@ -7,7 +7,7 @@
     gpu.launches, gpu.variants     # what a GPU would have been given to do
 
 The package's ``auto`` and ``triton`` then run the launch path of the Triton kernels: they bind, compile and allocate as
-on a GPU. What they return is the reference's result. :func:`pretend` goes further, for programs that ask for a device
+on a GPU. What they return is the reference's result. ``pretend`` goes further, for programs that ask for a device
 ``cuda`` and time it by events. Nothing that is measured this way is a result.
 """
 
@@ -36,7 +36,7 @@ ENTRIES = ("match", "reduce", "spread", "merge_norm", "merge_norm_backward", "at
 
 @dataclass
 class Gpu:
-    """Everything that reached the driver, in order, since :meth:`clear`."""
+    """Everything that reached the driver, in order, since ``clear``."""
 
     launches: list[str] = field(default_factory=list)  # kernels by name
     grids: list[tuple[int, int, int]] = field(default_factory=list)

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 import command
 import data
 import measure
+from charts.stop import GUIDE, table
 from peers import upstream
-from plot_stop import GUIDE, table
 from verify import WrongResult
 
 SETTINGS = {

@@ -110,7 +110,7 @@ def image_unmerge(y: Tensor, plan: ImagePlan) -> Tensor:
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation. Its functions take :class:`Inputs`; a plan is whatever its own ``match`` returns."""
+    """One implementation. Its functions take ``Inputs``; a plan is whatever its own ``match`` returns."""
 
     name: str
     backend: str | None

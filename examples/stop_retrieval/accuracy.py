@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import measure  # noqa: E402
-import plot_accuracy  # noqa: E402
 import stop  # noqa: E402
+from charts import accuracy as chart  # noqa: E402
 
 SETTINGS: dict[str, stk.ToMeConfig] = {
     "r=0": stk.ToMeConfig(0),
@@ -189,7 +189,7 @@ def row(case: Case, figures: list[dict], control: list[dict], seeds: list[int], 
         "direction": case.when, "impl": case.by, "seeds": seeds,
         "r1_mean": statistics.mean(told["r1"]), "r1_spread": _spread(told["r1"]),
         "lost_mean": statistics.mean(lost), "lost_spread": _spread(lost),
-        "guide": plot_accuracy.GUIDE.get(case.setting),
+        "guide": chart.GUIDE.get(case.setting),
     }  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         row(case, found[case], found[Case("r=0", case.when, "merge")], seeds, cost[case.setting], where)
         for case in lines
     ]
-    print(plot_accuracy.table(rows))
+    print(chart.table(rows))
     if file:
         measure.write_rows(file, rows)
         print(f"rows: {file}")

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measure where the time of a transformer block goes: attention, match, merge with its norm, MLP, each part by itself.
+
+One pre-norm block without merging, with merging in eager PyTorch, and with this package's operators, in inference; all
+parts alternate in one run. Outputs of the two that merge are compared first; a wrong one ends the run with status 1.
+Without arguments: on the GPU if there is one, else on the CPU, in two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import stoptome_kernels as stk
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import command
+import data
+import measure
+import peers
+from charts.blocks import PARTS, table
+from verify import WrongResult
+
+SHAPES = ("stop-b32-train", "stop-b32-video-r8", "vit-b16-r13")
+IMPLS = ("unmerged", "eager", "package")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Linear layers and LayerNorm of a block of width D with an MLP of 4 D."""
+
+    qkv: Tensor
+    projection: Tensor
+    up: Tensor
+    down: Tensor
+    norm: tuple[Tensor, Tensor]
+
+
+def make_weights(inputs: data.Inputs) -> Weights:
+    x, width, inner = inputs.x, inputs.shape.dim, inputs.shape.heads * data.HEAD_DIM
+    rng = torch.Generator().manual_seed(0)
+
+    def linear(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=rng) / columns**0.5).to(x)
+
+    return Weights(
+        linear(3 * inner, width), linear(width, inner), linear(4 * width, width), linear(width, 4 * width),
+        (torch.ones(width).to(x), torch.zeros(width).to(x)),
+    )  # fmt: skip
+
+
+def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], Any]]:
+    """Return the parts of a block as calls, each on what the part before it gives."""
+    x, size, column, heads = inputs.x, inputs.size, inputs.column, inputs.shape.heads
+    normed = F.layer_norm(x, x.shape[-1:], *w.norm)
+    bias = column.log()[:, None, None, :, 0].contiguous()
+
+    def attention() -> tuple[Tensor, Tensor]:
+        q, k, v = F.linear(normed, w.qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        if impl == "package":
+            mixed = stk.attention(q, k, v, size)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias if impl == "eager" else None)
+        return F.linear(mixed.transpose(1, 2).flatten(2), w.projection), k
+
+    residual, keys = attention()
+    match = {
+        "eager": lambda: peers.eager_match(keys.mean(1), *inputs.args),
+        "package": lambda: stk.match(keys, *inputs.args),
+    }.get(impl)
+    plan = match() if match else None
+
+    def merge() -> tuple[Tensor, Tensor]:
+        if impl == "package":
+            return stk.merge_norm(x, residual, plan, size, *w.norm)[:2]
+        h = x + residual
+        if impl == "eager":
+            h, _ = peers.eager_merge(h, plan, column, inputs.shape.protected)
+        return h, F.layer_norm(h, h.shape[-1:], *w.norm)
+
+    h, inside = merge()
+
+    def mlp() -> Tensor:
+        return h + F.linear(F.gelu(F.linear(inside, w.up)), w.down)
+
+    calls = {"attention": attention, "match": match, "merge": merge, "MLP": mlp}
+    return {name: call for name, call in calls.items() if call is not None}
+
+
+@torch.no_grad()
+def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
+    inputs = data.make(shape, args.device, getattr(torch, args.dtype))
+    weights = make_weights(inputs)
+    found = {impl: parts(inputs, weights, impl) for impl in IMPLS}
+    if args.dtype == "float32":  # peers that average keys in 16 bits merge other pairs by design
+        check(found["eager"]["MLP"](), found["package"]["MLP"]())
+    calls = {f"{impl}\n{part}": [call] for impl, own in found.items() for part, call in own.items()}
+    times = measure.measure(calls, args.device, args.seconds, set())
+    rows = []
+    for impl, own in found.items():
+        for part in own:
+            samples = times[f"{impl}\n{part}"]["samples"]
+            rows.append({
+                **{"shape": shape.name, "n": shape.n(args.device), "tokens": shape.tokens, "dim": shape.dim},
+                **{"heads": shape.heads, "protected": shape.protected, "r": shape.r, "dtype": args.dtype},
+                **{"op": part, "direction": "inference", "impl": impl, "runs": len(samples)},
+                **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) for k in (20, 50, 80)},
+            })  # fmt: skip
+    assert {row["op"] for row in rows} == set(PARTS)
+    return rows
+
+
+def check(eager: Tensor, package: Tensor) -> None:
+    """Raise WrongResult unless nearly all rows of the two blocks that merge are the same."""
+    error = (eager - package).abs().amax(-1) / package.abs().amax()
+    # two similarities within rounding of each other may be decided either way, in few rows
+    if not (error < 1e-3).float().mean() > 0.98:
+        raise WrongResult(f"{(error >= 1e-3).sum()} of {error.numel()} rows differ between eager and package")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    command.add_options(p)
+    add("--shapes", type=command.one_of("shape", tuple(data.SHAPES)), default=list(SHAPES), metavar="NAME,NAME",
+        help=f"default: {','.join(SHAPES)}")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--seconds", type=command.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
+    args = p.parse_args(argv)
+    command.settle(args)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    status, rows = 0, []
+    try:
+        file = measure.rows_file(args.json, where)
+        print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
+        for name in args.shapes:
+            rows += [where | row for row in rows_of(data.SHAPES[name], args)]
+            if file:
+                measure.write_rows(file, rows)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WrongResult as error:
+        print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+        status = 130
+    if rows:
+        print(table(rows))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tables and charts share: rows by machine, units, Markdown, and one look in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import ROOT, read_rows
+
+RESULTS = ROOT / "bench/results"
+LOST = "slower"
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def load(files: Iterable[Path]) -> list[dict]:
+    """Return the rows of files of results."""
+    return [row for file in files for row in read_rows(file)]
+
+
+def machines(rows: list[dict], *more: str) -> list[list[dict]]:
+    """Split rows by machine, versions and dtype, and by the keys in ``more``; GPUs come first."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], row["dtype"])
+        found.setdefault((*key, *(row[name] for name in more)), []).append(row)
+    return [found[key] for key in sorted(found)]
+
+
+def distinct(rows: list[dict], *keys: str) -> list[Any]:
+    """Return the values of a key, or tuples of several, each once, in order."""
+    return list(dict.fromkeys(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys) for row in rows))
+
+
+def find(rows: list[dict], **values: object) -> dict | None:
+    """Return the one row with these values, or None."""
+    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
+
+
+def machine(row: dict) -> str:
+    """Name the device of a row and what ran on it."""
+    if row["device_kind"] == "cuda":
+        return f"{row['device']}, torch {row['torch']}, Triton {row['triton']}, {row['dtype']}"
+    return f"{row['device']}, {row['threads']} of {row['cpus']} cores, torch {row['torch']}, {row['dtype']}"
+
+
+def dates(rows: list[dict]) -> str:
+    """Return the day of the rows, or the first and the last."""
+    days = sorted({row["date"][:10] for row in rows})
+    return " to ".join(dict.fromkeys((days[0], days[-1])))
+
+
+def conditions(rows: list[dict]) -> str:
+    """Say which commits the rows are of, where memory came from, and how far samples of one row differ."""
+    commits = sorted({(row["commit"] or "no commit")[:9] + (", changed" if row["dirty"] else "") for row in rows})
+    said = [f"Commit {' and '.join(commits)}"]
+    if pages := distinct([row for row in rows if row.get("pages")], "pages"):
+        said.append(f"{' and '.join(pages)} pages")
+    if rows[0]["device_kind"] == "cuda":
+        said.append(f"driver {rows[0]['driver']}, CUDA {rows[0]['cuda']}")
+    if spreads := [row["p80_us"] / row["p20_us"] for row in rows if row.get("p20_us")]:
+        said.append(f"in the median row the 80th percentile is {median(spreads):.2f} times the 20th")
+    return "; ".join(said) + "."
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def microseconds(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} s"
+    return f"{value / 1e3:.3g} ms" if value >= 1000 else f"{value:.3g} µs"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:.0f} MiB"
+
+
+def less(ratio: float) -> str:
+    """Return a ratio to something as per cent less than it."""
+    return f"{100 * (1 - ratio):.0f} %"
+
+
+def speedup(ratio: float | None) -> str:
+    """Return how many times as fast, marked where it is slower; an empty cell for None."""
+    if ratio is None:
+        return ""
+    text = f"{ratio:.2f}×"
+    return f"**{text}, {LOST}**" if float(f"{ratio:.2f}") < 1 else text
+
+
+def multiple(ratio: float | None) -> str:
+    """Return a time as a multiple of a competitor's, marked where it is longer; an empty cell for None."""
+    if ratio is None:
+        return ""
+    text = f"{ratio:.2f}×"
+    return f"**{text}, {LOST}**" if float(f"{ratio:.2f}") > 1 else text
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def span(values: Sequence[float]) -> str:
+    """Return the geometric mean of ratios and their range, ``2.4× (1.9 to 3.1×)``; of one value that alone."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}×"
+    return f"{geometric_mean(values):.2f}× ({min(values):.2f} to {max(values):.2f}×)"
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Return a table in Markdown whose columns after the first ``words`` are numbers.
+
+    A column that is empty in every line is left out.
+    """
+    cells = [list(line) for line in lines]
+    kept = [place for place in range(len(head)) if any(line[place] for line in cells)]
+    rule = ["---" if place < words else "---:" for place in kept]
+    text = [[head[place] for place in kept], rule, *([line[place] for place in kept] for line in cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in text)
+
+
+def section(title: str, rows: list[dict], table: str, where: str = "") -> str:
+    """Return a heading with machine and date (``where`` is added to them), the conditions, and a table."""
+    return f"### {title}: {machine(rows[0])}{where}, {dates(rows)}\n\n{conditions(rows)}\n\n{table}"
+
+
+def columns(cells: list[list[str]]) -> str:
+    """Return lines of cells as text for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+# -- charts -----------------------------------------------------------------------------------------------------------
+
+THEMES = {
+    "light": {"paper": "white", "ink": "#1f2328", "faint": "#d1d9e0", "ours": "#0b6e99", "theirs": "#8c959f",
+              "other": "#5fb7d9", "third": "#b08968", "ideal": "#c8553d"},
+    "dark": {"paper": "#0d1117", "ink": "#e6edf3", "faint": "#3d444d", "ours": "#58b5e1", "theirs": "#8b949e",
+             "other": "#2f7fa6", "third": "#c9a27e", "ideal": "#f0883e"},
+}  # fmt: skip
+WIDTH = 8.6  # inches; a page shows about 860 pixels, so that a point is a pixel and a third
+Draw = Callable[[list[dict], dict[str, str]], Any]  # rows and the colours of a theme → a figure
+
+
+def draw(make: Draw, rows: list[dict], file: Path, theme: str = "light") -> None:
+    """Draw a chart into a file whose suffix says the format; an .svg is the same bytes for the same rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = THEMES[theme]
+    style = {
+        "figure.facecolor": colours["paper"], "axes.facecolor": colours["paper"], "savefig.facecolor": colours["paper"],
+        "text.color": colours["ink"], "axes.labelcolor": colours["ink"], "axes.edgecolor": colours["ink"],
+        "xtick.color": colours["ink"], "ytick.color": colours["ink"], "axes.titlecolor": colours["ink"],
+        "font.size": 9.5, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "stoptome",
+        "figure.constrained_layout.use": True,
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure = make(rows, colours)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def panels(lines: int, across: int, height: float, **options: Any) -> tuple[Any, Any]:
+    """Make a figure of ``lines × across`` panels, each line ``height`` inches; return it and its axes."""
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(lines, across, figsize=(WIDTH, height * lines), squeeze=False, **options)
+
+
+def caption(figure: Any, lines: Sequence[str]) -> None:
+    """Write under a figure where its rows are from, once each."""
+    figure.supxlabel("\n".join(dict.fromkeys(lines)), size=8)
+
+
+def label(axis: Any, text: str, at: tuple[float, float], shift: tuple[float, float], **options: Any) -> None:
+    """Write a value ``shift`` points away from where it belongs."""
+    axis.annotate(text, at, shift, textcoords="offset points", size=8.5, **options)
