@@ -59,7 +59,7 @@ def read(members: Tensor, offsets: Tensor) -> Groups:
         item = int((~good).nonzero()[0])
         raise IndexError(
             f"plan is damaged: the groups of item {item} don't hold each of its {tokens} tokens once; it was changed "
-            "after match(), or is no plan"
+            "after match(), or was not made by it"
         )
     return Groups(index, valid, offsets, None)
 

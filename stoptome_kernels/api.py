@@ -24,23 +24,24 @@ def match(
     *,
     sets: tuple[Tensor | Iterable[int], Tensor | Iterable[int]] | None = None,
 ) -> MergePlan:
-    """Decide which ``r`` tokens of every item are merged into which others (bipartite soft matching).
+    """Choose ``r`` tokens of every item and the tokens they are merged into (bipartite soft matching).
 
-    Tokens with an even index propose their most similar token with an odd index (cosine similarity of ``metric``, the
-    lowest index on a tie); the r proposals of highest similarity are carried out (the lowest proposer on a tie). The
-    output order is: protected tokens, the unmerged even ones, all odd ones, each ascending. With ``r = 0`` nothing
-    moves. With ``sets``, other tokens than the even and the odd ones are sources and destinations.
+    Each token with an even index (source) proposes its most similar token with an odd index (destination), by cosine
+    similarity of ``metric``, the lowest index on a tie. The r proposals of highest similarity are carried out, the
+    lowest proposer on a tie. The output order is: protected tokens, unmerged even tokens, all odd tokens, each
+    ascending. With ``r = 0`` no token moves. ``sets`` replaces the even and the odd tokens by given ones.
 
     Args:
         metric: ``(N, T, C)`` or ``(N, H, T, C)``, float32, float64, bfloat16 or float16, any strides; the mean over
             heads is taken inside. No gradient flows into it.
         r: tokens to remove from each item; capped at ``(T - protected) // 2``, or at the number of sources.
-        protected: leading tokens that are neither sources nor destinations (class token, prompts): 1 if not given.
+        protected: number of leading tokens that are neither sources nor destinations (class token, prompts); 1 if not
+            given.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
-        sets: ``(sources, destinations)`` in place of ``protected``: disjoint token indices, shared by all items, in any
-            order; 1-D int32 or int64 tensors on metric's device, or lists of ints. Tokens in neither set stay as they
-            are and come first in the output. A source merges into one destination, a destination takes any number of
-            sources; without destinations nothing is merged.
+        sets: ``(sources, destinations)`` instead of ``protected``: disjoint token indices, shared by all items, in any
+            order; 1-D int32 or int64 tensors on metric's device, or lists of ints. Tokens in neither set are unchanged
+            and come first in the output. A source merges into one destination, a destination takes any number of
+            sources. Without destinations nothing is merged.
 
     Returns:
         A ``MergePlan`` on metric's device; its ``protected`` is 0 with ``sets``.
@@ -50,13 +51,13 @@ def match(
         RuntimeError: an explicit backend can't run here; the message says why.
 
     Arithmetic is in float32 (float64 for float64), never tf32. The same input gives the same plan bit for bit. A token
-    of norm 0 has similarity 0 to all; one that holds a NaN or an infinity is never matched, and if too few others are
-    left it is removed with weight 0.
+    of norm 0 has similarity 0 to all others. A token with a NaN or an infinity is never matched; if too few others are
+    left, it is removed with weight 0.
 
-    Indices are checked where that needs no waiting for a GPU: those in lists and in CPU tensors. On a GPU the kernels
-    read no index that they have not put in range, and sets that are no sets still give a plan that leaves no range,
-    although of no use: an index outside counts as the nearest inside, a token in both sets as a destination, and
-    indices given twice count once, the rest of the set being made up of its neighbours in the order of the output.
+    Indices in lists and in CPU tensors are checked; those on a GPU are not, since this would synchronise with the
+    device. Invalid sets on a GPU (out of range, overlapping, duplicates) are not detected; the plan is then meaningless
+    but never out of bounds: an index is clamped to the valid range, a token in both sets is a destination, and a
+    duplicate counts once, the rest of its set being filled with its neighbours in the order of the output.
 
     Source: Bolya et al., ICLR 2023, section 3; TempMe (Shen et al., ICLR 2025) for several protected tokens.
     """
@@ -85,7 +86,7 @@ def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, set
     checks.plain(metric, "metric")
     src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
     if exporting():
-        raise NotImplementedError("matching over sets has no ONNX form: leave that layer out of the export")
+        raise NotImplementedError("match with sets can't be exported to ONNX: leave that layer out of the export")
     dest, members, offsets = torch.ops.stoptome.match_sets(metric.detach(), r, src, dst, backend)
     return MergePlan(dest, members, offsets, 0)
 
@@ -99,31 +100,31 @@ def merge(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merge the tokens of ``x`` as ``plan`` says.
+    """Merge the tokens of ``x`` by ``plan``.
 
     Args:
         x: ``(N, T, D)``, float32, float64, bfloat16 or float16, any strides.
-        plan: from ``match``.
-        size: ``(N, T)`` float32, how many original tokens each token stands for (positive); None for all ones. No
-            gradient flows into it.
+        plan: result of ``match``.
+        size: ``(N, T)`` float32, number of original tokens that each token represents (positive); None means all ones.
+            No gradient flows into it.
         mode: ``mean`` weighted by size, ``sum`` (unweighted) or ``max`` (elementwise; NaN if a member is NaN).
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
-        out: ``(y, size)`` to write the results to, contiguous and apart from x; for inference, where fresh memory can
-            cost more than the merge itself (on a CPU its pages come from the system one by one).
+        out: ``(y, size)``, contiguous tensors to write the results to, not overlapping x. For inference, where
+            allocating memory can cost more than the merge itself (page faults on a CPU).
 
     Returns:
-        ``y (N, T - r, D)`` in x's dtype and ``size (N, T - r)`` float32. Sums run in float32 (float64 for float64) in
-        ascending token order: the result is the same bit for bit from run to run. A token that nothing was merged
-        into is copied bit for bit. For a plan with r = 0, ``x`` and ``size`` themselves are returned.
+        ``y (N, T - r, D)`` in x's dtype and ``size (N, T - r)`` float32. Sums are computed in float32 (float64 for
+        float64) in ascending token order: the result is the same bit for bit from run to run. A token that nothing was
+        merged into is copied bit for bit. For a plan with r = 0, ``x`` and ``size`` themselves are returned.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
-        IndexError: the plan, on the CPU, does not hold each token once. On a GPU, where asking would wait for the
-            device, nothing outside of an item is read or written; the gradient of a token in no group is NaN (the
-            reference makes all of the item NaN).
-        RuntimeError: an explicit backend can't run here, or ``out`` was given where x needs a gradient.
+        IndexError: a plan on the CPU does not contain each token exactly once. A plan on a GPU is not checked, since
+            this would synchronise with the device: nothing outside of an item is read or written, and the gradient of a
+            token in no group is NaN (with the ``reference`` backend, that of the whole item).
+        RuntimeError: an explicit backend can't run here, or ``out`` was given although x needs a gradient.
 
-    Differentiable in x, twice, in reverse mode (forward mode and vmap raise). The gradient of ``max`` goes to the
+    Twice differentiable in x, in reverse mode; forward mode and vmap raise. The gradient of ``max`` goes to the
     lowest token that reaches the maximum.
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size".
@@ -156,7 +157,7 @@ def _merge_into(
     checks.tensor(y, "out[0]", "(N, T - r, D)")
     checks.tensor(size_out, "out[1]", "(N, T - r)")
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        raise RuntimeError("out=... can't be differentiated: call it under torch.no_grad(), or leave out away")
+        raise RuntimeError("out=... can't be differentiated: call merge under torch.no_grad(), or without out")
     torch.ops.stoptome.merge_out(
         x, plan.members, plan.offsets, None if size is None else size.detach(), mode, backend, y, size_out
     )
@@ -164,11 +165,11 @@ def _merge_into(
 
 
 def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
-    """Give every original token the row of the token it was merged into: ``x̂_i = y_dest(i)``.
+    """Copy merged rows back to all original tokens: ``x̂_i = y_dest(i)``, the row of the token that i was merged into.
 
     Args:
         y: ``(N, tokens_out, D)``, float32, float64, bfloat16 or float16, any strides.
-        plan: the plan (or composed plan) that led to y's tokens.
+        plan: plan (or composed plan) that produced y's tokens.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
@@ -176,12 +177,12 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
-        IndexError: the plan, on the CPU, does not hold each token once. On a GPU, where asking would wait for the
-            device, nothing outside of an item is read or written; the row of a token in no group is NaN (the
-            reference makes all of the item NaN).
+        IndexError: a plan on the CPU does not contain each token exactly once. A plan on a GPU is not checked, since
+            this would synchronise with the device: nothing outside of an item is read or written, and the row of a
+            token in no group is NaN (with the ``reference`` backend, the whole item).
         RuntimeError: an explicit backend can't run here; the message says why.
 
-    Differentiable in y, twice; the gradient is the sum over the tokens of each group, in ascending order.
+    Twice differentiable in y; the gradient is the sum over the tokens of each group, in ascending order.
     """
     checks.tensor(y, "y", "(N, tokens_out, D)")
     _check_plan(plan)
@@ -206,40 +207,41 @@ def merge_norm(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add ``residual`` to the stream ``x``, merge the tokens as ``plan`` says, and normalise what comes out: what a
-    pre-norm block does between attention and MLP, in one pass over the rows.
+    """Add ``residual`` to the stream ``x``, merge the tokens by ``plan``, and apply LayerNorm to the result.
 
-    The same as ``y, size = merge(x + residual, plan, size)`` and ``normed = layer_norm(y, (D,), weight, bias, eps)``,
-    but for the rounding of x + residual to the stream's dtype, which does not happen.
+    This is the step of a pre-norm block between attention and MLP, in one pass over the rows. Equivalent to
+    ``y, size = merge(x + residual, plan, size)`` and ``normed = layer_norm(y, (D,), weight, bias, eps)``, except that
+    x + residual is not rounded to the stream's dtype.
 
     Args:
         x: ``(N, T, D)``, D ≥ 1, float32, float64, bfloat16 or float16, any strides.
-        residual: ``(N, T, D)``, of any of these dtypes: what a layer adds to x. The dtype of the stream is
+        residual: ``(N, T, D)``, any of these dtypes, output of a layer that is added to x. The dtype of the stream is
             ``torch.promote_types(x.dtype, residual.dtype)`` (under autocast x is float32 and residual bfloat16).
-        plan: from ``match``.
-        size: ``(N, T)`` float32, how many original tokens each token stands for (positive); None for all ones. No
-            gradient flows into it.
-        weight, bias: ``(D,)``, of any of these dtypes (float32 beside a 16-bit stream is usual), each or both None.
-        eps: added to the variance; positive and finite.
+        plan: result of ``match``.
+        size: ``(N, T)`` float32, number of original tokens that each token represents (positive); None means all ones.
+            No gradient flows into it.
+        weight: ``(D,)``, any of these dtypes (float32 is usual with a 16-bit stream); None means all ones.
+        bias: ``(D,)``, any of these dtypes; None means zeros.
+        eps: value added to the variance; positive and finite.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
         ``y (N, T - r, D)``, the merged stream, and ``normed (N, T - r, D)``, both in the stream's dtype; and
-        ``size (N, T - r)`` float32. An output token is ``Σ s (x + residual) / Σ s`` over its members, where sums of all
-        kinds run in float32 (float64 for a float64 stream), in ascending token order, and are rounded once; a token
-        that nothing was merged into is ``x + residual``; tokens of weight 0 (see ``match``) are left out. normed
-        is the LayerNorm of y as rounded: ``(y − mean) / sqrt(var + eps) · weight + bias`` with the biased variance in
-        two passes. y is the same bit for bit on every backend, normed up to the order of its sums; both are so from
-        run to run and for any number of threads. For a plan with r = 0: ``x + residual``, its layer_norm (computed in
-        float32 if it is given different dtypes), and ``size`` as it is.
+        ``size (N, T - r)`` float32. An output token is ``Σ s (x + residual) / Σ s`` over its members. All sums are
+        computed in float32 (float64 for a float64 stream), in ascending token order, and rounded once. A token that
+        nothing was merged into is ``x + residual``; tokens of weight 0 (see ``match``) are left out. normed is the
+        LayerNorm of the rounded y: ``(y − mean) / sqrt(var + eps) · weight + bias`` with the biased variance in two
+        passes. y is the same bit for bit on every backend, normed up to the order of its sums; both are the same bit
+        for bit from run to run and for any number of threads. For a plan with r = 0: ``x + residual``, its layer_norm
+        (computed in float32 if dtypes differ), and ``size`` unchanged.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; the message names it.
         IndexError: the plan is damaged, see ``merge``.
         RuntimeError: an explicit backend can't run here; the message says why.
 
-    Differentiable in x, residual (which get the same gradient), weight and bias, once and in reverse mode: a second
-    derivative through ``normed`` raises NotImplementedError. Kept for the gradient are y and two numbers a row, neither
+    Once differentiable in x, residual (which get the same gradient), weight and bias, in reverse mode: a second
+    derivative through ``normed`` raises NotImplementedError. Saved for backward are y and two numbers per row, neither
     x nor residual. Gradients are deterministic; those of weight and bias are sums over fixed blocks of rows.
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size"; Ba et al., Layer Normalization, 2016.
@@ -278,27 +280,29 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Proportional attention: ``softmax(scale · q kᵀ + log size) v``, in which a merged key counts as often as the
-    tokens it stands for.
+    """Compute proportional attention ``softmax(scale · q kᵀ + log size) v``: a key counts as often as the number of
+    tokens that it represents.
 
     Args:
         q: ``(N, H, Tq, d)``, float32, float64, bfloat16 or float16, any strides (a view of a packed projection
             ``(N, T, 3, H, d)``, say).
-        k, v: ``(N, H, T, d)``, of q's dtype; T may differ from Tq.
-        size: ``(N, T)`` float32, how many tokens each key stands for; None for all ones. A key of size 0 is never
-            attended to (and a query that has no other gets 0). No gradient flows into it.
-        prefix_k, prefix_v: ``(M, H, G, d)``, keys and values in front of those of the item, which count once each; or
-            None. M divides N, and item n has the prefix ``n // (N / M)``: the frames of a video share one.
-        scale: factor of the products, ``1 / sqrt(d)`` if None.
+        k: ``(N, H, T, d)``, q's dtype; T may differ from Tq.
+        v: ``(N, H, T, d)``, q's dtype.
+        size: ``(N, T)`` float32, number of tokens that each key represents; None means all ones. A key of size 0 is
+            never attended to (a query with no other key gets 0). No gradient flows into it.
+        prefix_k: ``(M, H, G, d)``, keys in front of those of the item, each counted once; or None. M divides N, and
+            item n has the prefix ``n // (N / M)``: the frames of a video share one.
+        prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
+        scale: factor of the products q kᵀ; ``1 / sqrt(d)`` if None.
         backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU
             torch's own ``scaled_dot_product_attention``, with the prefix concatenated and the sizes as a mask of one
-            row an item) or ``reference``. ``auto`` takes torch's function on any device where ``triton`` can't run, and
-            without size and prefix, as there is nothing faster.
+            row per item) or ``reference``. ``auto`` takes torch's function where ``triton`` can't run, and on any
+            device without size and prefix, where nothing is faster.
 
     Returns:
         ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``
         copies nothing. The softmax is computed in float32 (float64 for float64). Products of float32 inputs are full
-        float32, unless torch's own function runs and tf32 was allowed.
+        float32, unless torch's own function runs and tf32 is allowed.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
@@ -306,8 +310,8 @@ def attention(
 
     Under autocast q, k, v and the prefix are cast as by ``scaled_dot_product_attention``.
 
-    Differentiable in q, k, v and the prefix, in reverse mode and once (``backend="reference"``: twice); gradients are
-    deterministic, the prefix's is summed over the items that share it.
+    Once differentiable in q, k, v and the prefix, in reverse mode (``backend="reference"``: twice). Gradients are
+    deterministic; that of the prefix is summed over the items that share it.
 
     Source: Bolya et al., ICLR 2023, section 3, "Tracking Token Size" (proportional attention); Vaswani et al., 2017.
     """

@@ -45,7 +45,8 @@ def integer(value: object, name: str, what: str) -> int:
     """
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be an int ({what}), got a tensor; its value would have to be read from the device"
+            f"{name} must be an int ({what}), got a tensor, whose value would have to be read from its device; use "
+            "int(...)"
         )
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
@@ -72,7 +73,7 @@ def plain(value: Tensor, name: str) -> None:
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.is_batchedtensor(value):
-        raise NotImplementedError(f"{name} is inside torch.vmap, which is not supported: items are the batch already")
+        raise NotImplementedError(f"{name} is inside torch.vmap, which is not supported: give a batch of items instead")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(
             f"{name} carries a forward-mode tangent (jvp), which is not supported: use torch.autograd.grad"
@@ -205,8 +206,7 @@ def merges_nothing(members: Tensor, offsets: Tensor) -> None:
         every = torch.arange(offsets.shape[1], dtype=torch.int32)
         if not (torch.equal(members, every[:-1].expand_as(members)) and torch.equal(offsets, every.expand_as(offsets))):
             raise IndexError(
-                "plan is damaged: it has r = 0, but does not leave every token where it is; it was changed after "
-                "match(), or is no plan"
+                "plan is damaged: it has r = 0, but moves tokens; it was changed after match(), or was not made by it"
             )
 
 
@@ -251,7 +251,7 @@ def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
         if value.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
         if value.is_neg():
-            raise ValueError(f"{name} must be memory to write to, got a view that negates; use {name}.resolve_neg()")
+            raise ValueError(f"{name} must be plain memory, got a view with the negative bit; use {name}.resolve_neg()")
         if tuple(value.shape) != shape or not value.is_contiguous():
             kind = "contiguous" if value.is_contiguous() else "strided"
             raise ValueError(f"{name} must be contiguous of shape {shape}, got {kind} of shape {tuple(value.shape)}")
@@ -271,7 +271,9 @@ def no_overlap(outputs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> 
         begin, end = span(output)
         for other, (low, high) in taken:
             if begin < high and low < end:
-                raise ValueError(f"{name} shares memory with {other}; merging can't be done in place: give it its own")
+                raise ValueError(
+                    f"{name} shares memory with {other}; merging does not work in place: give {name} memory of its own"
+                )
         taken.append((name, (begin, end)))
 
 
@@ -343,7 +345,7 @@ def attention(
     """Queries, keys, values, the keys' sizes and a prefix fit each other."""
     if (prefix_k is None) != (prefix_v is None):
         missing = "prefix_k" if prefix_k is None else "prefix_v"
-        raise ValueError(f"prefix_k and prefix_v come together, but {missing} is None")
+        raise ValueError(f"prefix_k and prefix_v must be given together, but {missing} is None")
     _heads(q, "q", "(N, H, Tq, d)")
     n, heads, _, d = q.shape
     others: list[tuple[Tensor, str, str, int | None]] = [(k, "k", "(N, H, T, d)", n), (v, "v", "(N, H, T, d)", n)]
@@ -370,11 +372,11 @@ def attention(
         m = prefix_k.shape[0]
         if n % m != 0 if m != 0 else n != 0:  # torch 2.6 takes the truth of a number for its value: a constant
             raise ValueError(
-                f"prefix_k has M = {m} items, but q's N = {n} is no multiple of it: each is shared by N / M items"
+                f"prefix_k has M = {m} items, but q's N = {n} is not a multiple of M (N / M items share one prefix)"
             )
         keys += prefix_k.shape[2]
     if keys == 0:
-        raise ValueError(f"k must hold at least one key, or prefix_k one, got k of shape {tuple(k.shape)}")
+        raise ValueError(f"k must have at least one key, or prefix_k one, got k of shape {tuple(k.shape)}")
     if size is not None:
         if size.dtype != torch.float32:
             raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {size.dtype}")

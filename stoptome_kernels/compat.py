@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that code around token merging imports, on this package's kernels.
+"""Drop-in replacements for the published functions of token merging, on this package's kernels.
 
 ``bipartite_soft_matching``, ``kth_bipartite_soft_matching``, ``random_bipartite_soft_matching``, ``merge_wavg``,
-``merge_source`` and ``parse_r`` as code for ToMe calls them, TempMe's form of the first, and
-``bipartite_soft_matching_random2d`` and ``do_nothing`` as image generation does. They take the same arguments and merge
-the same tokens, but where one says otherwise; written from the papers (Bolya et al., ICLR 2023; Bolya & Hoffman, *Token
-Merging for Fast Stable Diffusion*, CVPRW 2023; Shen et al., ICLR 2025) and from their results. What a matching returns
-are values, not closures: they can be pickled, copied, and passed in and out of compiled functions, and ``.plan`` is
-their MergePlan.
+``merge_source`` and ``parse_r`` have ToMe's signatures (the first also TempMe's);
+``bipartite_soft_matching_random2d`` and ``do_nothing`` have those of ToMe for Stable Diffusion. They take the same
+arguments and merge the same tokens, except where a docstring says otherwise. They were written from the papers (Bolya
+et al., ICLR 2023; Bolya & Hoffman, *Token Merging for Fast Stable Diffusion*, CVPRW 2023; Shen et al., ICLR 2025) and
+from the results of the published functions. A matching returns values, not closures: they can be pickled, copied, and
+passed into and out of compiled functions, and ``.plan`` is their MergePlan.
 
-Order of the tokens that come out: unmerged ones by their index, then destinations by theirs. With a class token that is
-the published order too. Without one (``class_token=False``), and on images, the published functions leave the unmerged
-tokens in the order of their similarity: the same tokens with the same values in other rows. Neither ``unmerge`` nor
-anything that goes by ``plan.dest`` or ``merge_source`` depends on that.
+Order of the output tokens: unmerged tokens by their index, then destinations by theirs. With a class token this is the
+published order, too. Without one (``class_token=False``), and on images, the published functions leave the unmerged
+tokens in the order of their similarity: the same tokens with the same values in other rows. ``unmerge`` and everything
+that uses ``plan.dest`` or ``merge_source`` do not depend on the order.
 
-Differences: ties, zeros and NaN go as ``stoptome_kernels.match`` says, arithmetic is float32 inside, sizes are
-float32, and the gradient of ``max`` goes to one token. New code has no need of this module.
+Differences: ties, zeros and NaN are treated as in ``stoptome_kernels.match``, arithmetic is float32 inside, sizes are
+float32, and the gradient of ``max`` goes to one token. New code does not need this module.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MODES = {"mean": "mean", "sum": "sum", "max": "max", "amax": "max"}
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """Merges the tokens of a tensor; the first of the two callables that a matching returns.
+    """Callable that merges the tokens of a tensor; the first of the two that a matching returns.
 
     Attributes:
-        plan: what goes where.
+        plan: output token of every input token.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
     """
 
@@ -46,14 +46,14 @@ class Merge:
     backend: str = "auto"
 
     def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """``(N, T, D) → (N, T - r, D)`` in x's dtype, differentiable; x itself if nothing is merged.
+        """Merge ``(N, T, D) → (N, T - r, D)`` in x's dtype, differentiable; return x itself if nothing is merged.
 
         Args:
-            x: ``(N, T, D)`` floating, any strides.
-            mode: ``mean`` (each member counts once: ``merge_wavg`` weighs by size), ``sum``, ``max`` or ``amax``.
+            x: ``(N, T, D)``, floating dtype, any strides.
+            mode: ``mean`` (each member counts once; ``merge_wavg`` weights by size), ``sum``, ``max`` or ``amax``.
 
         Raises:
-            TypeError, ValueError: as ``stoptome_kernels.merge``, or another mode.
+            TypeError, ValueError: as ``stoptome_kernels.merge``, or an unknown mode.
         """
         if self.plan.r == 0:
             return x
@@ -63,13 +63,18 @@ class Merge:
 
 @dataclass(frozen=True, eq=False)
 class Unmerge:
-    """Gives every original token the row it was merged into; the second callable that a matching returns."""
+    """Callable that copies merged rows back to all original tokens; the second of the two that a matching returns.
+
+    Attributes:
+        plan: output token of every input token.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``.
+    """
 
     plan: MergePlan
     backend: str = "auto"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(N, T - r, D) → (N, T, D)``, differentiable; x itself if nothing was merged."""
+        """Unmerge ``(N, T - r, D) → (N, T, D)``, differentiable; return x itself if nothing was merged."""
         return x if self.plan.r == 0 else api.unmerge(x, self.plan, self.backend)
 
 
@@ -106,32 +111,33 @@ def bipartite_soft_matching(
     r_f: int | None = None,
     backend: str = "auto",
 ) -> tuple[Merge, Unmerge]:
-    """Match tokens with an even and an odd index, as ToMe does; with an int as third argument, as TempMe does.
+    """Match tokens of even index with tokens of odd index, as ToMe does; with an int as third argument, as TempMe does.
 
     Args:
         metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
-        r: tokens to remove; capped at half of the unprotected tokens. At 0 or less the callables return their argument.
-        class_token: True if the first token is not to be merged. An int (that is no bool) is TempMe's ``cls_num``, and
-            the call goes to ``bipartite_soft_matching_tempme``; 0 and 1 mean the same in both.
-        distill_token: True if the second token is not to be merged either; TempMe's ``r_f`` with an int before it.
-        cls_num, r_f: TempMe's third and fourth argument by name, in place of ``class_token`` and ``distill_token``; see
-            ``bipartite_soft_matching_tempme``.
+        r: number of tokens to remove; capped at half of the unprotected tokens. At 0 or less the callables return their
+            argument.
+        class_token: True protects the first token. An int (not a bool) is TempMe's ``cls_num``, and the call goes to
+            ``bipartite_soft_matching_tempme``; 0 and 1 mean the same in both.
+        distill_token: True protects the second token, too; TempMe's ``r_f`` after an int.
+        cls_num: TempMe's third argument by name, instead of ``class_token``; see ``bipartite_soft_matching_tempme``.
+        r_f: TempMe's fourth argument by name, instead of ``distill_token``; see ``bipartite_soft_matching_tempme``.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
-        ``merge(x, mode="mean")`` and ``unmerge(x)``. Merged tokens come in the order: protected tokens, unmerged even
-        ones, odd ones, each by index. With a class token that is the published order; without one, the published
-        function leaves the unmerged ones in the order of their similarity.
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. The order of the merged tokens is: protected tokens, unmerged even
+        ones, odd ones, each by index. With a class token this is the published order; without one, the published
+        function leaves the unmerged tokens in the order of their similarity.
 
     Raises:
-        TypeError, ValueError: as ``stoptome_kernels.match``; a distillation token without a class token; arguments
-            of both forms.
+        TypeError, ValueError: as ``stoptome_kernels.match``; a distillation token without a class token; arguments of
+            both forms at once.
     """
     if cls_num is not None:
         for value, name in ((class_token, "class_token"), (distill_token, "distill_token")):
             if value is not False:
                 raise ValueError(
-                    f"{name}={value} can't be given together with cls_num={cls_num}, which counts all leading tokens "
+                    f"{name}={value} can't be given together with cls_num={cls_num}, the number of all leading tokens "
                     f"that are not merged: leave {name} out"
                 )
         class_token = checks.count(cls_num, "cls_num", "leading tokens that are not merged")
@@ -145,16 +151,16 @@ def bipartite_soft_matching(
             r_f = 0 if distill_token is False else distill_token
         return bipartite_soft_matching_tempme(metric, r, class_token, r_f, backend=backend)
     if r_f is not None:
-        raise ValueError("r_f belongs to TempMe's form: it needs cls_num, how many leading tokens are not merged")
+        raise ValueError("r_f belongs to TempMe's form, which needs cls_num, too: give the number of leading tokens")
     if not isinstance(distill_token, bool):
         raise TypeError(
-            f"distill_token must be a bool behind a bool, got {type(distill_token).__name__}; for TempMe's form "
-            "(metric, r, cls_num, r_f) cls_num must be an int"
+            f"distill_token must be a bool after a bool class_token, got {type(distill_token).__name__}; for TempMe's "
+            "form (metric, r, cls_num, r_f) give an int cls_num"
         )
     if distill_token and not class_token:
         raise ValueError(
-            "distill_token=True needs class_token=True: the distillation token is the second of two; for other tokens "
-            "use stoptome_kernels.match(..., sets=...)"
+            "distill_token=True needs class_token=True: the distillation token is the second of two; to protect other "
+            "tokens use stoptome_kernels.match(..., sets=...)"
         )
     return _leading(metric, r, class_token + distill_token, backend)
 
@@ -162,12 +168,14 @@ def bipartite_soft_matching(
 def bipartite_soft_matching_tempme(
     metric: Tensor, r: int, cls_num: int, r_f: int = 0, *, backend: str = "auto"
 ) -> tuple[Merge, Unmerge]:
-    """Match as TempMe does, with any number of class tokens in front (a joined clip has one for each frame).
+    """Match as TempMe does, with any number of leading class tokens (a joined clip has one for each frame).
 
     Args:
-        metric, r, backend: as of ``bipartite_soft_matching``.
-        cls_num: leading tokens that are not merged.
+        metric: as in ``bipartite_soft_matching``.
+        r: as in ``bipartite_soft_matching``.
+        cls_num: number of leading tokens that are not merged.
         r_f: any int, without effect: the published function takes it (1, or the number of frames) and never uses it.
+        backend: as in ``bipartite_soft_matching``.
 
     Returns:
         As ``bipartite_soft_matching``.
@@ -181,17 +189,17 @@ def bipartite_soft_matching_tempme(
 
 
 def kth_bipartite_soft_matching(metric: Tensor, k: int, *, backend: str = "auto") -> tuple[Merge, Unmerge]:
-    """Leave one token of every ``k`` adjacent ones: the last of each k is a destination, all others are merged.
+    """Keep one token of every ``k`` adjacent ones: the last of each k is a destination, all others are merged.
 
     Args:
         metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
-        k: tokens of a group. At 1 or less, and where T < k leaves no destination, the callables return their argument.
+        k: tokens per group. At 1 or less, and where T < k leaves no destination, the callables return their argument.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
-        ``merge(x, mode="mean")`` and ``unmerge(x)``. ``T // k`` tokens come out, the destinations by index. Every other
-        token is merged into the most similar of them, which may be of another group, also the ``T % k`` at the end that
-        fill no group: the published function drops those.
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. The output is the ``T // k`` destinations by index. Every other
+        token is merged into the most similar of them, which may be of another group. So are the last ``T % k`` tokens,
+        which fill no group; the published function drops them.
 
     Raises:
         TypeError, ValueError: as ``stoptome_kernels.match``.
@@ -213,14 +221,14 @@ def random_bipartite_soft_matching(
 
     Args:
         metric: ``(N, T, C)``, or ``(N, H, T, C)`` for the mean over heads. No gradient flows into it.
-        r: tokens to remove; capped at T - 1. At 0 or less the callables return their argument.
-        generator: where the choice comes from; None for the default one of metric's device. Numbers drawn on another
-            device are copied. torch.compile takes no generator into a graph.
+        r: number of tokens to remove; capped at T - 1. At 0 or less the callables return their argument.
+        generator: random number generator; None for the default one of metric's device. Numbers drawn on another device
+            are copied. torch.compile takes no generator into a graph.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
-        ``merge(x, mode="mean")`` and ``unmerge(x)``. The other tokens come out, by index. One choice is made for all
-        items of the call, where the published function makes one for each.
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. The output is the other tokens, by index. One choice is made for
+        all items of the call; the published function makes one for each item.
 
     Raises:
         TypeError, ValueError: as ``stoptome_kernels.match``.
@@ -245,25 +253,28 @@ def bipartite_soft_matching_random2d(
     *,
     backend: str = "auto",
 ) -> tuple[Merge, Unmerge]:
-    """Match the tokens of an image, one destination in every cell, as image generation does (ToMe for SD, section 4).
+    """Match the tokens of an image with one destination in every cell (ToMe for Stable Diffusion, section 4).
 
     Args:
         metric: ``(N, T, C)`` or ``(N, H, T, C)`` with ``T = w·h``: h rows of w tokens. No gradient flows into it.
-        w, h: width and height of the image in tokens.
-        sx, sy: width and height of a cell. Every cell that fits has one destination; all other tokens are sources, also
+        w: width of the image in tokens.
+        h: height of the image in tokens.
+        sx: width of a cell in tokens. Every whole cell has one destination; all other tokens are sources, including
             those of the cells that the right and the lower border cut off.
-        r: tokens to remove; capped at the number of sources. At 0 or less the callables return their argument.
+        sy: height of a cell in tokens.
+        r: number of tokens to remove; capped at the number of sources. At 0 or less the callables return their
+            argument.
         no_rand: take the first token of each cell as destination instead of a random one.
-        generator: where the random choice comes from, one for all items; None for the default one of metric's device.
-            Numbers drawn on another device are copied. torch.compile takes no generator into a graph.
+        generator: random number generator; None for the default one of metric's device. One choice is made for all
+            items. Numbers drawn on another device are copied. torch.compile takes no generator into a graph.
         backend: ``auto``, ``triton``, ``native`` or ``reference``.
 
     Returns:
-        ``merge(x, mode="mean")`` and ``unmerge(x)``. Merged tokens come in the order: unmerged sources, destinations,
+        ``merge(x, mode="mean")`` and ``unmerge(x)``. The order of the merged tokens is: unmerged sources, destinations,
         each by index. The published function leaves the unmerged sources in the order of their similarity.
 
     Raises:
-        TypeError, ValueError: as ``stoptome_kernels.match``, or sizes that do not fit.
+        TypeError, ValueError: as ``stoptome_kernels.match``, or T is not ``w·h``.
     """
     tokens = _tokens(metric, backend)
     w, h = checks.count(w, "w", "tokens in a row"), checks.count(h, "h", "rows of tokens")
@@ -279,23 +290,23 @@ def bipartite_soft_matching_random2d(
 
 
 def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
-    """Give ``x`` back: stands for a merge or an unmerge where nothing is merged."""
+    """Return ``x``: takes the place of merge or unmerge where nothing is merged."""
     return x
 
 
 def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Average the members of every merged token, weighted by how many tokens each stands for.
+    """Average the members of every merged token, weighted by the number of tokens that each represents.
 
     Args:
-        merge: from one of the matchings above: then it is one fused ``stoptome_kernels.merge``. Any other callable
+        merge: result of a matching above, for one fused ``stoptome_kernels.merge``. Any other callable
             ``merge(x, mode="sum")`` is called twice.
         x: ``(N, T, D)``.
-        size: ``(N, T, 1)``, any floating dtype; None for all ones. No gradient flows into it.
+        size: ``(N, T, 1)``, any floating dtype; None means all ones. No gradient flows into it.
 
     Returns:
-        ``x (N, T', D)`` in x's dtype and ``size (N, T', 1)``, float32 whatever x is: bfloat16 counts exactly only up to
-        256, float16 to 2048. Where sizes are added to attention scores of a narrower dtype, cast there:
-        ``size.log().to(scores.dtype)``. With another callable, ``size`` is what that callable gives for float32 sizes.
+        ``x (N, T', D)`` in x's dtype and ``size (N, T', 1)``, float32 for any dtype of x: bfloat16 counts exactly only
+        up to 256, float16 up to 2048. To add sizes to attention scores of a narrower dtype, cast there:
+        ``size.log().to(scores.dtype)``. With another callable, ``size`` is its result for float32 sizes.
 
     Raises:
         TypeError, ValueError: as ``stoptome_kernels.merge``, or a size of another shape.
@@ -314,17 +325,17 @@ def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = No
 
 
 def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None = None) -> Tensor:
-    """Which original tokens every token is made of, as a dense matrix, which takes T'·T numbers an item.
+    """Return the original tokens that every token is made of, as a dense matrix of T'·T numbers per item.
 
-    ``plan.dest`` says the same in 4 bytes a token, and ``plan.then(next)`` carries it through layers.
+    ``plan.dest`` holds the same in 4 bytes per token, and ``plan.then(next)`` carries it through layers.
 
     Args:
-        merge: from one of the matchings above, or a callable ``merge(x, mode="amax")``.
-        x: ``(N, T, D)``, the tokens that are merged; what counts are N, T, dtype and device.
-        source: ``(N, T, T0)``, what the layer before returned; None in the first layer.
+        merge: result of a matching above, or a callable ``merge(x, mode="amax")``.
+        x: ``(N, T, D)``, the tokens that are merged; only N, T, dtype and device matter.
+        source: ``(N, T, T0)``, result of the previous layer; None in the first layer.
 
     Returns:
-        ``(N, T', T0)`` of zeros and ones in x's dtype (of source's, if given). Each column has a single one. A token
+        ``(N, T', T0)`` of zeros and ones in x's dtype (in source's, if given). Each column has a single one. A token
         that was removed with weight 0 is counted where ``plan.dest`` puts it.
 
     Raises:
@@ -349,14 +360,14 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
 
 
 def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list[int]:
-    """Tokens to merge in each of ``num_layers`` layers.
+    """Return the number of tokens to merge in each of ``num_layers`` layers.
 
     Args:
-        num_layers: how many layers there are.
-        r: an int for every layer; a list with one int a layer, short ones padded with 0; or a pair (tuple) ``(r,
-            inflection)``: the first layer merges ``r(1 − inflection)`` truncated to int, the last ``2r − first``, those
-            between lie on a line, truncated. That is the published formula without the rounding of floats, which can
-            cost it a token: ``(10, 0.9)`` starts from 1 here.
+        num_layers: number of layers.
+        r: an int for every layer; a list with one int per layer, padded with 0; or a pair (tuple) ``(r, inflection)``:
+            the first layer merges ``r(1 − inflection)`` truncated to int, the last ``2r − first``, those between are
+            interpolated linearly and truncated. This is the published formula without its rounding of floats, which
+            can lose a token: ``(10, 0.9)`` starts from 1 here.
 
     Raises:
         TypeError, ValueError: anything else, such as a list with more numbers than layers.

@@ -15,18 +15,18 @@ from .reference.merging import group_of, read
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """Where every token of every item goes; made by ``stoptome_kernels.match``, never changed afterwards.
+    """The output token of every input token of every item; made by ``stoptome_kernels.match``, never changed.
 
     A value without hidden state: it can be reused for any tensors of its shape, passed into and out of compiled
-    functions, and composed with ``then``. It takes 12 bytes a token and 4 an item.
+    functions, and composed with ``then``. It takes 12 bytes per token and 4 per item.
 
     Attributes:
-        dest: ``(N, tokens_in)`` int32, the output token of every input token. Composed over layers it is the *source
-            trace*: which merged token an original token ended in.
-        members: ``(N, tokens_in)`` int32, the input tokens sorted by output token, then by index. A token that was
-            merged with weight 0 (its metric held a NaN or an infinity) stands as ``~i``.
+        dest: ``(N, tokens_in)`` int32, output token of every input token. Composed over layers it is the *source
+            trace*: the merged token that an original token ended in.
+        members: ``(N, tokens_in)`` int32, input tokens sorted by output token, then by index. A token that was merged
+            with weight 0 (its metric held a NaN or an infinity) is written as ``~i``.
         offsets: ``(N, tokens_out + 1)`` int32; output o gathers ``members[offsets[o]:offsets[o + 1]]``.
-        protected: leading tokens that no merge touches; 0 where sources and destinations were given by index.
+        protected: number of leading tokens that are never merged; 0 where sources and destinations were given by index.
     """
 
     dest: Tensor
@@ -36,31 +36,35 @@ class MergePlan:
 
     @property
     def tokens_in(self) -> int:
-        """Tokens of an item before merging."""
+        """Number of tokens of an item before merging."""
         return self.dest.shape[1]
 
     @property
     def tokens_out(self) -> int:
-        """Tokens of an item after merging."""
+        """Number of tokens of an item after merging."""
         return self.offsets.shape[1] - 1
 
     @property
     def r(self) -> int:
-        """Tokens removed from each item: what was asked for, capped at half of the unprotected tokens, or
+        """Number of tokens removed from each item: the requested number, capped at half of the unprotected tokens, or
         at the number of given sources."""
         return self.dest.shape[1] - self.offsets.shape[1] + 1
 
     def then(self, following: MergePlan) -> MergePlan:
-        """The plan from this plan's input to the output of ``following``, which was matched on this plan's output.
+        """Return the plan from this plan's input to the output of ``following``.
 
         Sizes merged by the composed plan equal sizes merged by one plan after the other; its ``dest`` is the trace
         through both. Deterministic, no host synchronisation.
 
+        Args:
+            following: plan that was matched on this plan's output.
+
         Raises:
-            TypeError: ``following`` is no MergePlan.
+            TypeError: ``following`` is not a MergePlan.
             ValueError: ``following`` does not start from this plan's tokens.
-            IndexError: one of them, on the CPU, is damaged: its groups don't hold each token once, or its ``dest`` says
-                something else. On a GPU, where asking would wait for the device, a token goes to the nearest output.
+            IndexError: a plan on the CPU is damaged: its groups don't contain each token exactly once, or contradict
+                its ``dest``. A plan on a GPU is not checked, since this would synchronise with the device: a token with
+                an output out of range goes to the nearest one.
         """
         if not isinstance(following, MergePlan):
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
@@ -71,7 +75,7 @@ class MergePlan:
         if have != want:
             raise ValueError(
                 f"following starts from (N, tokens) = {want}, but this plan leads to {have}; "
-                "compose plans in the order in which the layers ran"
+                "compose plans in the order of the layers"
             )
         if self.dest.device != following.dest.device:
             raise ValueError(
@@ -86,7 +90,7 @@ class MergePlan:
         return MergePlan(dest, members, offsets, min(self.protected, following.protected))
 
     def to(self, device: torch.device | str) -> MergePlan:
-        """The same plan on another device; this one if it is there already."""
+        """Return the same plan on another device; the plan itself if it is there already."""
         if self.dest.device == torch.device(device):
             return self
         return MergePlan(self.dest.to(device), self.members.to(device), self.offsets.to(device), self.protected)
@@ -104,7 +108,7 @@ class MergePlan:
             if not torch.equal(dest.gather(1, groups.index).long(), group_of(groups.offsets, self.tokens_in)):
                 raise IndexError(
                     f"{name} is damaged: its dest and its groups send tokens to different outputs; it was changed "
-                    "after match(), or is no plan"
+                    "after match(), or was not made by it"
                 )
             return dest, _by_token(~groups.valid, groups.index)
         return dest.clamp(0, max(self.tokens_out - 1, 0)), self._weightless()

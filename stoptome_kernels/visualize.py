@@ -49,57 +49,56 @@ def visualize(
 ) -> Image:
     """Draw which patches became one token, frame by frame.
 
-    Patches that were merged are filled with the mean colour of all pixels of their token and outlined along the border
-    of their group, in a lighter shade of it (a darker one where it is bright). A token that reaches over several frames
-    has the same fill in all of them and the same vivid outline, so that the eye can follow it. Patches that were not
-    merged stay as they are.
+    Merged patches are filled with the mean colour of all pixels of their token and outlined along the border of their
+    group, in a lighter shade of the fill (a darker one where it is bright). A token that spans several frames has the
+    same fill and the same vivid outline in all of them. Unmerged patches are drawn unchanged.
 
     Args:
         frames: ``(T, 3, H, W)`` or ``(T, H, W, 3)``, uint8 or floating in [0, 1]; a torch tensor or a numpy array.
-        trace: where every token of every frame ended. One of: an integer tensor or array ``(T, L)``, in which two
-            tokens of whatever frames ended in one if and only if their numbers are equal, or ``(B, T, L)`` for several
-            videos; an object with such an attribute ``dest``; a ``MergePlan`` with a frame in each item (so equal
+        trace: destination of every token of every frame. One of: an integer tensor or array ``(T, L)``, in which two
+            tokens of any frames were merged into one if and only if their numbers are equal, or ``(B, T, L)`` for
+            several videos; an object with such an attribute ``dest``; a ``MergePlan`` with one frame per item (so equal
             numbers in different items are different tokens), ``N = T`` or ``N = B · T``.
-        out: a file to write: .png or .jpg of all frames, .gif or .mp4 that plays them. Written whole or not at all.
-        video: which of the B videos of the trace ``frames`` shows.
-        protected: leading tokens of a frame that are no patches (class token, prompts). Default: ``trace.protected``,
-            or 1 where there is none.
-        grid: patches of a frame ``(down, across)``, in row-major order. Default: square patches.
-        normalized: what to undo before drawing: ``"clip"``, or ``(mean, std)`` of three numbers each.
-        show: the frames to draw, in this order. Default: all. Colours always come from all frames.
-        beside: draw the frame as it was too, above the merged one (left of it in .gif and .mp4).
-        layout: of the picture: ``"grid"``, about square, or ``"strip"``, all frames in one row.
-        scale: how many times to enlarge. Default: as much as it takes to make small frames readable.
+        out: file to write: .png or .jpg of all frames, or .gif or .mp4 that plays them. Written whole or not at all.
+        video: index of the video in the trace, of B, that ``frames`` shows.
+        protected: number of leading tokens of a frame that are not patches (class token, prompts). Default:
+            ``trace.protected``, or 1 where there is none.
+        grid: number of patches of a frame ``(down, across)``, in row-major order. Default: square patches.
+        normalized: normalisation to undo before drawing: ``"clip"``, or ``(mean, std)`` of three numbers each.
+        show: indices of the frames to draw, in this order. Default: all. Colours are always computed from all frames.
+        beside: also draw the original frame, above the merged one (left of it in .gif and .mp4).
+        layout: arrangement of the picture: ``"grid"``, about square, or ``"strip"``, all frames in one row.
+        scale: integer factor of enlargement. Default: enough to make small frames readable.
         gap: pixels between frames.
         line: thickness of outlines in pixels of the picture, 0 for none. Default: a sixteenth of a patch.
-        fps: frames a second in .gif (at most 50) and .mp4.
+        fps: frames per second in .gif (at most 50) and .mp4.
 
     Returns:
-        All frames as one RGB ``PIL.Image``, whatever ``out`` is. The same input gives the same pixels.
+        All frames as one RGB ``PIL.Image``, for any ``out``. The same input gives the same pixels.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names it.
         ImportError: Pillow, or for .mp4 an encoder, is missing; the message says what to install.
         FileNotFoundError: the folder of ``out`` does not exist.
 
-    It looks at values, so it waits for the GPU: not for use inside compiled functions.
+    Reads values, so it synchronises with the GPU and can't be used inside compiled functions.
     """
     _pillow()
     write = None if out is None else _writer(Path(out))
     checks.choice(layout, "layout", LAYOUTS)
     gap = checks.count(gap, "gap", "pixels between frames")
     if not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
-        raise ValueError(f"fps must be a positive number of frames a second, got {fps!r}")
+        raise ValueError(f"fps must be a positive number of frames per second, got {fps!r}")
     before = _pixels(frames, normalized)
     count, height, width = before.shape[:3]
     dest = _destinations(trace, video, count)
     if protected is None:
         protected = getattr(trace, "protected", 1)
-    protected = checks.count(protected, "protected", "leading tokens of a frame that are no patches")
+    protected = checks.count(protected, "protected", "leading tokens of a frame that are not patches")
     down, across = _grid(dest.shape[1], protected, height, width, grid)
     if scale is None:
         scale = -(-READABLE // min(height, width))
-    scale = checks.count(scale, "scale", "how many times to enlarge", least=1)
+    scale = checks.count(scale, "scale", "factor of enlargement", least=1)
     if line is None:
         line = max(1, scale * min(height // down, width // across) // 16)
     line = checks.count(line, "line", "thickness of outlines in pixels")
@@ -146,7 +145,7 @@ def _pixels(frames: Any, normalized: Any) -> Tensor:
     if pixels.dtype == torch.uint8:
         if normalized is not None:
             raise ValueError(
-                "normalized is given, but frames are uint8, which normalised frames can't be; leave it out"
+                "normalized is given, but frames are uint8, so they are not normalised; leave normalized out"
             )
         return pixels.contiguous()
     if not pixels.is_floating_point():
@@ -159,8 +158,8 @@ def _pixels(frames: Any, normalized: Any) -> Tensor:
     if not (low >= -SLACK and high <= 1 + SLACK):  # NaN too
         after = "after undoing normalized they" if normalized is not None else "they"
         raise ValueError(
-            f"frames must be in [0, 1], but {after} go from {low:.3g} to {high:.3g}: undo the normalisation first, or "
-            'pass normalized="clip" or normalized=(mean, std); if they go up to 255, pass uint8'
+            f"frames must be in [0, 1], but {after} range from {low:.3g} to {high:.3g}: undo the normalisation first, "
+            'or pass normalized="clip" or normalized=(mean, std); if they range to 255, pass uint8'
         )
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
 
@@ -188,17 +187,17 @@ def _destinations(trace: Any, video: int, count: int) -> Tensor:
         if len(dest) % count:
             raise ValueError(
                 f"trace is a plan of N = {len(dest)} items, but frames has T = {count} frames: a plan must have one "
-                "frame in each item; for items of several frames compose a tensor (T, L) yourself"
+                "frame per item; for items of several frames compose a tensor (T, L) yourself"
             )
         dest = dest.unflatten(0, (-1, count))
     videos = 1 if dest.dim() == 2 else len(dest)
-    if checks.count(video, "video", "which video of the trace") >= videos:
+    if checks.count(video, "video", "index of a video in the trace") >= videos:
         raise ValueError(f"video must be less than the number of videos in the trace, {videos}, got {video}")
     dest = dest if dest.dim() == 2 else dest[video]
     if len(dest) != count:
         raise ValueError(
             f"trace has {len(dest)} frames of {dest.shape[1]} tokens, but frames has T = {count} frames; "
-            "pass the frames that the trace was made of (show=... chooses what to draw)"
+            "pass all frames of the traced video (show=... selects the frames to draw)"
         )
     return dest
 
@@ -207,7 +206,7 @@ def _grid(tokens: int, protected: int, height: int, width: int, grid: Any) -> tu
     """Patches down and across."""
     patches = tokens - protected
     leaves = (
-        f"trace has {tokens} tokens a frame, of which protected = {protected} are no patches; that leaves {patches}"
+        f"trace has {tokens} tokens a frame, of which protected = {protected} are not patches; that leaves {patches}"
     )
     if patches < 1:
         raise ValueError(f"{leaves}; protected must be less than the tokens of a frame")
@@ -215,7 +214,7 @@ def _grid(tokens: int, protected: int, height: int, width: int, grid: Any) -> tu
         side = math.isqrt(height * width // patches)
         if side * side * patches != height * width or height % side or width % side:
             raise ValueError(
-                f"{leaves}, but so many square patches don't tile frames of {height} x {width} pixels: correct "
+                f"{leaves}, but {patches} square patches don't tile frames of {height} x {width} pixels: correct "
                 "protected (class token + prompts), or pass grid=(patches down, patches across)"
             )
         return height // side, width // side
@@ -227,7 +226,7 @@ def _grid(tokens: int, protected: int, height: int, width: int, grid: Any) -> tu
     if height % down or width % across:
         raise ValueError(
             f"grid = ({down}, {across}) doesn't divide frames of {height} x {width} pixels into whole patches; "
-            "correct grid, or resize frames to what the model saw"
+            "correct grid, or resize frames to the input size of the model"
         )
     return down, across
 
@@ -237,7 +236,7 @@ def _shown(show: Sequence[int] | None, count: int) -> list[int]:
         return list(range(count))
     shown = [checks.count(number, "show", "indices of frames") for number in show]
     if not shown or max(shown) >= count:
-        raise ValueError(f"show must name frames from 0 to {count - 1}, got {list(show)}")
+        raise ValueError(f"show must be a non-empty list of frame indices from 0 to {count - 1}, got {list(show)}")
     return shown
 
 

@@ -74,7 +74,7 @@ attends._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name: None if it can run on this machine, else the reason why it can't."""
+    """Return every backend by name, with None if it can run on this machine, else the reason why it can't."""
     return {
         "triton": triton.why_not("cuda" if torch.cuda.is_available() else "cpu", torch.float32, explicit=True),
         "native": native.why_not("cpu", torch.float32, explicit=True),

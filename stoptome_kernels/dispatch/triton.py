@@ -25,7 +25,7 @@ def _no_triton() -> str | None:
     except PackageNotFoundError:  # another name on the wheel, as pytorch-triton
         return None
     if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < (3, 2):
-        return f"it needs Triton 3.2 or later, found {found}: pip install -U triton"
+        return f"the Triton kernels need Triton 3.2 or later, found {found}: pip install -U triton"
     return None
 
 

@@ -52,7 +52,7 @@ _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def default_scale(q: Tensor) -> float:
-    """What Vaswani et al. multiply products by."""
+    """Return ``1 / sqrt(head_dim)``."""
     return q.shape[-1] ** -0.5
 
 

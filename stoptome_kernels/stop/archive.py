@@ -70,8 +70,8 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
             return _Archive(archive, path, mmap).load()
     except Exception as error:  # what the parsers of zip and pickle raise of damaged bytes is not limited
         raise ValueError(
-            f"{path} can't be read as weights ({_reason(error)}); give a whole file that torch.save or torch.jit.save "
-            "wrote, of the state_dict and not of the model"
+            f"{path} can't be read as weights ({_reason(error)}); give a complete file of torch.save or "
+            "torch.jit.save, with the state_dict and not the model"
         ) from error
 
 
@@ -81,8 +81,8 @@ def _reason(error: Exception) -> str:
         return error.strerror
     text = one_line(error).split(". ")[0][:200].rstrip(".")
     if isinstance(error, Forbidden):
-        return f"it asks for {text}"
-    return f"it lacks {text}" if isinstance(error, KeyError) else text or type(error).__name__
+        return f"it contains {text}, which is not allowed"
+    return f"it has no key {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def one_line(said: object) -> str:
@@ -152,9 +152,9 @@ class _Tensors(Interpreter):
                     self.storages[key] = self._memory(key, dtype, count)
                 values = self.storages[key]
                 if values.dtype != dtype or len(values) < count:
-                    raise ValueError("a tensor's memory is of another dtype or length")
+                    raise ValueError("a tensor's storage has another dtype or length")
                 return _Storage(values)
-        raise ValueError("it names memory in an unknown way")
+        raise ValueError("it refers to a storage in an unknown way")
 
 
 class _Script(_Tensors):
@@ -181,7 +181,7 @@ class _Script(_Tensors):
 def _view(values: Tensor, offset: Any, size: tuple, stride: tuple) -> Tensor:
     """Return the tensor of a shape and strides in some memory."""
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise ValueError("a tensor has no valid shape")
+        raise ValueError("a tensor has an invalid shape, stride or offset")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if math.prod(size) > len(values) or (0 not in size and last >= len(values)):
         raise ValueError("a tensor is longer than its data")
@@ -206,7 +206,7 @@ class _Archive:
         roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
         roots = [root for root in roots if root.count("/") == 1]
         if len(roots) != 1:
-            raise ValueError(f"it holds {len(roots)} pickles of values")
+            raise ValueError(f"it has {len(roots)} files data.pkl, need 1")
         self._root = roots[0]
         self._check()
         self._memory: Any = torch.UntypedStorage.from_file(path, False, self._length) if mmap else None
@@ -224,11 +224,11 @@ class _Archive:
         """Raise ValueError for records that torch doesn't write; the code of TorchScript is never read."""
         records = [r for r in self._archive.infolist() if not r.filename.startswith(f"{self._root}code/")]
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("its records are compressed, which torch doesn't do")
+            raise ValueError("its records are compressed, which torch never does")
         if sum(record.file_size for record in records) > self._length:
             raise ValueError("its records are longer than the file")
         if len({record.filename for record in records}) < len(records):
-            raise ValueError("two of its records have one name")
+            raise ValueError("two of its records have the same name")
         if not any(record.CRC for record in records):  # written without checksums
             for record in records:
                 record.CRC = None  # type: ignore[assignment]  # zipfile compares none, then
@@ -242,7 +242,7 @@ class _Archive:
                 data[at : at + len(part)] = part
                 at += len(part)
         if at != record.file_size:
-            raise ValueError(f"{name} breaks off")
+            raise ValueError(f"{name} is truncated")
         return data
 
     def _storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
@@ -250,7 +250,7 @@ class _Archive:
         name = f"data/{key}"
         data = _numbers(self._read(name)) if self._memory is None else self._mapped(self._memory, name)
         if len(data) % dtype.itemsize:
-            raise ValueError("a tensor's memory is no whole number of elements")
+            raise ValueError("a tensor's storage is not a whole number of elements")
         return (data.clone() if data.data_ptr() % dtype.itemsize else data).view(dtype)
 
     def _mapped(self, memory: torch.UntypedStorage, name: str) -> Tensor:
@@ -283,7 +283,7 @@ def _of_module(module: Any) -> dict[str, Tensor]:
         seen.add(id(module))
         for name in module.attributes:
             if type(name) is not str or len(name) > _NAME or depth > _DEPTH:
-                raise ValueError("a module in it has no sensible name, or too many around it")
+                raise ValueError("a module in it has an invalid name or is nested too deeply")
         inner = [(name, value) for name, value in module.attributes.items() if isinstance(value, _Object)]
         found |= {f"{prefix}{n}": value for n, value in module.attributes.items() if isinstance(value, Tensor)}
         left += [(f"{prefix}{name}.", depth + 1, value) for name, value in reversed(inner)]
@@ -303,20 +303,20 @@ def _legacy(file: IO[bytes], length: int) -> Any:
         return _numbers(bytearray(count * dtype.itemsize)).view(dtype)
 
     if Interpreter(file).load() != _LEGACY:
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("it is not a file of torch.save")
     for _ in range(2):  # the version, and what the machine was like
         Interpreter(file).load()
     tensors = _Tensors(file, blank)
     value = _within(tensors.load(), length)
     keys = Interpreter(file).load()
     if type(keys) is not list or sorted(keys) != sorted(tensors.storages):
-        raise ValueError("the memory of its tensors is not all there")
+        raise ValueError("the storages of its tensors are incomplete")
     for key in keys:
         values = tensors.storages[key]
         (count,) = struct.unpack("<q", file.read(8))
         data = bytearray(file.read(values.nbytes))
         if (count, len(data)) != (len(values), values.nbytes):
-            raise ValueError("it breaks off")
+            raise ValueError("it is truncated")
         if count:
             values.copy_(torch.frombuffer(data, dtype=values.dtype))
     return value

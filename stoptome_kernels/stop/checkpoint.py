@@ -18,7 +18,7 @@ _UNUSED = ("visual.frame_embedding",)  # upstream has it with time_embedding, an
 
 
 class Loaded(NamedTuple):
-    """What loading found: parameters of the model that the weights don't have, and weights that it has no use for."""
+    """Result of loading: names of parameters that were missing in the weights, and of weights that were not used."""
 
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
@@ -39,11 +39,11 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds no weights, but a {type(found).__name__}")
+        raise ValueError(f"{path} holds no weights, but a {type(found).__name__}; give a saved state_dict")
     weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     for name in weights:
         if not isinstance(name, str):
-            raise ValueError(f"{path} holds no weights by name: one is called {name!r:.80}")
+            raise ValueError(f"{path} holds no state_dict: a key is {name!r:.80}, not a string")
     return own_names(weights)
 
 
@@ -68,10 +68,10 @@ def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
 
     def of(name: str, dims: int) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"these weights are no CLIP with a vision transformer: {name} is missing")
+            raise ValueError(f"not a CLIP ViT checkpoint: key {name!r} is missing")
         shape = tuple(state[name].shape)
         if len(shape) != dims or 0 in shape:
-            raise ValueError(f"these weights are no CLIP with a vision transformer: {name} has shape {shape}")
+            raise ValueError(f"not a CLIP ViT checkpoint: key {name!r} has shape {shape}, need {dims} axes, none empty")
         return shape
 
     def layers(prefix: str) -> int:
@@ -113,8 +113,8 @@ def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
         frames, rest = divmod(table[0] - text, prompts)
         if rest or frames < 1:
             raise ValueError(
-                f"unified_prompt_embedding has {table[0]} rows, which are not {text} text prompts and {prompts} "
-                "for each frame; give text_prompts=… and frame_prompts=…"
+                f"unified_prompt_embedding has {table[0]} rows, which are not {text} text prompts plus {prompts} per "
+                "frame; give text_prompts=… and frame_prompts=…"
             )
         found |= {"frames": frames, "prompt_layers": table[1] // width}
     found["max_words"] = min(32, found["context_length"])
@@ -127,14 +127,14 @@ def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     for name, value in state.items():
         if name in own and own[name].shape != value.shape:
             raise ValueError(
-                f"{name} is {tuple(value.shape)} in the weights and {tuple(own[name].shape)} in the model: they were "
-                "made for another StopConfig; StopModel.from_checkpoint reads it off the weights"
+                f"{name} has shape {tuple(value.shape)} in the weights and {tuple(own[name].shape)} in the model: the "
+                "weights are for another StopConfig; StopModel.from_checkpoint infers it from them"
             )
         if name in own and own[name].is_floating_point() != value.is_floating_point():
-            raise ValueError(f"{name} is {value.dtype} in the weights and {own[name].dtype} in the model")
+            raise ValueError(f"{name} is {value.dtype} in the weights, {own[name].dtype} in the model; convert it")
     known = {name: value for name, value in state.items() if name in own}
     if not known:
-        raise ValueError("none of these weights has the name of a parameter of the model")
+        raise ValueError("none of these weights has the name of a parameter; give weights of CLIP or STOP")
     nn.Module.load_state_dict(model, known, strict=False)
     missing = tuple(name for name in own if name not in state and not name.endswith("position_ids"))
     if "visual.prompt_embeddings" not in state:  # plain CLIP
@@ -145,8 +145,17 @@ def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
 
 
 def convert_weights(model: nn.Module) -> nn.Module:
-    """Make matrices and biases of products float16 and leave LayerNorms, embeddings and prompts float32, as CLIP's
-    weights are distributed. Works on any model; returns it."""
+    """Convert a model to the half precision in which CLIP's weights are distributed, in place.
+
+    Weights and biases of linear layers, convolutions, attention and projections become float16; LayerNorms, embeddings
+    and prompts stay float32.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The model itself.
+    """
     halves = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     for module in model.modules():
         names = ["text_projection", "proj"]

@@ -28,19 +28,26 @@ class StopConfig:
     """Sizes of a STOP model; the defaults are those of STOP on CLIP's ViT-B/32.
 
     Attributes:
-        image_size, patch_size: pixels a side.
-        width, layers: of the visual transformer; it has ``width // 64`` heads.
-        embed_dim: of the common space of texts and videos.
-        frames: of a video.
-        global_prompts: prompts of a video (G); frame_prompts: of each frame and layer (P).
-        text_prompts: of each text and layer, half of them before the words and half behind.
-        text_width, text_heads, text_layers, vocab_size, context_length: of the text transformer.
-        max_words: tokens of a text.
-        temporal_prompt: ``group2-2`` is STOP proper; ``DGL`` leaves the dynamic prompts out.
-        shared_latent_space: where deep prompts come from, a small ``transformer`` or ``linear`` layers.
-        visual_output: what stands for a video, see ``StopModel.encode_video``.
-        lora: blocks have a low-rank branch beside the MLP.
-        prompt_layers: layers that have prompts of their own (None: as many as the larger of the two towers).
+        image_size: side of an image in pixels.
+        patch_size: side of a patch in pixels.
+        width: embedding dimension of the visual transformer, which has ``width // 64`` heads.
+        layers: number of layers of the visual transformer.
+        embed_dim: dimension of the common space of texts and videos (E).
+        frames: number of frames of a video (T).
+        global_prompts: number of prompts of a video (G).
+        frame_prompts: number of prompts of each frame and layer (P).
+        text_prompts: number of prompts of each text and layer, half of them before the words and half after.
+        text_width: embedding dimension of the text transformer.
+        text_heads: number of heads of the text transformer.
+        text_layers: number of layers of the text transformer.
+        vocab_size: number of tokens in the vocabulary.
+        context_length: number of positions of the text transformer.
+        max_words: number of tokens of a text.
+        temporal_prompt: ``group2-2`` is STOP as published; ``DGL`` omits the dynamic prompts.
+        shared_latent_space: source of the deep prompts, a small ``transformer`` or ``linear`` layers.
+        visual_output: feature of a video, see ``StopModel.encode_video``.
+        lora: whether blocks have a low-rank branch next to the MLP.
+        prompt_layers: number of layers with prompts of their own; None for that of the deeper tower.
     """
 
     image_size: int = 224
@@ -77,11 +84,11 @@ class StopConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size}")
         if self.width % 64:
-            raise ValueError(f"width must be a multiple of 64, the width of a head, got {self.width}")
+            raise ValueError(f"width must be a multiple of 64, the head dimension, got {self.width}")
         if self.text_width % self.text_heads:
             raise ValueError(f"text_width must be a multiple of text_heads = {self.text_heads}, got {self.text_width}")
         if self.text_prompts % 2:
-            raise ValueError(f"text_prompts must be even (half before the words), got {self.text_prompts}")
+            raise ValueError(f"text_prompts must be even (half before, half after the words), got {self.text_prompts}")
         if self.max_words > self.context_length:
             raise ValueError(f"max_words must be at most context_length = {self.context_length}, got {self.max_words}")
         deepest = max(self.layers, self.text_layers)
@@ -90,22 +97,22 @@ class StopConfig:
         if self.shared_latent_space == "linear" and self.text_prompts != 2 * self.frame_prompts:
             raise ValueError(
                 f"with shared_latent_space='linear' each frame prompt gives one text prompt before the words and one "
-                f"behind: text_prompts must be {2 * self.frame_prompts}, got {self.text_prompts}"
+                f"after: text_prompts must be {2 * self.frame_prompts}, got {self.text_prompts}"
             )
         if self.temporal_prompt == "group2-2" and (
             self.image_size != 224 or self.patches != 49 or self.width != 768 or self.frame_prompts != 4
         ):
             raise ValueError(
-                "temporal_prompt='group2-2' is made for images of 224, patches of 32, width 768 and 4 frame prompts; "
-                "use temporal_prompt='DGL' for other sizes"
+                "temporal_prompt='group2-2' needs image_size = 224, patch_size = 32, width = 768 and frame_prompts = "
+                "4; use temporal_prompt='DGL' for other sizes"
             )
 
     @property
     def patches(self) -> int:
-        """Patches of a frame."""
+        """Number of patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def deep(self) -> int:
-        """Layers that have prompts of their own."""
+        """Number of layers with prompts of their own."""
         return self.prompt_layers or max(self.layers, self.text_layers)

@@ -22,11 +22,14 @@ from .tower import VisualTransformer
 
 
 class StopModel(nn.Module):
-    """STOP with upstream's parameter names, its visual blocks on this package's operators.
+    """STOP with upstream's parameter names and visual blocks that use this package's operators.
 
     ``state_dict()`` has the names and shapes of upstream's CLIP, and ``load_state_dict`` takes a STOP checkpoint with
     or without the prefix ``clip.``; see ``from_checkpoint`` and ``load_clip``. Token merging is switched on by
     ``stoptome_kernels.apply_tome_patch``.
+
+    Args:
+        config: sizes of the model; None for those of STOP on ViT-B/32.
     """
 
     loaded: checkpoint.Loaded  # of from_checkpoint
@@ -76,11 +79,11 @@ class StopModel(nn.Module):
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def encode_prompts(self) -> tuple[Tensor, Tensor]:
-        """The deep prompts of both towers, the same for every sample.
+        """Compute the deep prompts of both towers, which are the same for every sample.
 
         Returns:
-            text ``(layers, text_prompts, text_width)`` and visual ``(layers, 1, T, P, width)``, or ``(layers, 1, 1, P,
-            width)`` where all frames have the same (``shared_latent_space="linear"``).
+            Text prompts ``(layers, text_prompts, text_width)`` and visual prompts ``(layers, 1, T, P, width)``, or
+            ``(layers, 1, 1, P, width)`` where all frames share them (``shared_latent_space="linear"``).
         """
         c, dtype = self.config, self.visual.conv1.weight.dtype
         if c.shared_latent_space == "linear":
@@ -99,17 +102,18 @@ class StopModel(nn.Module):
     # -- towers -------------------------------------------------------------------------------------------------------
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """The feature of each video.
+        """Return the feature of each video.
 
         Args:
-            video: ``(B, T, 3, H, W)``, normalised as CLIP wants it, with T = ``config.frames``.
+            video: ``(B, T, 3, H, W)``, floating dtype, with CLIP's normalisation and T = ``config.frames``.
 
         Returns:
-            By ``config.visual_output``: ``global_prompt0`` (B, 1, E); ``global-local-feature`` (B, 1 + T, E), the first
-            global prompt and the class tokens; (B, E) for the averages over global prompts, class tokens, or both.
+            Depending on ``config.visual_output``: ``(B, 1, E)`` for ``global_prompt0``; ``(B, 1 + T, E)``, the first
+            global prompt and the class tokens, for ``global-local-feature``; ``(B, E)`` for the averages over global
+            prompts, class tokens, or both.
 
         Raises:
-            TypeError, ValueError: the video is no such tensor.
+            TypeError, ValueError: ``video`` has another type, dtype or shape.
         """
         c = self.config
         if not isinstance(video, Tensor) or not video.is_floating_point():
@@ -134,7 +138,7 @@ class StopModel(nn.Module):
         return classes.mean(1) if c.visual_output == "average_frame_cls_token" else seen.mean(1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """The feature of each text.
+        """Return the feature of each text.
 
         Args:
             ids: ``(B, W)`` integers from CLIP's tokenizer: start token, words, end token (the largest id), then 0.
@@ -143,7 +147,7 @@ class StopModel(nn.Module):
             ``(B, E)``, taken at the end token.
 
         Raises:
-            TypeError, ValueError: ids are no such tensor.
+            TypeError, ValueError: ``ids`` has another type, dtype or shape.
         """
         c = self.config
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -166,13 +170,17 @@ class StopModel(nn.Module):
         return x @ self.text_projection
 
     def similarity(self, text: Tensor, video: Tensor) -> Tensor:
-        """``exp(logit_scale)`` times the cosine of every text with every video.
+        """Return ``exp(logit_scale)`` times the cosine similarity of every text and every video.
 
         Args:
-            text: ``(A, E)``; video: ``(B, E)``, or ``(B, k, E)`` whose k features are normalised, then averaged.
+            text: ``(A, E)``, features of texts.
+            video: ``(B, E)``, features of videos, or ``(B, k, E)``, whose k features are normalised, then averaged.
 
         Returns:
             ``(A, B)``.
+
+        Raises:
+            ValueError: the last axis of an argument is not E.
         """
         for value, name in ((text, "text"), (video, "video")):
             if value.shape[-1] != self.config.embed_dim:
@@ -186,31 +194,49 @@ class StopModel(nn.Module):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As in PyTorch; names may have upstream's prefixes ``clip.`` and ``module.``."""
+        """Load weights as ``nn.Module`` does; names may have upstream's prefixes ``clip.`` and ``module.``.
+
+        Args:
+            state_dict: weights by name.
+            strict: as in ``nn.Module.load_state_dict``.
+            assign: as in ``nn.Module.load_state_dict``.
+        """
         return super().load_state_dict(checkpoint.own_names(state_dict), strict, assign)
 
     def load_clip(self, state_dict: Mapping[str, Tensor]) -> checkpoint.Loaded:
-        """Take what fits. Plain CLIP weights (OpenAI's, without prompts) become the frozen backbone: what was loaded
-        needs no gradient any more, the rest keeps its initial values and learns.
+        """Load the weights whose names the model has.
+
+        Plain CLIP weights (OpenAI's, without prompts) become the frozen backbone: loaded parameters get
+        ``requires_grad=False``, all others keep their initial values and are trained.
+
+        Args:
+            state_dict: weights by name.
 
         Returns:
-            What was missing (new parameters) and what was left over.
+            Names of parameters that were missing in the weights, and of weights that were not used.
 
         Raises:
-            ValueError: weights of another size; the message names the first.
+            ValueError: a weight has another shape, or none has the name of a parameter; the message names the first.
         """
         return checkpoint.load_clip(self, state_dict)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, tome: ToMeConfig | None = None, **changes) -> StopModel:
-        """A model with the weights of a STOP checkpoint or of plain CLIP weights.
+        """Return a model with the weights of a STOP checkpoint or of plain CLIP weights.
 
-        The configuration is read off the weights; ``changes`` are fields of ``StopConfig`` that they don't tell
-        (``frames``, ``visual_output``, ``max_words`` …). ``tome`` patches the model before the weights are loaded, so
-        that learnt frame embeddings find their place. What was missing or left over is in ``model.loaded``.
+        The configuration is inferred from the weights; ``changes`` are fields of ``StopConfig`` that they don't
+        determine (``frames``, ``visual_output``, ``max_words`` …). Nothing in the file is run.
+
+        Args:
+            path: file of ``torch.save``, or a TorchScript archive such as OpenAI's.
+            tome: settings to patch the model with before the weights are loaded, so that frame embeddings are loaded,
+                too.
+
+        Returns:
+            The model; ``model.loaded`` has the names of missing parameters and of unused weights.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or no such weights in it; the message begins with the path.
+            FileNotFoundError, ValueError: no such file, or no such weights in it; the message includes the path.
         """
         state = checkpoint.read(path)
         try:

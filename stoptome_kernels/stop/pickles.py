@@ -58,7 +58,7 @@ class Interpreter:
         while code := file.read(1):
             opcode = _OPCODES.get(code.decode("latin-1"))
             if opcode is None:
-                raise ValueError(f"byte {code!r} at {file.tell() - 1} is no opcode")
+                raise ValueError(f"byte {code!r} at {file.tell() - 1} is not an opcode")
             if opcode.name == "STRING":  # whose reader in pickletools knows ASCII alone
                 self._stack.append(_quoted(file.readline()))
                 continue
@@ -66,7 +66,7 @@ class Interpreter:
             if opcode.name == "STOP":
                 return self._stack.pop()
             self._step(opcode.name, argument)
-        raise ValueError("it breaks off")
+        raise ValueError("it is truncated")
 
     # -- what subclasses give a meaning -------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Interpreter:
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()
             if not isinstance(called, Name) or type(arguments) is not tuple:
-                _refuse("a call of no function")
+                _refuse("a call of something that is not a function")
             stack.append((self.call if name == "REDUCE" else self.make)(called.name, arguments))
         elif name == "BUILD":
             state = stack.pop()
@@ -165,25 +165,25 @@ class Interpreter:
 
     def _extend(self, values: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise TypeError("what it appends to is no list")
+            raise TypeError("it appends to something that is not a list")
         self._stack[-1].extend(values)
 
     def _update(self, items: list[Any]) -> None:
         keys = atoms(items[::2])
         if type(self._stack[-1]) is not dict:
-            raise TypeError("what it sets items of is no dictionary")
+            raise TypeError("it sets items of something that is not a dictionary")
         self._stack[-1].update(zip(keys, items[1::2], strict=True))
 
     def _add(self, values: list[Any]) -> None:
         if type(self._stack[-1]) is not set:
-            raise TypeError("what it adds to is no set")
+            raise TypeError("it adds to something that is not a set")
         self._stack[-1].update(atoms(values))
 
     def _name(self, argument: str | None) -> None:
         if argument is None:  # the two are on the stack
             parts = [self._stack.pop(), self._stack.pop()]
             if not all(type(part) is str for part in parts):
-                raise TypeError("a name in it is no text")
+                raise TypeError("a name in it is not a string")
             argument = f"{parts[1]} {parts[0]}"
         if not self.knows(argument):
             _refuse(_shown(argument))
@@ -229,4 +229,4 @@ def bounded(value: Any, values: int, letters: int) -> None:
         elif isinstance(value, list | tuple | set | frozenset):
             left += value
         if values < len(left) or letters < 0:
-            raise ValueError("it refers to the same parts over and over")
+            raise ValueError("it refers to the same parts too often")

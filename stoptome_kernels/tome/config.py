@@ -39,18 +39,20 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class ToMeConfig:
-    """How a model merges tokens; a value that can be compared, hashed and pickled.
+    """Settings of token merging in a model; a value that can be compared, hashed and pickled.
 
-    Numbers may be NumPy's: they are held as Python's. A bool is no number.
+    NumPy numbers are accepted and stored as Python numbers. A bool is not accepted as a number.
 
     Attributes:
-        tome_r: tokens to merge from every frame in every layer: an int (0: off), a list with one int a layer, or a pair
-            ``(r, inflection)``, see ``stoptome_kernels.tome.parse_r``.
-        trace_source: keep the source map of a forward, for ``stoptome_kernels.tome_trace``.
-        prop_attn: attention counts a merged key as often as the tokens it stands for.
-        merge_layers, merge_frame_nums, merge_token_proportions: clip merging as in TempMe: at these layers (from 0)
-            so many adjacent frames (or clips) become one; per cent of the tokens merged between and within frames.
-        frame_pos: 1 gives each merge layer a learnt embedding for the items that it joins, zero at the start.
+        tome_r: number of tokens to merge from every frame in every layer: an int (0: off), a list with one int per
+            layer, or a pair ``(r, inflection)``, see ``stoptome_kernels.tome.parse_r``.
+        trace_source: whether to keep the source map of a forward, for ``stoptome_kernels.tome_trace``.
+        prop_attn: proportional attention: a merged key counts as often as the number of tokens that it represents.
+        merge_layers: layers of clip merging (TempMe), from 0: adjacent frames (or clips) are joined there.
+        merge_frame_nums: number of adjacent frames (or clips) that become one in each of ``merge_layers``.
+        merge_token_proportions: ``(inter, intra)``: per cent of the tokens merged between and within frames.
+        frame_pos: 1 gives each layer of ``merge_layers`` a learnable embedding for the items that it joins,
+            initialised to zero.
     """
 
     tome_r: Rate = 0
@@ -76,7 +78,8 @@ class ToMeConfig:
             raise ValueError(f"frame_pos must be 0 or 1, got {self.frame_pos!r}")
         if self.frame_pos and not self.merge_layers:
             raise ValueError(
-                "frame_pos=1 has no meaning without merge_layers: it belongs to the layers that join frames"
+                "frame_pos=1 has no effect without merge_layers: it belongs to the layers that join frames; give "
+                "frame_pos=0 or merge_layers"
             )
         for name in ("trace_source", "prop_attn"):
             if getattr(self, name) not in (True, False):
@@ -86,24 +89,24 @@ class ToMeConfig:
         if self.merge_layers and isinstance(self.tome_r, int) and self.tome_r == 0:
             raise ValueError(
                 "tome_r=0 turns all merging off, but merge_layers is set: give tome_r=1 or more, or in Python a list "
-                "of zeros to merge at clips alone"
+                "of zeros for clip merging alone"
             )
 
     def _hold(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def schedule(self, layers: int, tokens: int, frames: int = 1, protected: int = 1, width: int = 768) -> Schedule:
-        """Tokens after each layer and ideal speed-up, without a model.
+        """Return the tokens after each layer and the ideal speed-up, without a model.
 
         Args:
-            layers: of the stack.
-            tokens: of a frame before the first layer, class token and prompts included.
-            frames: of a video.
-            protected: class token and prompts of a frame (STOP: 1 + 4).
-            width: of the model.
+            layers: number of layers.
+            tokens: number of tokens of a frame before the first layer, class token and prompts included.
+            frames: number of frames of a video.
+            protected: number of class tokens and prompts of a frame (STOP: 1 + 4).
+            width: embedding dimension.
 
         Raises:
-            TypeError, ValueError: these settings don't fit such a model; the message says why.
+            TypeError, ValueError: the settings don't fit such a model; the message says why.
         """
         return plan_layers(
             self.tome_r, layers, tokens, frames, protected, merge_layers=self.merge_layers,
@@ -119,23 +122,36 @@ class ToMeConfig:
 
     @property
     def off(self) -> bool:
-        """Nothing would be merged: the model computes what it computed before."""
+        """Whether nothing would be merged: the model then computes the same as without a patch."""
         return self._somewhere().idle
 
     @classmethod
     def preset(cls, name: str) -> ToMeConfig:
-        """``training`` (r 2), ``inference`` (r 4), ``prototyping`` (r 8, for 8 frames), ``accuracy`` (r 1, clip merging
-        at 6-9 by 2-2, 5-5 per cent, frame_pos 1), ``memory`` (r 4, at 3-6-9 by 2-2-3, 15-15 per cent)."""
+        """Return the settings of a preset.
+
+        Args:
+            name: ``training`` (r 2), ``inference`` (r 4), ``prototyping`` (r 8, for 8 frames), ``accuracy`` (r 1, clip
+                merging in layers 6-9 by 2-2, 5-5 per cent, frame_pos 1) or ``memory`` (r 4, in layers 3-6-9 by 2-2-3,
+                15-15 per cent).
+
+        Raises:
+            ValueError: another name.
+        """
         if name not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(map(repr, _PRESETS))}, got {name!r}")
         return cls(**_PRESETS[name])
 
     @classmethod
     def from_args(cls, args: object) -> ToMeConfig:
-        """From a namespace with STOP's flags (see ``add_tome_args``) or TempMe's, any object with some of these
-        attributes, or a mapping with some of these keys.
+        """Return the settings in parsed arguments.
 
-        Missing ones have their defaults; ``merge_layers="3-6-9"`` is read as on the command line.
+        Args:
+            args: namespace with STOP's flags (see ``add_tome_args``) or TempMe's, any object with some of these
+                attributes, or a mapping with some of these keys. Missing flags have their defaults;
+                ``merge_layers="3-6-9"`` is read as on the command line.
+
+        Raises:
+            TypeError, ValueError: a flag has an invalid value; the message names it.
         """
         found = {}
         for field in fields(cls):
@@ -171,9 +187,9 @@ def nothing_said(args: object) -> str:
         given = [name for name in dir(args) if not callable(inspect.getattr_static(args, name, None))]
         there = {name for name in names if hasattr(args, name)}
     like = _lookalike(name for name in given if name not in there)
-    meant = f" (is its {like[0]} to be {like[1]}?)" if like else ""
+    meant = f" (is {like[0]} a misspelt {like[1]}?)" if like else ""
     if not there:
-        return f"has none of {', '.join(_FLAGS)}, nor TempMe's names of them{meant}"
+        return f"has none of {', '.join(_FLAGS)}, nor TempMe's names for them{meant}"
     if like and like[1] == "tome_r" and there.isdisjoint(_names("tome_r")):
         return f"has no tome_r{meant}"
     return ""
@@ -198,7 +214,7 @@ def _dashed(text: str, name: str) -> tuple:
         numbers = [float(part) for part in text.split("-")] if text.strip() else []
         return tuple(int(number) if number == int(number) else number for number in numbers)
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be numbers with dashes between them, such as 3-6-9, got {text!r}") from None
+        raise ValueError(f"{name} must be numbers joined by dashes, such as 3-6-9, got {text!r}") from None
 
 
 def _numbers(text: str) -> tuple:
@@ -215,7 +231,7 @@ def _rate(text: str) -> int:
 
 
 def add_tome_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add STOP's token merging flags to a parser; ``ToMeConfig.from_args`` reads them back.
+    """Add STOP's token merging flags to a parser and return it; ``ToMeConfig.from_args`` reads them back.
 
     ``--tome_r N`` (0: off), ``--tome_trace_source``, ``--tome_prop_attn`` (on; ``--no-tome_prop_attn`` or
     ``--tome_prop_attn 0`` turns it off), ``--merge_layers 3-6-9``, ``--merge_frame_nums 2-2-2``,

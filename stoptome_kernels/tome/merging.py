@@ -77,8 +77,9 @@ class Merging:
         items, tokens = self.schedule.frames, stream.x.shape[1] + prompts
         if tokens != self.schedule.tokens_in or stream.x.shape[0] % items:
             raise ValueError(
-                f"the tower was set up for videos of {items} frames of {self.schedule.tokens_in} tokens, but got "
-                f"{stream.x.shape[0]} frames of {tokens}"
+                f"the tower is set up for videos of {items} frames of {self.schedule.tokens_in} tokens, but got "
+                f"{stream.x.shape[0]} frames of {tokens} tokens: give whole videos of that size, or make or patch the "
+                "model for these"
             )
         batch = stream.x.shape[0] // items
         blocks = list(blocks)
@@ -98,9 +99,9 @@ class Merging:
         if torch.is_grad_enabled() and any(p is not None and not p.requires_grad for p in added):
             self._frozen_seen = True
             warn(
-                "frame_pos=1 has no effect: the parameters tome_frame_embedding are frozen (requires_grad=False), and "
-                "zero from the start. STOP's freeze_clip freezes every name that is not on its list of new modules: "
-                "add tome_frame_embedding to it"
+                "frame_pos=1 has no effect: the parameters tome_frame_embedding are frozen (requires_grad=False) at "
+                "their initial value zero. STOP's freeze_clip freezes every name that is not on its list of new "
+                "modules: add tome_frame_embedding to it"
             )
 
     def rest(self, batch: int, prompts: int) -> None:
@@ -125,7 +126,7 @@ class Merging:
             RuntimeError: none is kept, or nothing has run yet.
         """
         if not self.config.trace_source:
-            raise RuntimeError("no trace is kept: patch with trace_source=True (--tome_trace_source)")
+            raise RuntimeError("no trace was kept: patch with trace_source=True (--tome_trace_source)")
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
         plans, schedule, batch, prompts = self._last

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token merging put into a model that is there already, and taken out again.
+"""Patching an existing model with token merging, and removing the patch.
 
-A model is recognised by what it is made of, not by where it was imported from. Its tower and blocks get a subclass of
-their own class, so that parameters, names, isinstance, deepcopy, pickle and torch.save stay as they were; everything
-that a forward carries travels through its arguments, so that checkpointing and several forwards before a backward are
-exact.
+A model is recognised by its structure, not by where it was imported from. Its tower and blocks get a subclass of their
+own class, so that parameters, names, isinstance, deepcopy, pickle and torch.save work as before. All state of a forward
+travels through its arguments, so that checkpointing and several forwards before a backward are exact.
 """
 
 from __future__ import annotations
@@ -50,44 +49,48 @@ def apply_tome_patch(
     unmerge: bool = False,
     protected: int | None = None,
 ) -> nn.Module:
-    """Merge tokens in the visual tower of a model, from its next forward on.
+    """Patch a model in place, so that its visual tower merges tokens from the next forward on.
 
     Args:
-        model: a ``StopModel``; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower),
-            or TempMe's (``VTRModel`` or its ``clip``), recognised by structure; a vision transformer of timm, open_clip
-            or torchvision, or a model that holds one; a ``nn.TransformerEncoder`` or ``nn.TransformerEncoderLayer``
-            itself. Perhaps inside DistributedDataParallel or torch.compile.
-        tome_r: tokens merged from every frame in every layer: an int (0, the default: off), a list with one int a
-            layer, or a pair (tuple) ``(r, inflection)``.
-        trace_source: keep the source map for ``tome_trace``.
-        prop_attn: attention counts a merged key as often as the tokens it stands for (the default, but for a TempMe
-            that was made with ``tome_propattn`` off).
-        merge_layers, merge_frame_nums, merge_token_proportions: clip merging, see ``ToMeConfig``.
-        frame_pos: 1 adds a learnt embedding to each merge layer: TempMe's own, elsewhere new parameters
-            ``tome_frame_embedding``, zero at the start: make the optimizer afterwards.
-        config: all of these as one value, in place of them.
-        frames: of a video, where the model doesn't say: CLIP4Clip's CLIP or tower alone, TempMe's ``clip``.
-        unmerge: behind its last block a library's vision transformer gives every original token a row again, that of
-            the token it is part of; always so where the model itself reads more than class tokens there.
-        protected: leading tokens that are never merged, where the model doesn't say how many there are:
-            ``nn.TransformerEncoder`` and its layer, by default 1, which keeps a class token apart and does no harm if
-            there is none. Of all others it can only be what they say.
+        model: a ``StopModel``; upstream's STOP, DGL or CLIP4Clip (``CLIP4Clip``, ``CLIP`` or the visual tower), or
+            TempMe's model (``VTRModel`` or its ``clip``), recognised by structure; a vision transformer of timm,
+            open_clip, transformers or torchvision, or a model that contains one; a ``nn.TransformerEncoder`` or
+            ``nn.TransformerEncoderLayer`` itself. May be wrapped by DistributedDataParallel or torch.compile.
+        tome_r: number of tokens to merge from every frame in every layer: an int (0, the default: off), a list with one
+            int per layer, or a pair (tuple) ``(r, inflection)``.
+        trace_source: whether to keep the source map for ``tome_trace``.
+        prop_attn: proportional attention: a merged key counts as often as the number of tokens that it represents. On
+            by default, except for a TempMe model that was made with ``tome_propattn`` off.
+        merge_layers: layers of clip merging, see ``ToMeConfig``.
+        merge_frame_nums: number of frames joined in each of them, see ``ToMeConfig``.
+        merge_token_proportions: per cent of the tokens merged between and within frames, see ``ToMeConfig``.
+        frame_pos: 1 adds a learnable embedding to each merge layer: TempMe's own, elsewhere new parameters
+            ``tome_frame_embedding``, initialised to zero; create the optimizer after the patch.
+        config: all of these settings as one value, instead of them.
+        frames: number of frames of a video, where the model doesn't define it: CLIP4Clip's CLIP or tower alone,
+            TempMe's ``clip``.
+        unmerge: whether a library's vision transformer outputs one row per original token after its last block, the row
+            of the token it was merged into. Always so where the model itself reads more than the class token.
+        protected: number of leading tokens that are never merged, for ``nn.TransformerEncoder`` and its layer alone;
+            the default 1 protects a class token and is harmless without one. Other models define the number
+            themselves; then only the same number is allowed.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
 
     Raises:
-        TypeError, ValueError: a model or setting with which tokens can't be merged; the message says what to do.
-        RuntimeError: patched too late (after ``fully_shard``), or where another library has put its own forward.
+        TypeError, ValueError: an unsupported model or setting; the message says what to do.
+        RuntimeError: the patch comes too late (after ``fully_shard``), or another library has replaced a forward.
 
-    A block of upstream's is tried on random tokens first, and refused if it computes something else than CLIP's does.
-    With ``tome_r=0`` the model computes what it computed before, bit for bit. Class tokens, prompts and the text tower
-    are never touched; ``encode_image`` gives the same shapes. Hooks on blocks see ``stream.Stream``
-    (TempMe's: ``tempme.Course``).
+    Copies of the blocks are tried on random tokens first; a block is refused if it computes something else than its
+    class is known for. With ``tome_r=0`` the model computes the same as before, bit for bit. Class tokens, prompts and
+    the text tower are never merged; ``encode_image`` returns the same shapes. Forward hooks on the blocks of video
+    models see ``stream.Stream`` (TempMe: ``tempme.Course``), on those of image models ``vit.tokens.Tokens``.
 
-    TempMe's model merges by its own schedule, as it was published, unless one of ``tome_r``, ``merge_layers``,
-    ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given: then by these alone. It may
-    have TempMe's own patch or none: ``tome_patch(self.clip, ...)`` in its constructor may be this very function.
+    TempMe's model merges by its own published schedule unless one of ``tome_r``, ``merge_layers``,
+    ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given, which then replace it. The
+    model may have TempMe's own patch or none: this function can take the place of ``tome_patch(self.clip, ...)`` in its
+    constructor.
     """
     scheduled = (
         config is not None
@@ -104,13 +107,17 @@ def apply_tome_patch(
     found = vit.find(_module(model))
     if found is not None:
         if frames is not None:
-            raise ValueError(f"frames is for models of videos, {type(model).__name__} is one of images: leave it out")
+            raise ValueError(
+                f"frames is for STOP, DGL, CLIP4Clip and TempMe, not for {type(model).__name__}: leave it out"
+            )
         vit.apply(found, settings, unmerge, protected)
         return _said(model, found.runner)
     tower = find_tower(model)
     check_tower(tower)
     if unmerge:
-        raise ValueError("unmerge is for the vision transformers of other libraries: STOP reads class tokens alone")
+        raise ValueError(
+            "unmerge is not for STOP, DGL, CLIP4Clip and TempMe, which read class tokens alone: leave it out"
+        )
     if protected is not None and protected != tower.protected:
         raise ValueError(
             f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "
@@ -119,10 +126,12 @@ def apply_tome_patch(
     if frames is not None:
         frames = checks.count(frames, "frames", "frames of a video", least=1)
     if frames not in (None, tower.frames) and tower.kind != "sequence" and tower.frames is not None:
-        raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames}; leave it out")
+        raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames} frames; leave it out")
     clips, video = bool(settings.merge_layers), frames or tower.frames or 1
     if clips and not (frames or tower.frames):
-        raise ValueError("merge_layers joins frames, but this model doesn't say how many a video has: give frames=…")
+        raise ValueError(
+            "merge_layers joins frames, but this model does not define the number of frames of a video: give frames=…"
+        )
 
     def schedule(count: int) -> Schedule:
         return settings.schedule(len(tower.blocks), tower.tokens, count, tower.protected, tower.width)
@@ -194,16 +203,19 @@ def _settings(config: ToMeConfig | None, **settings) -> ToMeConfig:
 
 
 def remove_tome_patch(model: nn.Module) -> nn.Module:
-    """Take token merging out of a model again: classes, attributes and parameters are as before the patch.
+    """Remove token merging from a model: classes, attributes and parameters are as before the patch.
 
-    Whatever wraps the model or its blocks by now stays as it is. All patches inside the model are taken out.
+    All patches inside the model are removed. Wrappers of the model or its blocks stay.
+
+    Args:
+        model: a patched model, or a module that contains one. An unpatched model is not changed.
 
     Returns:
-        The model itself. A model that was never patched is left alone.
+        The model itself.
 
     Raises:
-        RuntimeError: a module was given another class or forward since (by ``fully_shard``, accelerate); then nothing
-            is changed.
+        RuntimeError: a module was given another class or forward after the patch (by ``fully_shard``, accelerate); then
+            nothing is changed.
     """
     modules = patched(_module(model))
     vit.tidy(model)
@@ -223,7 +235,7 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
 
 
 def tome_trace(model: nn.Module) -> Trace:
-    """The source map of a patched model's last forward: which token every original token ended in.
+    """Return the source map of a patched model's last forward: the token that every original token was merged into.
 
     Raises:
         RuntimeError: the model is not patched, keeps no trace, or has not run yet.
@@ -236,16 +248,15 @@ def tome_trace(model: nn.Module) -> Trace:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a tower of the model, or the model itself, was given to ``apply_tome_patch`` (``tome_r=0``
-    included)."""
+    """Return whether the model, or a tower in it, was given to ``apply_tome_patch`` (``tome_r=0`` included)."""
     return bool(_mergings(model))
 
 
 def describe(model: nn.Module) -> Description:
-    """Describe what a model merges: tokens behind each layer, asked for and carried out, and the ideal speed-up.
+    """Describe what a model merges: requested and actual tokens after each layer, and the ideal speed-up.
 
     Returns:
-        ``print()`` shows it as a table; ``.line`` is one line for a log, ``.schedule`` holds the numbers.
+        A description; ``print()`` shows it as a table, ``.line`` is one line for a log, ``.schedule`` has the numbers.
 
     Raises:
         ValueError: several towers in the model are patched: describe them one by one.
@@ -275,22 +286,32 @@ def _mergings(model: nn.Module) -> list[Any]:
 def _merging(model: nn.Module) -> Any:
     found = _mergings(model)
     if len(found) > 1:
-        raise ValueError(f"{len(found)} towers of {type(model).__name__} are patched: give them one by one")
+        raise ValueError(f"{len(found)} towers of {type(model).__name__} are patched: pass them one by one")
     return found[0] if found else None
 
 
 def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
-    """Patch a model by its ``task_config``: a namespace, a mapping, any object with STOP's flags as attributes, see
-    ``add_tome_args``, or TempMe's.
+    """Patch a model by the flags in its ``task_config``; do nothing at ``tome_r`` 0.
 
-    Made to be the last line of a model's constructor: it does nothing at ``tome_r`` 0. Without any of the flags it does
-    nothing either, with a warning, which names what is like one of them: a flag may be misspelt.
+    Intended as the last line of a model's constructor. Without any of the flags the model is not changed and a warning
+    is given, which names similar attributes: a flag may be misspelt.
+
+    Args:
+        model: as in ``apply_tome_patch``.
+        task_config: a namespace, a mapping, or any object with STOP's flags as attributes (see ``add_tome_args``), or
+            TempMe's.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``apply_tome_patch``.
     """
     config = ToMeConfig.from_args(task_config)
     if lacks := nothing_said(task_config):
         warn(
-            f"{type(model).__name__} is left as it is: task_config ({type(task_config).__name__}) {lacks}; "
-            "tome_r=0 says that nothing is to be merged"
+            f"{type(model).__name__} is not patched: task_config ({type(task_config).__name__}) {lacks}; set tome_r=0 "
+            "to merge nothing without this warning"
         )
     return model if config.off else apply_tome_patch(model, config=config)
 

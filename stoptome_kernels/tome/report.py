@@ -20,17 +20,17 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 @dataclass(frozen=True)
 class Description:
-    """A description of what a model merges. ``str()`` of it is a table, ``line`` fits into a log.
+    """Description of what a model merges. ``str()`` of it is a table, ``line`` is one line for a log.
 
     Attributes:
         model: name of the model's class.
         family: class and library of the tower that merges; empty if the model is not patched.
-        config: the settings; None if the model is not patched.
-        protected: leading tokens of a frame or image that are never merged.
-        asked: tokens to merge in each layer, as asked for; None in a layer that is asked for a share of its tokens.
-        schedule: what is carried out; None where that is known only when the model runs (images of any size, TempMe's
-            own schedule).
-        given: what stands behind the last layer.
+        config: settings; None if the model is not patched.
+        protected: number of leading tokens of a frame or image that are never merged.
+        asked: requested number of tokens to merge in each layer; None in a layer with a requested share of its tokens.
+        schedule: actual schedule; None where it is known only when the model runs (images of any size, TempMe's own
+            schedule).
+        given: output of the last layer.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Description:
 
     @property
     def line(self) -> str:
-        """One line: tokens before and behind, and the ideal speed-up."""
+        """One line for a log: tokens before the first and after the last layer, and the ideal speed-up."""
         if self.config is None:
             return f"{self.model}: not patched"
         if self.schedule is None:
@@ -65,7 +65,7 @@ class Description:
             f"family: {self.family}",
             f"prop_attn: {self.config.prop_attn}, trace_source: {self.config.trace_source}, protected tokens: "
             f"{self.protected}",
-            f"behind the last layer: {self.given}",
+            f"after the last layer: {self.given}",
         ]
         if self._own:
             return "\n".join(head)
@@ -116,14 +116,14 @@ def warn_capped(asked: Sequence[int | None], schedule: Schedule, proportions: Se
         layer, r, done = short[0]
         warn(
             f"tome_r asks for {sum(each[1] for each in counted)} of {schedule.tokens_in} tokens to be merged "
-            f"(in {len(counted)} layers), {sum(each[2] for each in counted)} are: a layer merges at most half of its "
-            f"unprotected tokens. Layer {layer} is the first to fall short, with {done} of {r}; tokens behind each "
-            f"layer: {', '.join(map(str, schedule.tokens))}"
+            f"(in {len(counted)} layers), but only {sum(each[2] for each in counted)} are: a layer merges at most half "
+            f"of its unprotected tokens. Layer {layer} is the first to fall short, with {done} of {r}; tokens after "
+            f"each layer: {', '.join(map(str, schedule.tokens))}"
         )
     if any(share > 50 for share in proportions):
         inter, intra = proportions
         warn(
-            f"merge_token_proportions asks for {inter:g} % (between joined items) and {intra:g} % (within an item): at "
-            "most half of the unprotected tokens can be merged at a time; tokens of an item behind each layer: "
+            f"merge_token_proportions asks for {inter:g} % (between joined items) and {intra:g} % (within an item), "
+            "but at most half of the unprotected tokens can be merged at a time; tokens of an item after each layer: "
             f"{', '.join(map(str, schedule.tokens))}"
         )

@@ -29,16 +29,17 @@ class Rates(tuple):
 
 
 def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
-    """Tokens to merge in each of ``layers`` layers.
+    """Return the number of tokens to merge in each of ``layers`` layers.
 
     Args:
-        tome_r: an int for every layer; a list with one int a layer, short ones padded with 0 (a 1-D array of NumPy is
-            one too); or a pair (tuple) ``(r, inflection)`` with inflection in [−1, 1]: the first layer merges
-            ``r(1 − inflection)`` truncated to int, the last ``2r − first``, those between lie on a line, truncated. The
-            rounding of floats loses none: ``(10, 0.9)`` starts from 1, not from 0.9999999999999998.
+        tome_r: an int for every layer; a list (or 1-D NumPy array) with one int per layer, padded with 0; or a pair
+            (tuple) ``(r, inflection)`` with inflection in [−1, 1]: the first layer merges ``r(1 − inflection)``
+            truncated to int, the last ``2r − first``, those between are interpolated linearly and truncated. Rounding
+            of floats loses no token: ``(10, 0.9)`` starts from 1, not from 0.9999999999999998.
+        layers: number of layers.
 
     Raises:
-        TypeError, ValueError: anything else; the message says what it may be.
+        TypeError, ValueError: anything else; the message says what is allowed.
     """
     rate = as_rate(tome_r)
     if isinstance(rate, int):
@@ -46,7 +47,7 @@ def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
     if not isinstance(rate, Rates):
         return _linear(*rate, layers)
     if len(rate) > layers:
-        raise ValueError(f"tome_r names {len(rate)} layers, but there are {layers}")
+        raise ValueError(f"tome_r has {len(rate)} numbers, but there are {layers} layers; give one per layer")
     return (*rate, *(0 for _ in range(layers - len(rate))))
 
 
@@ -63,7 +64,7 @@ def as_rate(tome_r: Any) -> int | tuple[int, float] | Rates:
         if not -1 <= inflection <= 1:
             raise ValueError(
                 f"inflection of the pair tome_r = (r, inflection) must be from -1 to 1, got {inflection!r}; "
-                "for one number a layer give a list"
+                "to give one number per layer use a list"
             )
         return r, inflection
     if _is_list(tome_r):
@@ -105,16 +106,16 @@ def _real(value: object, name: str, what: str) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """What one layer does, and the shape of a video around it.
+    """Merging in one layer, and the shape of a video there.
 
     Attributes:
-        join: adjacent items that become one before attention (1: none).
-        inter: tokens merged right after joining, compared by the tokens themselves.
-        r: tokens merged between attention and MLP, compared by the keys.
-        items: items of a video in this layer, after joining.
-        frames: frames in each of them; the first ``frames`` tokens of an item are their class tokens.
-        attended: tokens of an item that attention sees, protected ones included.
-        tokens: tokens of an item after the layer.
+        join: number of adjacent items that become one before attention (1: none are joined).
+        inter: number of tokens merged right after joining, compared by the tokens themselves.
+        r: number of tokens merged between attention and MLP, compared by the keys.
+        items: number of items of a video in this layer, after joining.
+        frames: number of frames in each item; the first ``frames`` tokens of an item are their class tokens.
+        attended: number of tokens of an item in attention, protected ones included.
+        tokens: number of tokens of an item after the layer.
     """
 
     join: int
@@ -128,12 +129,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a stack of layers, and what they save. ``str()`` of it is a table, ``line`` its first line.
+    """Steps of a stack of layers, and the FLOPs they save. ``str()`` of it is a table, ``line`` its first line.
 
     Attributes:
-        steps: one for each layer.
-        tokens_in: tokens of a frame before the first layer.
-        width: of the model, which decides how much of a layer is attention.
+        steps: one step for each layer.
+        tokens_in: number of tokens of a frame before the first layer.
+        width: embedding dimension, which determines the share of attention in a layer.
     """
 
     steps: tuple[Step, ...]
@@ -142,36 +143,36 @@ class Schedule:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens of an item after each layer."""
+        """Number of tokens of an item after each layer."""
         return tuple(step.tokens for step in self.steps)
 
     @property
     def items(self) -> tuple[int, ...]:
-        """Items of a video after each layer."""
+        """Number of items of a video after each layer."""
         return tuple(step.items for step in self.steps)
 
     @property
     def idle(self) -> bool:
-        """Nothing is merged or joined anywhere."""
+        """Whether nothing is merged or joined in any layer."""
         return all(step.join == 1 and not step.inter and not step.r for step in self.steps)
 
     @property
     def frames(self) -> int:
-        """Frames of a video."""
+        """Number of frames of a video."""
         return self.steps[0].items * self.steps[0].frames if self.steps else 1
 
     @property
     def flops(self) -> int:
         """FLOPs of the stack for a video.
 
-        Counted: QKV and attention on the tokens before the layer's merge, output projection on the same (it comes
-        before the merge), MLP on the tokens after it.
+        Counted are QKV, attention and output projection on the tokens before the layer's merge, and the MLP on the
+        tokens after it.
         """
         return sum(step.items * _flops(step.attended, step.tokens, self.width) for step in self.steps)
 
     @property
     def flops_unmerged(self) -> int:
-        """FLOPs of the stack for a video, were nothing merged."""
+        """FLOPs of the stack for a video without merging."""
         return len(self.steps) * self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
 
     @property
@@ -181,24 +182,27 @@ class Schedule:
 
     @property
     def flops_left(self) -> float:
-        """Share of the FLOPs that is left."""
+        """Remaining share of the FLOPs: ``flops`` ÷ ``flops_unmerged``."""
         return 1 / self.speedup
 
     @property
     def joins(self) -> bool:
-        """Items become one somewhere."""
+        """Whether items are joined in any layer."""
         return any(step.join > 1 for step in self.steps)
 
     @property
     def line(self) -> str:
-        """Tokens before and behind, of a frame or, where frames are joined, of all items; and the ideal speed-up."""
+        """One line for a log: tokens before the first and after the last layer, and the ideal speed-up.
+
+        Tokens are counted per frame, or over all items where frames are joined.
+        """
         before, behind = str(self.tokens_in), str((self.tokens or (self.tokens_in,))[-1])
         if self.joins:
             before, behind = f"{self.frames} × {before}", f"{self.items[-1]} × {behind}"
         return f"{before} → {behind} tokens, ideal {self.speedup:.2f}×"
 
     def columns(self) -> dict[str, list[str]]:
-        """The columns of the table, a cell for each layer; those about items only where items are joined."""
+        """Return the columns of the table, a cell for each layer; those about items only where items are joined."""
         whole = self.frames * _flops(self.tokens_in, self.tokens_in, self.width)
         left = [step.items * _flops(step.attended, step.tokens, self.width) / whole for step in self.steps]
         columns = {
@@ -236,23 +240,23 @@ def plan_layers(
     merge_token_proportions: Sequence[float] = (),
     width: int = 768,
 ) -> Schedule:
-    """The schedule of a stack.
+    """Return the schedule of a stack of layers.
 
     Args:
-        tome_r: see ``parse_r``; counts before the first of ``merge_layers``.
-        layers: of the stack.
-        tokens: of a frame, protected ones included.
-        frames: of a video.
-        protected: tokens of a frame that are never merged (class token, prompts).
+        tome_r: number of tokens to merge, see ``parse_r``; applies before the first of ``merge_layers``.
+        layers: number of layers.
+        tokens: number of tokens of a frame, protected ones included.
+        frames: number of frames of a video.
+        protected: number of tokens of a frame that are never merged (class token, prompts).
         merge_layers: layers (from 0) where frames are joined.
-        merge_frame_nums: how many adjacent items are joined there.
+        merge_frame_nums: number of adjacent items joined in each of them.
         merge_token_proportions: per cent of an item's tokens merged between frames (right after joining) and within
             (after attention, from the first merge layer on).
-        width: of the model.
+        width: embedding dimension.
 
     Raises:
-        TypeError: a number is of another kind (NumPy's are fine, bools are none).
-        ValueError: the frames can't be joined so, or a frame has no token that may be merged.
+        TypeError: a number has the wrong type (NumPy numbers are accepted, bools are not).
+        ValueError: the frames can't be joined like this, or a frame has no token that may be merged.
     """
     layers = checks.count(layers, "layers", "layers of the model", least=1)
     tokens = checks.count(tokens, "tokens", "tokens of a frame", least=1)
@@ -265,7 +269,7 @@ def plan_layers(
     groups, (inter_share, intra_share) = _groups(merge_layers, merge_frame_nums, merge_token_proportions, layers)
     if (any(rates) or groups) and tokens - protected < 2:
         raise ValueError(
-            f"a frame has {tokens} tokens of which {protected} are protected: none are left to merge; use tome_r=0"
+            f"a frame has {tokens} tokens, of which {protected} are protected: too few to merge any; use tome_r=0"
         )
     steps: list[Step] = []
     item, items, length = protected, frames, tokens  # protected tokens of an item, items, tokens of an item
@@ -274,7 +278,7 @@ def plan_layers(
         if items % join:
             raise ValueError(
                 f"merge_frame_nums joins {join} items at layer {layer}, but a video of {frames} frames has {items} "
-                f"there: choose a number that divides {items}"
+                f"items there: choose a number that divides {items}"
             )
         item, items, length = item * join, items // join, length * join
         inter = min(_share(length, inter_share), (length - item) // 2) if join > 1 else 0
@@ -299,14 +303,14 @@ def _groups(
     proportions = proportions_of(proportions)
     if len(layers_at) != len(frame_nums):
         raise ValueError(
-            f"merge_layers names {len(layers_at)} layers and merge_frame_nums {len(frame_nums)} group sizes; "
-            "give one group size for each layer"
+            f"merge_layers has {len(layers_at)} layers and merge_frame_nums {len(frame_nums)} group sizes; give one "
+            "group size for each layer"
         )
     for at in layers_at:
         if not 0 <= at < layers:
             raise ValueError(f"merge_layers must be layers from 0 to {layers - 1}, got {at!r}")
     if tuple(sorted(set(layers_at))) != layers_at:
-        raise ValueError(f"merge_layers must ascend, each layer once, got {layers_at}")
+        raise ValueError(f"merge_layers must be in ascending order without duplicates, got {layers_at}")
     for number in frame_nums:
         if number < 1:
             raise ValueError(f"merge_frame_nums must be ints of 1 or more, got {number!r}")
@@ -317,11 +321,13 @@ def _groups(
     for share in proportions:
         if not (share == 0 or 1 <= share <= 100):
             raise ValueError(
-                f"merge_token_proportions are in per cent, 0 or from 1 to 100, got {share!r}; 10 means 10 %, not 0.1"
+                f"merge_token_proportions must be in per cent, 0 or from 1 to 100, got {share!r}; for 10 % give 10"
             )
     if layers_at and not proportions:
         raise ValueError("merge_layers needs merge_token_proportions, for instance (10, 10) per cent")
     if proportions and not layers_at:
-        raise ValueError("merge_token_proportions has no meaning without merge_layers and merge_frame_nums")
+        raise ValueError(
+            "merge_token_proportions has no effect without merge_layers and merge_frame_nums: give all three or none"
+        )
     inter, intra = (Fraction(str(share)) for share in (proportions or (0, 0)))
     return dict(zip(layers_at, frame_nums, strict=True)), (inter, intra)

@@ -37,13 +37,14 @@ _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
 
 
 class Stream(NamedTuple):
-    """B videos of I items each. An item is one frame, or several joined ones: class tokens of its frames, perhaps
-    prompt rows, then patches.
+    """Tokens of B videos of I items each, the output of a block of a patched video model and the input of the next.
+
+    An item is one frame or several joined ones: class tokens of its frames, optionally prompts, then patches.
 
     Attributes:
-        x: ``(B·I, L, D)``.
-        prompts: ``(B, G, D)``, the global prompts of each video; None where there are none.
-        size: ``(B·I, L)`` float32, how many original tokens each token stands for; None: one each.
+        x: ``(B·I, L, D)``, the tokens.
+        prompts: ``(B, G, D)``, global prompts of each video; None where there are none.
+        size: ``(B·I, L)`` float32, number of original tokens that each token represents; None means all ones.
     """
 
     x: Tensor
@@ -52,7 +53,7 @@ class Stream(NamedTuple):
 
 
 class Plans(NamedTuple):
-    """What a block merged: between the frames that it joined, and within each item."""
+    """Plans of one block: between the frames that it joined, and within each item."""
 
     inter: MergePlan | None = None
     intra: MergePlan | None = None
@@ -206,8 +207,8 @@ def run_block(
     if x.requires_grad and not torch.is_grad_enabled():
         # the first pass of a reentrant checkpoint; tensors inside a tuple would silently get no gradient
         raise RuntimeError(
-            "a block got tokens that need a gradient while gradients are off: under torch.utils.checkpoint use "
-            "use_reentrant=False; for inference run the whole model under torch.no_grad()"
+            "a block got tokens that require a gradient while gradients are disabled: under torch.utils.checkpoint "
+            "use use_reentrant=False; for inference run the whole model under torch.no_grad()"
         )
     batch, inter = x.shape[0] // (step.items * step.join), None
     protected = step.frames * (1 + inside)

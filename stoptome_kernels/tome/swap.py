@@ -30,7 +30,7 @@ class Patched:
     def __prepare_scriptable__(self):
         raise RuntimeError(
             f"torch.jit.script can't compile {type(self).__name__} while it merges tokens: use torch.export, "
-            "torch.compile or torch.jit.trace, or take the patch out (remove_tome_patch)"
+            "torch.compile or torch.jit.trace, or remove_tome_patch() first"
         )
 
     def tome_undo(self) -> None:
@@ -95,13 +95,13 @@ def check_unswap(module: Any) -> None:
     name = type(module).__name__
     if type(module) is not _subclass(*module.tome_parts):
         raise RuntimeError(
-            f"{name} was given another class after it was patched (by fully_shard or a parametrization, say): undo "
-            "that first"
+            f"{name} was given another class after it was patched (for example by fully_shard or a parametrization): "
+            "undo that first"
         )
     if own_forward(module) is not None:
         raise RuntimeError(
-            f"{name} was given a forward of its own after it was patched, which calls the patched one: take that off "
-            "first (accelerate's by accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            f"{name} was given a forward of its own after it was patched, which calls the patched one: remove it first "
+            "(accelerate: accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
 
 

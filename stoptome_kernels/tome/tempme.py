@@ -31,14 +31,14 @@ _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model c
 
 
 class Course(NamedTuple):
-    """What one block gives the next.
+    """Output of a block of a patched TempMe model and input of the next.
 
     Attributes:
-        stream: the tokens, sizes with them.
-        tokens: of a frame before the first block.
-        items: of a video there: its frames.
-        steps: what each block has done so far.
-        plans: what each has merged, if a trace is wanted.
+        stream: tokens and their sizes.
+        tokens: number of tokens of a frame before the first block.
+        items: number of items (frames) of a video there.
+        steps: steps of the blocks so far.
+        plans: plans of the blocks so far, if a trace is kept.
     """
 
     stream: Stream
@@ -48,12 +48,12 @@ class Course(NamedTuple):
     plans: tuple[Plans, ...] = ()
 
     def step(self, join: int, inter: int, r: int) -> Step:
-        """The step of the next block, asked to join so many items and to merge so many tokens."""
+        """Return the step of the next block, asked to join ``join`` items and to merge ``inter`` and ``r`` tokens."""
         items, frames = (self.steps[-1].items, self.steps[-1].frames) if self.steps else (self.items, 1)
         if items % join:
             raise ValueError(
-                f"layer {len(self.steps)} joins {join} items, but a video of {self.items} frames has {items} there: "
-                f"choose a number that divides {items}"
+                f"layer {len(self.steps)} joins {join} items, but a video of {self.items} frames has {items} items "
+                f"there: choose a number that divides {items}"
             )
         items, frames, length = items // join, frames * join, self.stream.x.shape[1] * join
         inter = min(inter, (length - frames) // 2)
@@ -129,13 +129,13 @@ class TempMeBlock(ReadBlock):
             return _finish(course, Stream(out), step, Plans(), place)
         if join == 1 and len(call["M_token_num"]) > 1:
             raise ValueError(
-                f"layer {place.index} is to join 1 frame (merge_frame_num), which is no joining: leave that layer out "
-                "of merge_layer, or give the schedule to apply_tome_patch"
+                f"layer {place.index}: merge_frame_num is 1, which joins nothing; leave that layer out of merge_layer, "
+                "or give the schedule to apply_tome_patch"
             )
         if embedding is not None and embedding.shape[1] != step.items * join:
             raise ValueError(
-                f"layer {place.index} joins items of which a video has {step.items * join}, but its frame embedding "
-                f"is for {embedding.shape[1]}: make the model for videos of {course.items} frames (max_frames)"
+                f"layer {place.index} joins {step.items * join} items of a video, but its frame embedding is for "
+                f"{embedding.shape[1]}: make the model for videos of {course.items} frames (max_frames)"
             )
         stream, plans = run_block(
             self, course.stream, step, prop_attn=merging.config.prop_attn, frame_embedding=embedding,
@@ -152,8 +152,8 @@ class TempMeTransformer(Patched):
     def forward(self, x: Tensor) -> Tensor:
         if self.tome.schedule is None or not self.tome.schedule.idle:
             raise RuntimeError(
-                "TempMe's encode_image merges nothing, attends over the batch and leaves the low-rank updates out: "
-                "videos go through the model's get_video_feat; for encode_image take the patch out (remove_tome_patch)"
+                "TempMe's encode_image does not merge tokens, attends over the batch and omits the low-rank updates: "
+                "use the model's get_video_feat for videos, or remove_tome_patch() before encode_image"
             )
         return super().forward(x)  # type: ignore[misc]
 
@@ -164,15 +164,15 @@ def _start(x: Any, place: Place) -> Course:
         return x
     if place.index:
         raise TypeError(
-            f"block {place.index} got {type(x).__name__} in place of what the block before it gave: patched blocks are "
-            "called one after the other, and nothing changes the tokens in between"
+            f"block {place.index} got {type(x).__name__} instead of the previous block's output (Course): call the "
+            "patched blocks one after the other, without changing the tokens in between"
         )
     items = merging.frames or merging.counts["frame_num"]
     if x.shape[0] % items:
-        raise ValueError(f"the model was set up for videos of {items} frames, but got {x.shape[0]} frames")
+        raise ValueError(f"the model is made for videos of {items} frames, but got {x.shape[0]}: give whole videos")
     planned = merging.schedule
     if planned is not None and not planned.idle and x.shape[1] != planned.tokens_in:
-        raise ValueError(f"the schedule is for frames of {planned.tokens_in} tokens, but got {x.shape[1]}")
+        raise ValueError(f"the schedule is for frames of {planned.tokens_in} tokens, but got {x.shape[1]}: patch again")
     return Course(Stream(x), x.shape[1], items)
 
 
@@ -181,8 +181,8 @@ def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int =
     embedding = own_embedding(block) if frame_pos else None
     if frame_pos and embedding is None:
         raise ValueError(
-            f"{type(block).__name__} was told to add its frame embedding (TVPt_Video_Positional_embedding), but has "
-            "none: make the model with frame_pos=1"
+            f"{type(block).__name__} got frame_pos=1, but has no frame embedding (TVPt_Video_Positional_embedding): "
+            "make the model with frame_pos=1"
         )
     return M_frame_num, M_token_num[0] if len(M_token_num) > 1 else 0, M_token_num[-1], embedding
 
@@ -216,8 +216,8 @@ def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
         own = own_embedding(block)
         if count and own is not None and own.shape[1] != count:
             raise ValueError(
-                f"layer {layer} would join items of which a video has {count}, but its frame embedding is for "
-                f"{own.shape[1]}: choose merge_layers and merge_frame_nums as the model was made with, or frame_pos=0"
+                f"layer {layer} would join {count} items of a video, but its frame embedding is for {own.shape[1]}: "
+                "give the merge_layers and merge_frame_nums that the model was made with, or frame_pos=0"
             )
         missing.append(count if own is None else 0)
     return missing
@@ -259,8 +259,8 @@ def clip_of(tower: Tower) -> Any:
     clip = next((module for module in reversed(tower.around) if "visual" in module._modules), None)
     if clip is None:
         raise ValueError(
-            "TempMe counts items and tokens in the _tome_info of its CLIP, which its visual tower can't reach: give "
-            "the whole model, or its clip"
+            "TempMe counts items and tokens in the _tome_info of its CLIP, which the visual tower alone does not have: "
+            "give the whole model, or its clip"
         )
     return clip
 

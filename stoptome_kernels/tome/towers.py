@@ -73,10 +73,10 @@ def find_tower(model: nn.Module) -> Tower:
     position: Any = getattr(tower, "positional_embedding", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks) or getattr(position, "ndim", 0) != 2:
         raise TypeError(
-            f"don't know how to merge tokens in {type(model).__name__}: no visual tower with transformer.resblocks "
-            "and positional_embedding was found in it; known are StopModel, the CLIP of STOP, DGL, CLIP4Clip and "
-            "TempMe, and vision transformers of timm, open_clip, transformers and torchvision; of a model around "
-            "torch.nn.TransformerEncoder give the encoder itself"
+            f"can't merge tokens in {type(model).__name__}: it has no visual tower with transformer.resblocks and "
+            "positional_embedding; supported are StopModel, the CLIP of STOP, DGL, CLIP4Clip and TempMe, and vision "
+            "transformers of timm, open_clip, transformers and torchvision; of a model with a "
+            "torch.nn.TransformerEncoder pass the encoder itself"
         )
     patches, width = position.shape[0] - 1, position.shape[1]
     around.append(transformer)
@@ -86,8 +86,8 @@ def find_tower(model: nn.Module) -> Tower:
         for name in ("num_tokens", "video_frames"):
             if not hasattr(getattr(tower, name, None), "__index__"):
                 raise ValueError(
-                    f"{type(tower).__name__} has forward_deep_prompt, as STOP and DGL have, but no int {name}: "
-                    "its prompts can't be told from its patches"
+                    f"{type(tower).__name__} has forward_deep_prompt, as STOP and DGL have, but no int {name}, "
+                    "without which prompts can't be distinguished from patches: set it"
                 )
         kind, prompts, frames = "prompted", int(tower.num_tokens), int(tower.video_frames)
     elif hasattr(getattr(blocks[0], "attn", None), "TVPt_LoRA_a"):
@@ -139,7 +139,7 @@ def check_unsharded(*modules: Any) -> None:
     """
     for module in modules:
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise RuntimeError(f"{type(module).__name__} was sharded already: patch first, then call fully_shard")
+            raise RuntimeError(f"{type(module).__name__} is already sharded: patch first, then call fully_shard")
 
 
 def check_free(module: Any, *names: str) -> None:
@@ -151,8 +151,8 @@ def check_free(module: Any, *names: str) -> None:
     for name in names:
         if name in module.__dict__ and (name != "forward" or own_forward(module) is not None):
             raise RuntimeError(
-                f"{type(module).__name__} has a {name} of its own, which another library (accelerate?) put there "
-                "and which would hide the patch: patch first, then hand the model to that library"
+                f"{type(module).__name__} has a {name} of its own, set by another library (accelerate?), which would "
+                "hide the patch: patch first, then pass the model to that library"
             )
 
 
@@ -166,7 +166,7 @@ def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
         if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
             warn(
                 f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
-                "from now on: patch a copy (copy.deepcopy) if that is not wanted"
+                "from now on: if this is not intended, patch a copy of the model (copy.deepcopy)"
             )
             return
 
@@ -180,8 +180,8 @@ def _check_block(block: Any, kind: str) -> None:
     parts = set(block._modules)
     if not {"attn", "ln_1", "ln_2", "mlp"} <= parts or parts - _KNOWN:
         raise TypeError(
-            f"don't know how to merge tokens in {what}: its parts are {', '.join(sorted(parts))}; a block of CLIP's "
-            "has attn, ln_1, ln_2, mlp and perhaps LoRA"
+            f"can't merge tokens in {what}: its parts are {', '.join(sorted(parts))}, but supported are CLIP's blocks "
+            "with attn, ln_1, ln_2, mlp and optionally LoRA"
         )
     if kind == "tempme":
         _check_low_rank(block.attn, what)
@@ -192,22 +192,22 @@ def _check_block(block: Any, kind: str) -> None:
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
     if not is_bare(block.attn) or not is_bare(block.attn.out_proj):
         raise ValueError(
-            f"{what}.attn has hooks or a forward of its own, which would have no effect: its weights are read, not its "
-            "forward; take that off (hooks of torch.nn.utils.prune by prune.remove) before patching"
+            f"{what}.attn has hooks or a forward of its own, which would have no effect, since its weights are read "
+            "instead of calling it: remove that (hooks of torch.nn.utils.prune by prune.remove) before patching"
         )
     if getattr(block, "attn_mask", None) is not None:
-        raise ValueError(f"{what} has an attention mask; merging is for the visual tower's blocks, which have none")
+        raise ValueError(f"{what} has an attention mask; patch the visual tower, whose blocks have none")
 
 
 def _check_attention(attn: Any, what: str) -> None:
     if not isinstance(attn, nn.MultiheadAttention) or attn.in_proj_weight is None:
         raise TypeError(
             f"{what}.attn must be a torch.nn.MultiheadAttention with one in_proj_weight, got {type(attn).__name__} of "
-            f"{type(attn).__module__}: take adapters off, or fold them into the weights, before patching"
+            f"{type(attn).__module__}: remove adapters, or merge them into the weights, before patching"
         )
     for setting, right in (("batch_first", False), ("dropout", 0.0), ("bias_k", None), ("add_zero_attn", False)):
         if getattr(attn, setting) != right:
-            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {right}")
+            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}, but only {right} is supported")
 
 
 def _check_low_rank(attn: Any, what: str) -> None:
@@ -220,13 +220,13 @@ def _check_low_rank(attn: Any, what: str) -> None:
     }  # fmt: skip
     if shapes != right or set(attn._modules) != {"out_proj"}:
         raise TypeError(
-            f"{what}.attn must be TempMe's attention, which has the parameters {', '.join(right)} and no other part, "
-            f"got {type(attn).__name__} with {', '.join(f'{name} {shape}' for name, shape in shapes.items())}: take "
-            "adapters off, or fold them into the weights, before patching"
+            f"{what}.attn must be TempMe's attention, which has the parameters {', '.join(right)} and no others, got "
+            f"{type(attn).__name__} with {', '.join(f'{name} {shape}' for name, shape in shapes.items())}: remove "
+            "adapters, or merge them into the weights, before patching"
         )
     heads, d = getattr(attn, "num_heads", 0), getattr(attn, "head_dim", 0)
     if heads * d != width:
-        raise TypeError(f"{what}.attn has num_heads={heads} and head_dim={d}, which do not make its width {width}")
+        raise TypeError(f"{what}.attn has num_heads={heads} and head_dim={d}, whose product must be its width {width}")
     for setting, usual in (("scaling", d**-0.5), ("dropout", 0.0)):
         if getattr(attn, setting, usual) != usual:
-            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}; merging is made for {usual:.4g}")
+            raise ValueError(f"{what}.attn has {setting}={getattr(attn, setting)}, but only {usual:.4g} is supported")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token of the last layer every original token of a video ended in."""
+"""The source map: the token of the last layer that every original token of a video ended in."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .table import table
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The source map of a forward. ``str()`` of it is a table.
+    """Source map of a forward. ``str()`` of it is a table.
 
     Attributes:
-        layers: for each layer ``(B, T, L)`` int32: the token that each of the L tokens of a frame (class token,
-            prompts, patches) is part of behind that layer. Tokens of a video are counted item after item,
-            ``item · tokens + token``; an item holds the class tokens of its frames, their prompts, then patches.
-        tokens: tokens of an item behind each layer.
-        items: items of a video behind each layer.
-        protected: class token and prompts of a frame.
+        layers: one ``(B, T, L)`` int32 tensor per layer: the token that each of the L tokens of a frame (class token,
+            prompts, patches) is part of after that layer. Tokens of a video are numbered item after item,
+            ``item · tokens + token``; an item contains the class tokens of its frames, their prompts, then patches.
+        tokens: number of tokens of an item after each layer.
+        items: number of items of a video after each layer.
+        protected: number of class tokens and prompts of a frame.
     """
 
     layers: tuple[Tensor, ...]
@@ -35,15 +35,15 @@ class Trace:
 
     @property
     def dest(self) -> Tensor:
-        """``(B, T, L)`` int32 for the whole stack: the map behind the last layer."""
+        """Map after the last layer, ``(B, T, L)`` int32."""
         return self.layers[-1]
 
     @property
     def sizes(self) -> Tensor:
-        """``(B, items · tokens)`` float32: of how many original tokens each token behind the last layer is made.
+        """Number of original tokens in each token after the last layer, ``(B, items · tokens)`` float32.
 
-        Counted in ``dest``: padding, and tokens that were merged with weight 0, count as others do; a token that
-        ``dest`` never names counts 0.
+        Counted in ``dest``: padding and tokens merged with weight 0 count as all others do; a token that never appears
+        in ``dest`` counts 0.
         """
         return self._counts(-1).float()
 

@@ -62,7 +62,9 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
             with torch.random.fork_rng(devices), _slow_path():
                 want = theirs(twin, x)
         except Exception as error:
-            raise ValueError(f"{what} fails on random tokens by itself, so that it can't be tried: {error}") from error
+            raise ValueError(
+                f"{what} fails on random tokens without the patch, so it can't be checked: {error}"
+            ) from error
         if want is None:
             return
         try:
@@ -70,15 +72,15 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
                 got = ours(twin, x)
         except AttributeError as error:
             raise TypeError(
-                f"{what} is not made of what its class is made of in the versions that are known ({error}): another "
-                "version of its library may do"
+                f"{what} does not have the parts of its class in the supported versions ({error}): install another "
+                "version of its library"
             ) from error
     rounded = not plain or any(_rounds(module) for module in twin.modules())
     gap = off_by(got, want, x, _ROUNDED if rounded else _EXACT)
     if gap is not None:
         raise ValueError(
-            f"{what} computes something else than blocks of its class do in the versions that are known (off by "
-            f"{gap:.2g} of what it adds to random tokens): tokens can't be merged in it"
+            f"{what} computes something else than its class does in the supported versions (relative error "
+            f"{gap:.2g} of its residual on random tokens): tokens can't be merged in it"
         )
 
 

@@ -28,8 +28,8 @@ class StreamBlock(ReadBlock):
             return run_block(self, x, *args, **options)  # type: ignore[arg-type]
         if args and isinstance(args[0], Step):
             raise TypeError(
-                f"{type(self).__name__} got {type(x).__name__} in place of a Stream: a hook made for upstream's tuples "
-                "has changed what the block before it gave"
+                f"{type(self).__name__} got {type(x).__name__} instead of a Stream: a hook made for upstream's tuples "
+                "has changed the output of the previous block; let it change Stream.x, or remove_tome_patch() first"
             )
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
@@ -67,13 +67,13 @@ class SequenceTransformer(Patched):
         if has_own(self.resblocks):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"resblocks of {type(self).__name__} have hooks or a forward of their own, which would not be called, "
-                "since merging calls each block: put them on blocks, or take the patch out (remove_tome_patch)"
+                "since merging calls the blocks one by one: put them on the blocks, or remove_tome_patch() first"
             )
         clips = bool(tome.config.merge_layers)
         if clips and video_frame > 0 and video_frame != tome.schedule.frames:
             raise ValueError(
-                f"video_frame is {video_frame}, but frames are joined as for videos of {tome.schedule.frames}: patch "
-                "again with frames=… of these videos"
+                f"video_frame is {video_frame}, but the model was patched to join the frames of videos of "
+                f"{tome.schedule.frames} frames: patch again with frames={video_frame}"
             )
         stream = tome.run(self.resblocks, Stream(x.transpose(0, 1)), whole=not clips)  # type: ignore[attr-defined]
         # joined frames have no rows of their own but the class tokens, the only ones that the model reads
@@ -152,8 +152,8 @@ def try_runner(tower: Tower) -> None:
     want = x[:read] * math.prod(factors)
     if got[:read].shape != want.shape or not torch.allclose(got[:read].float(), want.float(), rtol=0.05, atol=0.05):
         raise ValueError(
-            f"{type(tower.runner).__name__} does more between its blocks than to call one after the other, which "
-            "merging would leave out: tokens can't be merged in it"
+            f"{type(tower.runner).__name__} does more than call its blocks one after the other, which merging would "
+            "skip: tokens can't be merged in it"
         )
 
 

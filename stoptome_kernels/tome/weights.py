@@ -99,11 +99,11 @@ def check_attention(block: Any) -> None:
     attn, theirs = block.attn, isinstance(block, Patched)
     found = ""
     if type(attn) not in block.tome_classes:
-        found = f"is {type(attn).__name__} of {type(attn).__module__}"
+        found = f"is now a {type(attn).__name__} of {type(attn).__module__}"
     elif not is_bare(attn):
-        found = "has hooks, or a forward of its own"
+        found = "has hooks or a forward of its own"
     elif not is_plain(attn):
-        found = "has weights that are elsewhere (offloaded), or no plain tensors"
+        found = "has weights that are offloaded or not plain tensors"
     elif isinstance(attn, nn.MultiheadAttention) and (
         attn.dropout or attn.bias_k is not None or attn.add_zero_attn or attn.batch_first
     ):
@@ -111,13 +111,14 @@ def check_attention(block: Any) -> None:
     elif theirs and not _is_linear(attn.out_proj):  # a block of our own calls it, torch's attention reads it
         found = "has an out_proj with hooks, a forward of its own, or of another class"
     elif theirs and getattr(block, "attn_mask", None) is not None:
-        found = "is to have an attn_mask"
+        found = "is given its block's attn_mask"
     elif theirs and (own := [name for name in ("attention", "attend", "feed_forward") if name in block.__dict__]):
-        found = f"stands beside a method put on the block itself ({own[0]})"
+        found = f"is bypassed by a method that was set on the block itself ({own[0]})"
     if found:
         raise RuntimeError(
-            f"{type(block).__name__}.attn {found}, which would have no effect, since its weights are read: take that "
-            f"off, or fold it into the weights (PEFT: merge_and_unload){', or remove_tome_patch' if theirs else ''}"
+            f"{type(block).__name__}.attn {found}, which would have no effect, since its weights are read instead of "
+            "calling it: remove that, or merge it into the weights (PEFT: merge_and_unload)"
+            f"{', or remove_tome_patch() first' if theirs else ''}"
         )
 
 

@@ -36,16 +36,16 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     """
     if config.merge_layers:
         raise ValueError(
-            "merge_layers joins the frames of a video, which images don't have: leave it out (it is for STOP, DGL, "
-            "CLIP4Clip and TempMe)"
+            f"merge_layers is for STOP, DGL, CLIP4Clip and TempMe, not for {type(vit.runner).__name__}, which has no "
+            "frames to join: leave it out"
         )
     vit = _protecting(vit, protected)
     if len(set(map(id, vit.blocks))) < len(vit.blocks):
-        raise ValueError(f"{type(vit.runner).__name__} runs the same block several times, as one module: copy it")
+        raise ValueError(f"{type(vit.runner).__name__} runs the same block several times: make copies (copy.deepcopy)")
     rates = parse_r(config.tome_r, len(vit.blocks))
     if vit.tokens is not None and any(rates) and vit.tokens - vit.protected < 2:
         raise ValueError(
-            f"an image has {vit.tokens} tokens of which {vit.protected} are protected: none are left to merge; use "
+            f"an image has {vit.tokens} tokens, of which {vit.protected} are protected: too few to merge any; use "
             "tome_r=0"
         )
     check_unsharded(*vit.around, *vit.blocks)
@@ -53,8 +53,8 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     before = getattr(before, "merging", before)  # of a layer alone, which runs itself
     if any(isinstance(block, Patched) and block.tome.merging is not before for block in vit.blocks):
         raise ValueError(
-            f"blocks of {type(vit.runner).__name__} are part of another model, which is patched already, or copies of "
-            "such: take the patch out of the blocks (remove_tome_patch) and patch again, or patch a copy of the model "
+            f"blocks of {type(vit.runner).__name__} belong to another model, which is already patched, or are copies "
+            "of its blocks: remove_tome_patch() from the blocks and patch again, or patch a copy of the model "
             "(copy.deepcopy)"
         )
     warn_of_sharing(vit.around[0], vit.blocks)
@@ -92,8 +92,8 @@ def _protecting(vit: Vit, protected: int | None) -> Vit:
     protected = checks.count(protected, "protected", "leading tokens")
     if not vit.guess and protected != vit.protected:
         raise ValueError(
-            f"protected is {protected}, but {type(vit.runner).__name__} says itself that it has {vit.protected} "
-            "leading tokens (class token, registers) that must not be merged: leave it out"
+            f"protected is {protected}, but {type(vit.runner).__name__} defines {vit.protected} leading tokens (class "
+            "token, registers) that must not be merged: leave it out"
         )
     return replace(vit, protected=protected)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the blocks of all vision transformers have in common: the mixins that libraries' blocks are patched with."""
+"""Common base of all patched image models: the mixins of blocks, attentions and towers."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Block(Patched):
 
 
 class Ask:
-    """What a block asks of its attention, given in the place of a mask, and the keys that come back.
+    """Request of a block to its attention, passed instead of a mask; the attention returns its keys in it.
 
     Attributes:
-        size: ``(N, T)``, what keys count, for proportional attention; None: one each.
-        keys: ``(N, H, T, d)``, what tokens are compared by; None before the attention has run.
+        size: ``(N, T)``, key weights for proportional attention (0 for padding); None means all ones.
+        keys: ``(N, H, T, d)``, keys by which tokens are compared; None before the attention has run.
     """
 
     def __init__(self, block: Block, attn: Any, tokens: Tokens):
@@ -65,17 +65,20 @@ class Ask:
         self.keys: Tensor | None = None
 
     def take(self, block: Block, attn: Any) -> Tensor:
-        """Return the keys, and forget them: a checkpoint may hold on to this object.
+        """Return the keys and drop them, since a checkpoint may keep this object alive.
+
+        Args:
+            block: block that made the request.
+            attn: its attention.
 
         Raises:
-            RuntimeError: nobody gave any.
+            RuntimeError: the attention has set no keys.
         """
         keys, self.keys = self.keys, None
         if keys is None:
             raise RuntimeError(
-                f"{type(attn).__name__} in {type(block).__name__} did not run the attention that was patched, or did "
-                "not hand its mask on to it, so that nothing tells which tokens are similar: take it off, or take the "
-                "patch out (remove_tome_patch)"
+                f"{type(attn).__name__} in {type(block).__name__} did not run the patched attention, or did not pass "
+                "its mask on to it, so there are no keys to compare tokens by: remove it, or remove_tome_patch() first"
             )
         return keys
 
@@ -110,9 +113,8 @@ def _check_wrapped(block: Block, attn: Any) -> None:
     """
     if not any(isinstance(module, Attention) for module in attn.modules()):
         raise TypeError(
-            f"the attention of {type(block).__name__} is another than when the model was patched, now a "
-            f"{type(attn).__name__}: take the patch out (remove_tome_patch), put the attention in its place, and patch "
-            "again"
+            f"the attention of {type(block).__name__} was replaced by a {type(attn).__name__} after the model was "
+            "patched: remove_tome_patch() first, then replace the attention and patch again"
         )
 
 
@@ -146,8 +148,8 @@ class Watching(Patched):
         if now[0] != then[0] or protected not in (None, then[1]):
             raise RuntimeError(
                 f"{type(self).__name__} has {now[0]} blocks and {then[1] if protected is None else protected} leading "
-                f"tokens, but was patched with {then[0]} and {then[1]}: patch again (apply_tome_patch), or take the "
-                "patch out (remove_tome_patch)"
+                f"tokens, but was patched with {then[0]} and {then[1]}: patch again (apply_tome_patch), or "
+                "remove_tome_patch() first"
             )
 
 
@@ -168,14 +170,16 @@ class Reader(Watching):
             return super().forward_intermediates(*args, **options)  # type: ignore[misc]
         if self.tome_checkpoints() and torch.is_grad_enabled():
             raise RuntimeError(
-                "forward_intermediates of merged tokens can't be computed a second time for their gradients: "
+                "forward_intermediates of merged tokens does not work with checkpointing: "
                 "set_grad_checkpointing(False), or call it under torch.no_grad()"
             )
         return self.tome_read(*args, **options)
 
     def prune_intermediate_layers(self, *args, **options):
         """Would leave the patch with blocks that are not there."""
-        raise RuntimeError("take the patch out (remove_tome_patch), prune the layers, and patch again")
+        raise RuntimeError(
+            "prune_intermediate_layers does not work on a patched model: remove_tome_patch() first, prune, patch again"
+        )
 
 
 class Instead:
@@ -204,8 +208,8 @@ def reading(blocks: Iterable[Any]) -> list[Callable]:
         def call(x: Tensor, *args, **options) -> Tensor:
             if carried.tokens is not None and x is not carried.dense:
                 raise RuntimeError(
-                    f"something changed the tokens in front of a {type(block).__name__} while intermediate layers are "
-                    "read, which merged tokens can't follow: take the patch out (remove_tome_patch)"
+                    f"the input of a {type(block).__name__} was changed between blocks while intermediate layers are "
+                    "read, which is not supported for merged tokens: remove_tome_patch() first"
                 )
             given = Tokens(x, kept=True) if carried.tokens is None else carried.tokens
             carried.tokens = block(given, *args, **options)
@@ -227,7 +231,7 @@ class _Carried:
 
 
 def sizes(block: Block, tokens: Tokens) -> Tensor | None:
-    """What keys count in the block's attention, padding nothing; None: one each."""
+    """Return the key weights for the block's attention (0 for padding); None means all ones."""
     size = tokens.size
     proportional = block.tome.merging.config.prop_attn
     if size is not None and tokens.padded:
@@ -273,8 +277,8 @@ def no_more(attn: Any, args: tuple, options: dict) -> None:
         ValueError: with the argument's name.
     """
     if args:
-        raise ValueError(f"{type(attn).__name__} got {len(args)} arguments more than its block gives it: {_TAKE_OFF}")
-    _refuse(attn, options, f"which merged tokens can't follow: {_TAKE_OFF}")
+        raise ValueError(f"{type(attn).__name__} got {len(args)} more arguments than its block passes: {_TAKE_OFF}")
+    _refuse(attn, options, f"which is not supported while tokens are merged: {_TAKE_OFF}")
 
 
 def no_own(block: Any, method: str) -> None:
@@ -285,22 +289,22 @@ def no_own(block: Any, method: str) -> None:
     """
     if method in block.__dict__:
         raise RuntimeError(
-            f"{type(block).__name__} has a {method} of its own, which would have no effect where tokens are merged: "
+            f"{type(block).__name__} has a {method} of its own, which would have no effect while tokens are merged: "
             f"{_TAKE_OFF}"
         )
 
 
-_TAKE_OFF = "take that off, or take the patch out (remove_tome_patch)"
+_TAKE_OFF = "remove that, or remove_tome_patch() first"
 
 
 def no_mask(block: Any, **given) -> None:
-    """Merged tokens have no places that a mask could speak of.
+    """Raise if a mask is given: mask positions do not exist after merging.
 
     Raises:
         ValueError: one of these arguments is given.
     """
-    way_out = "call the model without it, or take the patch out (remove_tome_patch)"
-    _refuse(block, given, f"which says something of tokens that are merged: {way_out}")
+    way_out = "call the model without it, or remove_tome_patch() first"
+    _refuse(block, given, f"which is not supported while tokens are merged: {way_out}")
 
 
 def _refuse(module: Any, given: dict, why: str) -> None:

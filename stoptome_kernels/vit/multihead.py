@@ -29,16 +29,16 @@ def check(block: Any, attn: Any) -> None:
     what = f"{type(block).__name__} with the attention {type(attn).__name__}"
     if not is_a(attn, _HOME, "MultiheadAttention") or overrides(attn, _HOME, "forward"):
         raise TypeError(
-            f"don't know how to merge tokens in {what} of {type(attn).__module__}: known is "
-            "torch.nn.MultiheadAttention; patch before another library replaces it (PEFT: merge_and_unload)"
+            f"can't merge tokens in {what} of {type(attn).__module__}: supported is torch.nn.MultiheadAttention; patch "
+            "before another library replaces it (PEFT: merge_and_unload)"
         )
     for setting, given, allowed in (
-        ("kdim or vdim", attn.in_proj_weight is None, "that of the tokens"),
-        ("add_bias_kv", attn.bias_k is not None, "False"),
-        ("add_zero_attn", attn.add_zero_attn, "False"),
+        ("kdim or vdim", attn.in_proj_weight is None, "both equal to embed_dim"),
+        ("add_bias_kv", attn.bias_k is not None, "add_bias_kv=False"),
+        ("add_zero_attn", attn.add_zero_attn, "add_zero_attn=False"),
     ):
         if given:
-            raise ValueError(f"tokens can't be merged in {what} with its {setting}: build it with {allowed}")
+            raise ValueError(f"can't merge tokens in {what} with {setting} set: build it with {allowed}")
 
 
 class Multihead(Attention):
@@ -52,8 +52,8 @@ class Multihead(Attention):
         no_more(self, args[2:], inputs)
         if attn.bias_k is not None or attn.add_zero_attn:
             raise ValueError(
-                f"{type(self).__name__} has been given more keys since it was patched (bias_k, add_zero_attn): take "
-                "that off, or take the patch out (remove_tome_patch)"
+                f"{type(self).__name__} was given additional keys after it was patched (bias_k, add_zero_attn): remove "
+                "that, or remove_tome_patch() first"
             )
         given = (query,) if (key is None or key is query) and (value is None or value is query) else (query, key, value)
         q, k, v = heads(attn, *(x if attn.batch_first else x.transpose(0, 1) for x in given))

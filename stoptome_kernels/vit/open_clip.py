@@ -118,7 +118,7 @@ def find(model: nn.Module) -> Vit | None:
     require("open_clip_torch", _LEAST, tower)
     transformer = tower.transformer
     if not transformer.batch_first:
-        raise ValueError(f"{type(transformer).__name__} has batch_first=False; merging is made for batch_first=True")
+        raise ValueError(f"{type(transformer).__name__} has batch_first=False; build it with batch_first=True")
     blocks = tuple(transformer.resblocks)
     mixins = tuple(_mixin(block) for block in blocks)
     return Vit(
@@ -134,10 +134,10 @@ def _refuse_others(model: Any) -> None:
     if home.startswith("open_clip."):
         visual = getattr(model, "visual", model)
         visual = getattr(visual, "trunk", visual)
-        inside = "" if visual is model else f" with a {type(visual).__name__} for its image side"
+        inside = "" if visual is model else f" with a {type(visual).__name__} as its image tower"
         raise TypeError(
-            f"don't know how to merge tokens in open_clip's {name}{inside}: known are its VisionTransformer, and "
-            "timm's VisionTransformer and Eva"
+            f"can't merge tokens in open_clip's {name}{inside}: supported are its VisionTransformer, and timm's "
+            "VisionTransformer and Eva"
         )
 
 
@@ -158,18 +158,18 @@ def _mixin(block: Any) -> type[Block]:
     what = f"open_clip's {name}"
     if home == _HOME and name == "ResidualAttentionBlock":
         if hasattr(block, "ln_1_kv"):
-            raise TypeError(f"don't know how to merge tokens in {what} with cross attention (ln_1_kv)")
+            raise TypeError(f"can't merge tokens in {what} with cross attention (ln_1_kv): build it without")
         multihead.check(block, block.attn)
         return _Residual
     if home != _HOME or name != "CustomResidualAttentionBlock" or name_of(block.attn) != (_HOME, "Attention"):
         raise TypeError(
-            f"don't know how to merge tokens in {what} with the attention {type(block.attn).__name__}: known are "
+            f"can't merge tokens in {what} with the attention {type(block.attn).__name__}: supported are "
             "ResidualAttentionBlock with torch.nn.MultiheadAttention and CustomResidualAttentionBlock with Attention; "
             "patch before another library replaces it"
         )
     if block.attn.logit_scale is not None:
         raise ValueError(
-            f"tokens can't be merged in {what} with scaled_cosine_attn, with which open_clip's own forward fails: "
-            "build it without, say with qk_norm"
+            f"can't merge tokens in {what} with scaled_cosine_attn, with which open_clip's own forward fails: build it "
+            "without, for example with qk_norm"
         )
     return _Custom

@@ -130,7 +130,7 @@ class _Model(Reader):
     def pool(self, x: Tensor, pool_type: str | None = None):
         if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense:  # type: ignore[attr-defined]
             raise ValueError(
-                f"pool_type={pool_type!r} takes all tokens as equals, but they stand for different numbers of patches: "
+                f"pool_type={pool_type!r} weights all tokens equally, but they represent different numbers of patches: "
                 "patch with unmerge=True"
             )
         return super().pool(x, pool_type)  # type: ignore[misc]
@@ -176,8 +176,8 @@ def _refuse_others(model: nn.Module) -> None:
     kind = type(model)
     if kind.__module__.startswith("timm.models.") and kind.__module__ != "timm.models._features":
         raise TypeError(
-            f"don't know how to merge tokens in timm's {kind.__name__}: known are VisionTransformer and Eva, and the "
-            "models made of them"
+            f"can't merge tokens in timm's {kind.__name__}: supported are VisionTransformer and Eva, and models that "
+            "contain one"
         )
 
 
@@ -197,14 +197,14 @@ def _mixin(block: Any) -> type[Block]:
     mixin = _BLOCKS.get((kind.__module__, kind.__qualname__))
     if mixin is None:
         raise TypeError(
-            f"don't know how to merge tokens in timm's {kind.__name__}: known are "
+            f"can't merge tokens in timm's {kind.__name__}: supported are "
             f"{', '.join(name for _, name in _BLOCKS)}; build the model with one of these (block_fn=…), and patch "
             "before another library wraps them"
         )
     attn = type(block.attn)
     if (attn.__module__, attn.__qualname__) not in _ATTENTION:
         raise TypeError(
-            f"don't know how to merge tokens in {kind.__name__} with the attention {attn.__name__}: known are "
+            f"can't merge tokens in {kind.__name__} with the attention {attn.__name__}: supported are "
             f"{', '.join(sorted({name for _, name in _ATTENTION}))}; patch before another library replaces it"
         )
     return mixin

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of a batch of images on their way from block to block, and what a block is to do with them."""
+"""Tokens of a batch of images as they travel from block to block, and their merging in a block."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LAYER_NORMS = {
 }
 
 _REENTRANT = (
-    "a block got a plain tuple, or tokens without a gradient, in place of merged tokens (Tokens). A checkpoint with "
-    "use_reentrant=True makes that of them, which gives no gradients to tensors inside a tuple: checkpoint with "
-    "use_reentrant=False; for inference run the whole model under torch.no_grad(). A hook that changes Tokens gives "
-    "tokens.but(x=…). Or take the patch out (remove_tome_patch)"
+    "a block got a plain tuple, or tokens without a gradient, instead of merged tokens (Tokens). Checkpointing with "
+    "use_reentrant=True causes this, since it gives no gradients to tensors inside a tuple: use use_reentrant=False; "
+    "for inference run the whole model under torch.no_grad(). A hook that changes Tokens must return tokens.but(x=…). "
+    "Or remove_tome_patch() first"
 )
 
 
@@ -42,12 +42,12 @@ PADDING = 2.0**-100
 
 # Of blocks that are not called one after the other, from the first to the last.
 ALONE = (
-    "call the model as a whole, read single layers by forward_intermediates or output_hidden_states where it has them, "
-    "or take the patch out (remove_tome_patch)"
+    "call the whole model, read intermediate layers by forward_intermediates or output_hidden_states where available, "
+    "or remove_tome_patch() first"
 )
 
 
-_NOT_A_TENSOR = f"merged tokens (Tokens) are no tensor, blocks of a patched model give them to one another: {ALONE}"
+_NOT_A_TENSOR = f"merged tokens (Tokens) are a tuple that blocks of a patched model pass on, not a tensor: {ALONE}"
 
 
 def _not_a_tensor(what: str) -> NoReturn:
@@ -55,18 +55,21 @@ def _not_a_tensor(what: str) -> NoReturn:
 
 
 class Tokens(NamedTuple):
-    """What one block gives the next: a tuple, so that checkpointing and several forwards before a backward are exact.
+    """Merged tokens, the output of a block of a patched image model and the input of the next one.
+
+    A tuple without hidden state, so that checkpointing and several forwards before a backward are exact. It is not a
+    tensor: functions, operators and indexing that expect one raise a TypeError.
 
     Attributes:
-        x: ``(N, T', D)``.
-        size: ``(N, T')`` float32, how many original tokens each token stands for (of padding: ``PADDING`` each); None:
-            nothing was merged yet, and there is no padding.
-        source: ``(N, T)`` int64, the token that each original token is part of now; None: nothing was merged yet.
-        position: ``(N, T')`` int64, the original token whose place each token has (that into which others were merged),
-            carried where attention needs it; None: nothing was merged yet.
-        layers: ``source`` behind each layer, if a trace is wanted.
-        padded: there may be padding among them.
-        kept: the last block, too, gives tokens, since all layers are read.
+        x: ``(N, T', D)``, the tokens.
+        size: ``(N, T')`` float32, number of original tokens that each token represents (``PADDING`` for each padding
+            token); None if nothing was merged yet and there is no padding.
+        source: ``(N, T)`` int64, the token that each original token is part of now; None if nothing was merged yet.
+        position: ``(N, T')`` int64, the original token whose position each token has (the destination of its merge),
+            carried where attention needs positions; None if nothing was merged yet.
+        layers: ``source`` after each layer, if a trace is kept.
+        padded: whether there may be padding tokens.
+        kept: whether the last block outputs Tokens, too, since all layers are read.
     """
 
     x: Tensor
@@ -89,10 +92,14 @@ class Tokens(NamedTuple):
         return tuple.__getitem__(self, index)
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Tokens have no {name}: {_NOT_A_TENSOR}")
+        raise AttributeError(f"Tokens have no attribute {name}: {_NOT_A_TENSOR}")
 
     def but(self, **changes: Any) -> Tokens:
-        """These with other fields: ``_replace``, which torch 2.6 can't trace."""
+        """Return a copy with other fields, as ``_replace`` does, which torch 2.6 can't trace.
+
+        Args:
+            changes: new values of fields by name.
+        """
         return Tokens(**{**dict(zip(Tokens._fields, self, strict=True)), **changes})
 
 
@@ -197,7 +204,7 @@ class Merging:
             RuntimeError: none is kept, or nothing has run yet.
         """
         if not self.config.trace_source:
-            raise RuntimeError("no trace is kept: patch with trace_source=True")
+            raise RuntimeError("no trace was kept: patch with trace_source=True")
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on an image first")
         layers = tuple(source[:, None].int() for source in self._last)
@@ -239,16 +246,16 @@ class Layer:
         if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
             raise RuntimeError(_REENTRANT)
         if not isinstance(x, Tensor) and self.merging.carries:
-            fx = "torch.fx can't trace merging, torch.export, torch.compile and torch.jit.trace can"
+            fx = "torch.fx can't trace merging, use torch.export, torch.compile or torch.jit.trace"
             raise TypeError(
-                f"block {self.index} got {type(x).__name__} in place of a tensor: "
-                f"{fx if type(x).__name__ == 'Proxy' else 'a hook that changes Tokens gives tokens.but(x=…)'}; or take "
-                "the patch out (remove_tome_patch)"
+                f"block {self.index} got {type(x).__name__} instead of a tensor: "
+                f"{fx if type(x).__name__ == 'Proxy' else 'a hook that changes Tokens must return tokens.but(x=…)'}; "
+                "or remove_tome_patch() first"
             )
         if self.index and self.merging.carries:
             raise RuntimeError(
-                f"block {self.index} got a plain tensor in place of the merged tokens (Tokens) of the block before it, "
-                f"with which their sizes are lost: {ALONE}"
+                f"block {self.index} got a plain tensor instead of the previous block's merged tokens (Tokens), so "
+                f"their sizes are lost: {ALONE}"
             )
         return Tokens(x)
 

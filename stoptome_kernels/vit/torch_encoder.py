@@ -85,13 +85,13 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
     no_mask(block, **masks)
     if isinstance(src, Tensor) and src.is_nested:  # what a padding mask becomes in TransformerEncoder's fast path
         raise ValueError(
-            f"{type(block).__name__} got a nested tensor (src_key_padding_mask makes one), whose tokens can't be "
-            "merged: call the model without it, or take the patch out (remove_tome_patch)"
+            f"{type(block).__name__} got a nested tensor (from src_key_padding_mask), which is not supported while "
+            "tokens are merged: call the model without it, or remove_tome_patch() first"
         )
     if isinstance(src, Tensor) and src.dim() != 3:
         raise ValueError(
-            f"{type(block).__name__} got tokens without a batch dimension, which merging needs: "
-            f"unsqueeze({0 if block.tome_batch_first else 1}) them"
+            f"{type(block).__name__} got tokens without a batch dimension, which is required while tokens are merged: "
+            f"call unsqueeze({0 if block.tome_batch_first else 1}) first"
         )
 
 
@@ -111,7 +111,7 @@ def find(model: nn.Module) -> Vit | None:
         check_free(tower, "forward")
         if overrides(tower, _HOME, "forward"):
             raise TypeError(
-                f"don't know how to merge tokens in {type(tower).__name__}, whose forward is not TransformerEncoder's"
+                f"can't merge tokens in {type(tower).__name__}, whose forward is not that of TransformerEncoder"
             )
         blocks = tuple(tower.layers)
     else:
@@ -130,8 +130,8 @@ def _mixin(block: Any) -> type[Block]:
         return block.tome_parts[0]
     if name_of(block) != (_HOME, "TransformerEncoderLayer"):
         raise TypeError(
-            f"don't know how to merge tokens in {type(block).__name__}: known is torch.nn.TransformerEncoderLayer "
-            "itself, no class derived from it"
+            f"can't merge tokens in {type(block).__name__}: supported is torch.nn.TransformerEncoderLayer itself, not "
+            "a subclass"
         )
     multihead.check(block, block.self_attn)
     return _Layer if block.self_attn.batch_first else _SequenceFirst

@@ -56,8 +56,8 @@ def find(model: nn.Module) -> Vit | None:
     if not paths:
         if type(model).__module__.startswith("torchvision.models."):
             raise TypeError(
-                f"don't know how to merge tokens in torchvision's {type(model).__name__}: known is VisionTransformer "
-                "(vit_b_16 and its like)"
+                f"can't merge tokens in torchvision's {type(model).__name__}: supported is VisionTransformer (vit_b_16 "
+                "and similar)"
             )
         return None
     path = the_only(paths)
@@ -68,8 +68,8 @@ def find(model: nn.Module) -> Vit | None:
             continue
         if name_of(block) != (_HOME, "EncoderBlock"):
             raise TypeError(
-                f"don't know how to merge tokens in torchvision's VisionTransformer with {type(block).__name__} for a "
-                "block: known is EncoderBlock"
+                f"can't merge tokens in torchvision's VisionTransformer with {type(block).__name__} as a block: "
+                "supported is EncoderBlock; patch before another library replaces it"
             )
         multihead.check(block, block.self_attention)
     return Vit(

@@ -23,7 +23,7 @@ class Vit:
         blocks: from first to last.
         mixins: what each block is patched with.
         protected: leading tokens that are never merged: class token, registers.
-        dense: whoever reads the tower's output reads all tokens, so each must have a row there.
+        dense: whether the output must keep one row per original token.
         width: of a token.
         tokens: of an image; None if that is not known before it comes.
         runner_mixin: what the runner is patched with; None for nothing.
@@ -91,8 +91,8 @@ def check_own_method(module: Any, library: str, method: str) -> None:
     kind = original(module)
     if getattr(kind, method).__module__.split(".")[0] != library:
         raise RuntimeError(
-            f"{kind.__name__} has a {method} of its own, which may do with tokens what merged ones can't follow: take "
-            "the patch out (remove_tome_patch)"
+            f"{kind.__name__} has a {method} of its own, which is not supported while tokens are merged: "
+            "remove_tome_patch() first"
         )
 
 

@@ -60,9 +60,9 @@ class Recorded(NamedTuple):
             return self.tokens
         if self.dense.data_ptr() != self.made.data_ptr() or self.made._version != self.version:
             raise RuntimeError(
-                "a hook changed the hidden states of a layer while they are recorded, when the next layer works on "
-                "merged tokens beside them: change tokens.x (of Tokens, without output_hidden_states), or take the "
-                "patch out (remove_tome_patch)"
+                "a hook changed the recorded hidden states of a layer, which the next layer does not read, since it "
+                "works on merged tokens: change tokens.x (of Tokens, without output_hidden_states), or "
+                "remove_tome_patch() first"
             )
         return self.tokens
 
@@ -190,7 +190,7 @@ class _Inner(Attention):
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
             raise ValueError(
                 f"{type(attn).__name__} got the attention implementation {name!r} after it was patched, which may "
-                "compute something else: set it first, then patch (remove_tome_patch, set_attn_implementation, "
+                "compute something else: set it before the patch (remove_tome_patch, set_attn_implementation, "
                 "apply_tome_patch)"
             )
         causal = options.get("is_causal") or getattr(attn, "is_causal", False)
@@ -308,8 +308,7 @@ def _refuse_others(model: nn.Module) -> None:
     if kind.__module__.startswith("transformers.models."):
         towers = ", ".join(tower for family in _FAMILIES.values() for tower in family.towers)
         raise TypeError(
-            f"don't know how to merge tokens in transformers' {kind.__name__}: known are {towers}, and models that "
-            "hold one"
+            f"can't merge tokens in transformers' {kind.__name__}: supported are {towers}, and models that contain one"
         )
 
 
@@ -319,15 +318,15 @@ def _mixin(block: Any, name: str) -> type[_Layer]:
     family = _FAMILIES[name]
     if name_of(block) != (_home(name), family.layer):
         raise TypeError(
-            f"don't know how to merge tokens in {type(block).__name__} of {type(block).__module__}: known is "
-            f"transformers' {family.layer}"
+            f"can't merge tokens in {type(block).__name__} of {type(block).__module__}: supported is transformers' "
+            f"{family.layer}; patch before another library replaces it"
         )
     mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
     for attn in _parts(getattr(block, mixin.tome_names[0])):
         if name_of(attn)[0] != _home(name):
             raise TypeError(
-                f"don't know how to merge tokens in {type(block).__name__} with the attention {type(attn).__name__}: "
-                "known is transformers' own; patch before another library replaces it"
+                f"can't merge tokens in {type(block).__name__} with the attention {type(attn).__name__}: supported is "
+                "transformers' own; patch before another library replaces it"
             )
     return mixin
 
@@ -350,8 +349,8 @@ def _wants_all(block: Any, options: dict) -> bool:
         return False
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{type(block).__name__} is checkpointed while hidden_states are recorded: give output_hidden_states=True "
-            "as an argument and not by the config; where the model doesn't hand that on (VideoMAE, and ViT before "
+            f"{type(block).__name__} is checkpointed while hidden_states are recorded: pass output_hidden_states=True "
+            "as an argument and not by the config; where the model does not pass it on (VideoMAE, and ViT before "
             "transformers 5.4), turn checkpointing off"
         )
     return True
@@ -366,19 +365,19 @@ def _check_call(block: Any, attn: Any, attention_mask: Any, options: dict) -> No
     if isinstance(attention_mask, Tensor) and torch.compiler.is_compiling():
         # while a graph is made, the library can't look whether anything is masked, and makes a mask even of None
         full = _seen(attention_mask).all()
-        torch._assert_async(full, "tokens that are merged can't be masked: call the model without a mask")
+        torch._assert_async(full, "a mask is not supported while tokens are merged: call the model without it")
     elif attention_mask is None or isinstance(attention_mask, Tensor):
         no_mask(block, attention_mask=attention_mask, head_mask=options.get("head_mask"))
     else:
         raise ValueError(
-            f"{type(block).__name__} got a {type(attention_mask).__name__} from its attention implementation, which "
-            "counts tokens that are merged: model.set_attn_implementation('sdpa')"
+            f"{type(block).__name__} got a {type(attention_mask).__name__} as mask from its attention implementation, "
+            "which is not supported while tokens are merged: call model.set_attn_implementation('sdpa') first"
         )
     no_mask(block, is_causal=options.get("is_causal"))
     if options.get("output_attentions") or any(recorded(module, "attentions") for module in _parts(attn)):
         raise ValueError(
-            f"{type(block).__name__} is asked for attention weights, which are not made where tokens are merged: call "
-            "the model without output_attentions, or take the patch out (remove_tome_patch)"
+            f"{type(block).__name__} is asked for attention weights, which are not computed while tokens are merged: "
+            "call the model without output_attentions, or remove_tome_patch() first"
         )
 
 
@@ -405,7 +404,7 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
     ):
         raise ValueError(
             f"{type(block).__name__} got an attention_mask of shape {shape} for {batch} × {count} tokens, need "
-            f"({batch}, 1, {count}, {count}), as the model makes it of the mask of padded patches, or of one row"
+            f"({batch}, 1, {count}, {count}) or ({batch}, 1, 1, {count}), as the model makes it of a mask of padding"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{type(block).__name__} got an attention_mask of {mask.dtype}, need bool or floating point")
@@ -414,7 +413,7 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         known = known & (seen | (mask <= torch.finfo(mask.dtype).min))
     # not a ValueError: whether it is so is known on the device alone, and nobody waits for the device here
-    torch._assert_async(known.all(), "where tokens are merged, a mask can only say which patches are padding")
+    torch._assert_async(known.all(), "attention_mask can only mark padding patches while tokens are merged")
     return seen[:, 0, 0].expand(batch, count)
 
 

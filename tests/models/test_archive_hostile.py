@@ -138,7 +138,7 @@ def test_one_parser_sees_a_file(tmp_path):
     assert torch.equal(archive.load(tmp_path / "d.pt")["a"], torch.ones(1))
     with zipfile.ZipFile(tmp_path / "d.pt", "a") as file:
         file.writestr("e/data.pkl", b"N.")
-    with pytest.raises(ValueError, match="it holds 2 pickles of values"):
+    with pytest.raises(ValueError, match=r"it has 2 files data\.pkl, need 1"):
         archive.load(tmp_path / "d.pt")
     assert not (tmp_path / "made").exists()
 
@@ -167,7 +167,7 @@ def test_modules_of_endless_names(tmp_path):
     name = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20)
     inner = b"c__torch__\nM\n)\x81}h\1"
     repacked(path, data=b"\x80\2" + name + b"q\0010" + inner * 300 + b"K\1" + b"sb" * 300 + b".")
-    with pytest.raises(ValueError, match="a module in it has no sensible name"):
+    with pytest.raises(ValueError, match="a module in it has an invalid name"):
         archive.load(path)
 
 
@@ -177,7 +177,7 @@ def test_attributes_of_what_is_saved_change_nothing(tmp_path):
     assert same(checkpoint.read(saved(tmp_path / "a.pt", state)), dict(state.items()))
     weight = torch.ones(2)
     weight.numel = 5
-    with pytest.raises(ValueError, match=r"it asks for torch\._tensor\._rebuild_from_type_v2"):
+    with pytest.raises(ValueError, match=r"it contains torch\._tensor\._rebuild_from_type_v2, which is not allowed"):
         checkpoint.read(saved(tmp_path / "b.pt", {"a": weight}))
 
 
@@ -257,10 +257,10 @@ def test_tensors_that_reach_out_of_their_data(tmp_path, said):
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        ({0: torch.ones(2)}, "holds no weights by name: one is called 0"),
+        ({0: torch.ones(2)}, "holds no state_dict: a key is 0, not a string"),
         ({"a": torch.ones(1).expand(1 << 40)}, r"can't be read as weights \(a tensor is longer than its data"),
-        ({"a": torch.ones(2).to_sparse()}, r"can't be read .*it asks for torch._utils._rebuild_sparse_tensor"),
-        ({"a": torch.ones(2, device="meta")}, r"can't be read .*it asks for torch._utils._rebuild_meta_tensor"),
+        ({"a": torch.ones(2).to_sparse()}, r"can't be read .*it contains torch._utils._rebuild_sparse_tensor"),
+        ({"a": torch.ones(2, device="meta")}, r"can't be read .*it contains torch._utils._rebuild_meta_tensor"),
         ([torch.ones(2)], "holds no weights, but a list"),
         ({"state_dict": {}}, "holds no weights"),
     ],

@@ -101,7 +101,7 @@ KINDS = {
     ),
     "clip4clip-clips": Kind(
         clip4clip_tower, {"tome_r": 2, "frames": 4, **CLIPS},
-        "Clip4ClipTower, 4 frames: 4 × 13 → 2 × 16 tokens, ideal 1.36×", "behind the last layer: class tokens\n",
+        "Clip4ClipTower, 4 frames: 4 × 13 → 2 × 16 tokens, ideal 1.36×", "after the last layer: class tokens\n",
         run_clip4clip,
     ),
     "clip4clip-off": Kind(
@@ -271,7 +271,7 @@ def test_tables_by_hand():
     assert head == [
         "StopTower, 4 frames: 17 → 9 tokens, ideal 1.57×", "family: StopTower (peers.upstream)",
         "prop_attn: False, trace_source: False, protected tokens: 5",
-        "behind the last layer: global prompts and class tokens",
+        "after the last layer: global prompts and class tokens",
     ]  # fmt: skip
     assert [line.split() for line in table.split("\n")] == [
         ["layer", "r", "asked", "merged", "tokens", "FLOPs", "left"],
@@ -302,7 +302,7 @@ def test_several_towers():
     assert stk.describe(both).line == "ModuleDict: 65 → 41 tokens, ideal 1.26×"
     stk.apply_tome_patch(both["two"], 1)
     for call in (stk.describe, stk.tome_trace):
-        with pytest.raises(ValueError, match="2 towers of ModuleDict are patched: give them one by one"):
+        with pytest.raises(ValueError, match="2 towers of ModuleDict are patched: pass them one by one"):
             call(both)
     assert stk.is_patched(both)
     assert stk.describe(both["two"]).line == "StopModel, 4 frames: 19 → 16 tokens, ideal 1.10×"

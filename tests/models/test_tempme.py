@@ -251,7 +251,7 @@ def test_embeddings_where_the_model_has_none():
     clips["merge_frame_nums"] = (4, 1)
     stk.apply_tome_patch(whole, **clips, frame_pos=1)
     assert "1.tome_frame_embedding" not in str(list(whole.state_dict()))
-    with pytest.raises(ValueError, match=r"layer 3 would join items of which a video has 4, but .* for 2"):
+    with pytest.raises(ValueError, match=r"layer 3 would join 4 items of a video, but .* for 2"):
         stk.apply_tome_patch(whole, 2, merge_layers=(3,), merge_frame_nums=(2,), merge_token_proportions=(9, 9),
                              frame_pos=1)  # fmt: skip
 
@@ -385,8 +385,8 @@ def wide(whole, block):
     [
         (wide, ValueError, "block 1, a .*Block, computes something else"),
         (lambda w, b: setattr(b.attn, "drop", nn.Dropout(0.1)), TypeError, "TempMe's attention, which has"),
-        (lambda w, b: setattr(b.attn, "dropout", 0.1), ValueError, "dropout=0.1; merging is made for 0"),
-        (lambda w, b: setattr(b.attn, "scaling", 1.0), ValueError, "scaling=1.0; merging is made for 0.3536"),
+        (lambda w, b: setattr(b.attn, "dropout", 0.1), ValueError, "dropout=0.1, but only 0 is supported"),
+        (lambda w, b: setattr(b.attn, "scaling", 1.0), ValueError, "scaling=1.0, but only 0.3536 is supported"),
         (lambda w, b: setattr(b.attn, "num_heads", 3), TypeError, "num_heads=3 and head_dim=8"),
         (lambda w, b: setattr(b.attn, "TVPt_LoRA_a", nn.Parameter(torch.ones(3, 32))), TypeError, "TVPt_LoRA_a"),
         (lambda w, b: setattr(b, "attn", nn.MultiheadAttention(32, 4)), TypeError, "TempMe's attention, which has"),
@@ -406,11 +406,11 @@ def test_refused_models(change, error, says, apply):
 
 def test_what_it_needs_around_it():
     whole = model()
-    with pytest.raises(ValueError, match=r"its visual tower can't reach: give the whole model, or its clip"):
+    with pytest.raises(ValueError, match=r"the visual tower alone does not have: give the whole model, or its clip"):
         stk.apply_tome_patch(whole.clip.visual)
     with pytest.raises(ValueError, match="frames is 7, but the model is made for videos of 4"):
         stk.apply_tome_patch(whole, frames=7)
-    with pytest.raises(ValueError, match="unmerge is for"):
+    with pytest.raises(ValueError, match="unmerge is not for STOP, DGL, CLIP4Clip and TempMe"):
         stk.apply_tome_patch(whole, unmerge=True)
     clips = {"merge_layers": (2,), "merge_frame_nums": (2,), "merge_token_proportions": (30, 10)}
     alone = model(None, frame_pos=0).clip
@@ -425,22 +425,22 @@ def test_what_it_needs_around_it():
 def test_refused_calls():
     whole = stk.apply_tome_patch(model())
     x = torch.randn(BATCH * FRAMES, 17, 32)
-    with pytest.raises(RuntimeError, match="videos go through the model's get_video_feat"):
+    with pytest.raises(RuntimeError, match="use the model's get_video_feat for videos"):
         whole.clip.visual(video()[0])
-    with pytest.raises(TypeError, match="block 2 got Tensor in place of what the block before it gave"):
+    with pytest.raises(TypeError, match=r"block 2 got Tensor instead of the previous block's output \(Course\)"):
         blocks_of(whole)[2](x, M_frame_num=1, M_token_num=[2])
-    with pytest.raises(ValueError, match="videos of 4 frames, but got 3 frames"):
+    with pytest.raises(ValueError, match="videos of 4 frames, but got 3: give whole videos"):
         whole.blocks(x[:3])
     assert not torch.equal(blocks_of(model(None))[0](x), x)
     assert torch.equal(blocks_of(stk.apply_tome_patch(model(None)))[0](x), blocks_of(model(None))[0](x))
     whole.config.merge_frame_num = "3-2"
-    with pytest.raises(ValueError, match="layer 2 joins 3 items, but a video of 4 frames has 4 there"):
+    with pytest.raises(ValueError, match="layer 2 joins 3 items, but a video of 4 frames has 4 items there"):
         whole.blocks(x)
     whole.config.merge_frame_num = "1-2"
-    with pytest.raises(ValueError, match="layer 2 is to join 1 frame"):
+    with pytest.raises(ValueError, match="layer 2: merge_frame_num is 1, which joins nothing"):
         whole.blocks(x)
     whole.config.merge_frame_num, whole.merge_layer = "2-2", [3, 4]
-    with pytest.raises(ValueError, match="of which a video has 4, but its frame embedding is for 2"):
+    with pytest.raises(ValueError, match="joins 4 items of a video, but its frame embedding is for 2"):
         whole.blocks(x)
     whole = stk.apply_tome_patch(model(frame_pos=0))
     whole.frame_pos = 1

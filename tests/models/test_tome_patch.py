@@ -142,7 +142,7 @@ def test_clip4clip_merges_and_reads_class_tokens():
     whole = Holder(Holder(clip4clip_tower()), "clip", task_config=SimpleNamespace(max_frames=FRAMES))
     stk.apply_tome_patch(whole, 2, **clips)
     assert torch.equal(whole.clip.visual(*args), tower(*args))
-    with pytest.raises(ValueError, match="video_frame is 2, but frames are joined as for videos of 4"):
+    with pytest.raises(ValueError, match=r"video_frame is 2, but .* of videos of 4 frames: patch again with frames=2"):
         tower(args[0], 2)
     stk.apply_tome_patch(whole, 2, trace_source=True)  # frames known, though not joined: the trace has videos
     whole.clip.visual(*args)
@@ -264,10 +264,10 @@ def _second(tower: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "settings", "error", "says"),
     [
-        (nn.Linear(2, 2), {}, TypeError, "tokens in Linear: no visual tower"),
+        (nn.Linear(2, 2), {}, TypeError, "can't merge tokens in Linear: it has no visual tower"),
         ("model", {}, TypeError, "torch.nn.Module, got str"),
         (stop_tower(), {"tome_r": -1}, ValueError, "tome_r must be 0 or more"),
-        (stop_tower(), {"tome_r": [1] * 4}, ValueError, "names 4 layers, but there are 3"),
+        (stop_tower(), {"tome_r": [1] * 4}, ValueError, "tome_r has 4 numbers, but there are 3 layers"),
         (stop_tower(), {"config": {"tome_r": 1}}, TypeError, "config must be a ToMeConfig"),
         (
             stop_tower(),
@@ -283,7 +283,7 @@ def _second(tower: nn.Module) -> nn.Module:
         (stop_tower(), {"config": stk.ToMeConfig(1), "tome_r": 3}, ValueError, "either config or tome_r"),
         (stop_tower(), {"frames": 7}, ValueError, "frames is 7, but the model is made for videos of 4"),
         (stop_tower(), {"protected": 1}, ValueError, "has 5 tokens that must not be merged"),
-        (stop_tower(), {"unmerge": True}, ValueError, "STOP reads class tokens alone"),
+        (stop_tower(), {"unmerge": True}, ValueError, "unmerge is not for STOP, .* class tokens alone"),
         (clip4clip_tower(), {"frames": -4}, ValueError, "frames must be 1 or more"),
         (clip4clip_tower(), {"frames": "4"}, TypeError, "frames must be an int"),
         (clip4clip_tower(), {"frames": 0}, ValueError, "frames must be 1 or more"),

@@ -85,12 +85,12 @@ class Prompted(upstream.StopTower):
 def test_loops_of_somebody_elses_are_seen():
     model = CLIP4CLIP.make()
     model.transformer.__class__ = Between
-    with pytest.raises(ValueError, match="Between does more between its blocks"):
+    with pytest.raises(ValueError, match="Between does more than call its blocks"):
         CLIP4CLIP.patch(model)
     assert not stk.is_patched(model)
     model = stop_tower()
     model.__class__ = Prompted
-    with pytest.raises(ValueError, match="Prompted does more between its blocks"):
+    with pytest.raises(ValueError, match="Prompted does more than call its blocks"):
         stk.apply_tome_patch(model, 2)
     assert not stk.is_patched(model)
 
@@ -104,7 +104,7 @@ def test_a_block_that_fails_by_itself():
         model = family.make()
         for block in family.blocks(model):
             block.__class__ = type("Failing", (type(block),), {"forward": failing})
-        with pytest.raises(ValueError, match="fails on random tokens by itself"):
+        with pytest.raises(ValueError, match="fails on random tokens without the patch"):
             family.patch(model)
 
 
@@ -226,7 +226,7 @@ def test_settings_of_attention(family, name, value):
 @pytest.mark.parametrize("family", READ[:3], ids=lambda family: family.name)
 def test_methods_and_masks_of_blocks(family):
     changed_later(
-        family, lambda block: setattr(block, "attention", lambda x: x), r"put on the block itself \(attention\)"
+        family, lambda block: setattr(block, "attention", lambda x: x), r"was set on the block itself \(attention\)"
     )
     changed_later(family, lambda block: setattr(block, "attn_mask", torch.zeros(2, 2)), "attn_mask.*remove_tome_patch")
 

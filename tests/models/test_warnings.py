@@ -32,8 +32,8 @@ def warned(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
 # Warnings: the schedule is capped
 
 NUMBERS = re.compile(
-    r"tome_r asks for (\d+) of (\d+) tokens to be merged \(in (\d+) layers\), (\d+) are: .* "
-    r"Layer (\d+) is the first to fall short, with (\d+) of (\d+); tokens behind each layer: ([\d, ]+)$"
+    r"tome_r asks for (\d+) of (\d+) tokens to be merged \(in (\d+) layers\), but only (\d+) are: .* "
+    r"Layer (\d+) is the first to fall short, with (\d+) of (\d+); tokens after each layer: ([\d, ]+)$"
 )
 CAPPED = {  # asked, tokens, layers, done, first short layer with how many of how many, tokens
     "stop": (stop_model, {"tome_r": 100}, (300, 19, 3, 14, 0, 8, 100), [11, 7, 5]),
@@ -72,9 +72,9 @@ def test_shares_above_half():
     assert found.filename == __file__
     tokens = stk.describe(model).schedule.tokens
     assert str(found.message).startswith(
-        "merge_token_proportions asks for 60 % (between joined items) and 50.5 % (within"
+        "merge_token_proportions asks for 60 % (between joined items) and 50.5 % (within an item), but"
     )
-    assert str(found.message).endswith(f"behind each layer: {', '.join(map(str, tokens))}")
+    assert str(found.message).endswith(f"after each layer: {', '.join(map(str, tokens))}")
     clips["merge_token_proportions"] = [50, 50]
     assert warned(lambda: stk.apply_tome_patch(model, [0, 0, 0], **clips)) == []
 
@@ -153,14 +153,14 @@ class Shared:
 @pytest.mark.parametrize(("config", "named"), [
     (SimpleNamespace(**dict.fromkeys(FOREIGN, 1)), None),
     (dict.fromkeys(FOREIGN, 1), None),
-    (Namespace(tome_R=2, lr=1), "tome_R to be tome_r"),
-    ({"tome-r": 2, 3: 4}, "tome-r to be tome_r"),
-    (MappingProxyType({"tomeR": 2}), "tomeR to be tome_r"),
-    (OrderedDict(Merge_Layer="3-6", lr=1), "Merge_Layer to be merge_layer"),
-    (Slotted(0.1, 2), "tomer to be tome_r"),
-    (Shared(), "tome_rate to be tome_r"),
-    (Namespace(tome_tracesources=True, tome_props=1), "tome_tracesources to be tome_tracesource"),
-    (Namespace(TOME_R=2), "TOME_R to be tome_r"),
+    (Namespace(tome_R=2, lr=1), "tome_R a misspelt tome_r"),
+    ({"tome-r": 2, 3: 4}, "tome-r a misspelt tome_r"),
+    (MappingProxyType({"tomeR": 2}), "tomeR a misspelt tome_r"),
+    (OrderedDict(Merge_Layer="3-6", lr=1), "Merge_Layer a misspelt merge_layer"),
+    (Slotted(0.1, 2), "tomer a misspelt tome_r"),
+    (Shared(), "tome_rate a misspelt tome_r"),
+    (Namespace(tome_tracesources=True, tome_props=1), "tome_tracesources a misspelt tome_tracesource"),
+    (Namespace(TOME_R=2), "TOME_R a misspelt tome_r"),
     (Namespace(_tome_r=2), None),
     (Namespace(), None),
     ({}, None),
@@ -173,16 +173,14 @@ def test_no_flag_is_there(config, named):
     assert not stk.is_patched(tower)
     assert found.filename == __file__
     text = str(found.message)
-    assert text.startswith(
-        f"Clip4ClipTower is left as it is: task_config ({type(config).__name__}) has none of tome_r, "
-    )
+    assert text.startswith(f"Clip4ClipTower is not patched: task_config ({type(config).__name__}) has none of tome_r, ")
     parser = stk.add_tome_args(ArgumentParser())
     assert all(f"{name}," in text for name in vars(parser.parse_args([])))
-    assert re.findall(r"is its (.*)\?\)", text) == ([] if named is None else [named])
+    assert re.findall(r"\(is (.*)\?\)", text) == ([] if named is None else [named])
 
 
 def test_a_misspelt_rate_beside_other_flags():
-    with pytest.warns(UserWarning, match=r"has no tome_r \(is its tome_R to be tome_r\?\)"):
+    with pytest.warns(UserWarning, match=r"has no tome_r \(is tome_R a misspelt tome_r\?\)"):
         stk.apply_from_config(nn.Linear(2, 2), Namespace(tome_R=2, tome_prop_attn=True))
 
 

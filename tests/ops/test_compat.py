@@ -500,7 +500,7 @@ M = torch.randn(2, 12, 4)
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: bipartite_soft_matching(M, 2, True, 0), TypeError, "distill_token must be a bool behind a bool"),
+        (lambda: bipartite_soft_matching(M, 2, True, 0), TypeError, "distill_token must be a bool after a bool class"),
         (lambda: bipartite_soft_matching(M, 2, 1, True), TypeError, "r_f must be an int .* got bool"),
         (lambda: bipartite_soft_matching(M, 2, False, True), ValueError, "needs class_token=True"),
         (lambda: bipartite_soft_matching(M, 2, 3, 1.0), TypeError, "r_f must be an int .* got float"),
@@ -544,7 +544,7 @@ M = torch.randn(2, 12, 4)
         (lambda: merge_wavg(bipartite_soft_matching(M, 2)[0], M, torch.ones(2, 11, 1)), ValueError, "size must have"),
         (lambda: merge_source(bipartite_soft_matching(M, 2)[0], M[:, 1:]), ValueError, "x has shape"),
         (lambda: merge_source(bipartite_soft_matching(M, 2)[0], M, M[:, 1:]), ValueError, "grad has shape"),
-        (lambda: parse_r(2, [1, 2, 3]), ValueError, "3 layers"),
+        (lambda: parse_r(2, [1, 2, 3]), ValueError, "has 3 numbers, but there are 2 layers"),
         (lambda: parse_r(2.0, 1), TypeError, "num_layers must be an int"),
     ],
 )  # fmt: skip

@@ -511,7 +511,7 @@ def test_msrvtt_csv_of_other_videos(msrvtt, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no pickle, or not all of one: it breaks off"),
+        (b"", "is no pickle, or not all of one: it is truncated"),
         (b"no pickle", "is no pickle, or not all of one: "),
         (pickle.dumps(MSVD)[:-20], "is no pickle, or not all of one: "),
         (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "is no pickle, or not all of one: "),

@@ -22,7 +22,7 @@ from support.families import Family, attention, families, first_of, get, in_weig
 
 AS_BEFORE, REFUSED = "as unpatched", "refused"
 # What is refused is always about the attention.
-WAYS_OUT = re.compile(r"remove_tome_patch|patch first|patch before|patch again|before patching|take that off|deepcopy")
+WAYS_OUT = re.compile(r"remove_tome_patch|patch first|patch before|patch again|before patching|remove that|deepcopy")
 TABLE = ROOT / "docs" / "situations.md"
 
 

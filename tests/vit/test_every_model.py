@@ -316,10 +316,10 @@ def test_refused(case):
     model = build(case)
     layers = len(case.blocks(model))
     for settings, says in (
-        ({"tome_r": [1] * (layers + 1)}, f"there are {layers}"),
+        ({"tome_r": [1] * (layers + 1)}, f"there are {layers} layers"),
         ({"tome_r": -1}, "tome_r"),
-        ({"tome_r": 1, "merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (5, 5)}, "images"),
-        ({"tome_r": 1, "frames": 3}, "frames"),
+        ({"tome_r": 1, "merge_layers": (1,), "merge_frame_nums": (2,), "merge_token_proportions": (5, 5)}, "no frames"),
+        ({"tome_r": 1, "frames": 3}, "frames is for STOP"),
     ):
         with pytest.raises(ValueError, match=says):
             stk.apply_tome_patch(model, **settings)
@@ -351,7 +351,7 @@ def test_a_block_made_of_other_parts(case):
     kind = type(block)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     block.__class__ = type(kind.__name__, (_Elsewhere, kind), names)
-    with pytest.raises(TypeError, match=r"block 0, a .* is not made of"):
+    with pytest.raises(TypeError, match=r"block 0, a .* does not have the parts of its class"):
         stk.apply_tome_patch(model, 2)
     assert not any(hasattr(module, "tome") for module in model.modules())
 

@@ -269,7 +269,7 @@ def test_masks_are_refused():
 
 def test_it_says_itself_what_is_protected():
     model = stk.apply_tome_patch(tower(), 2, protected=1)
-    with pytest.raises(ValueError, match="says itself that it has 1"):
+    with pytest.raises(ValueError, match="VisionTransformer defines 1 leading tokens"):
         stk.apply_tome_patch(model, 2, protected=2)
 
 

@@ -91,7 +91,7 @@ def test_loops_over_blocks(family):
     ):  # fmt: skip
         with pytest.raises(TypeError, match=says):
             use(tokens)
-    with pytest.raises(AttributeError, match=r"Tokens have no shape: merged tokens.*remove_tome_patch"):
+    with pytest.raises(AttributeError, match=r"Tokens have no attribute shape: merged tokens.*remove_tome_patch"):
         tokens.shape  # noqa: B018
     with pytest.raises(RuntimeError, match=r"block 2 got a plain tensor.*remove_tome_patch"):
         model.blocks[2](x, *rope)
@@ -114,7 +114,7 @@ def test_patched_blocks_in_another_model():
     family = TIMM[0]
     model, other = family.patch(family.make()), family.make()
     other.blocks = model.blocks
-    with pytest.raises(ValueError, match=r"part of another model, which is patched already.*deepcopy"):
+    with pytest.raises(ValueError, match=r"belong to another model, which is already patched.*deepcopy"):
         family.patch(other)
 
 

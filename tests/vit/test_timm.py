@@ -335,7 +335,7 @@ def test_refused_uses():
             continue
         with pytest.raises(ValueError, match=next(iter(options))):
             model.forward_features(*inputs, **options)
-    with pytest.raises(RuntimeError, match=r"remove_tome_patch.*prune"):
+    with pytest.raises(RuntimeError, match=r"prune_intermediate_layers .*remove_tome_patch.*prune"):
         model.prune_intermediate_layers(2)
     two = torch.nn.ModuleList([build(case), build(case)])
     with pytest.raises(ValueError, match=r"2 vision transformers.*one by one"):

@@ -294,7 +294,7 @@ def test_other_models():
         hf.BeitModel(hf.BeitConfig(**cases.SIZE)),
         hf.CLIPTextModel(hf.CLIPTextConfig(**cases.TEXT)),
     ):
-        with pytest.raises(TypeError, match=f"transformers' {type(model).__name__}: known are CLIPVisionModel, "):
+        with pytest.raises(TypeError, match=f"transformers' {type(model).__name__}: supported are CLIPVisionModel, "):
             patched(model)
     two = nn.ModuleList([build(BY_NAME["vit"]), build(BY_NAME["siglip"])])
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_other_models():
 
 
 def test_images_of_one_patch():
-    with pytest.raises(ValueError, match="an image has 2 tokens of which 1 are protected"):
+    with pytest.raises(ValueError, match="an image has 2 tokens, of which 1 are protected"):
         patched(cases.vit(hf.ViTModel, image_size=4))
 
 
@@ -313,7 +313,7 @@ def test_other_layers(family):
     block = family.blocks(model)[2]
     kind = type(block)
     block.__class__ = type("Mine", (kind,), {})
-    with pytest.raises(TypeError, match=f"merge tokens in Mine.*known is transformers' {kind.__name__}"):
+    with pytest.raises(TypeError, match=f"merge tokens in Mine.*supported is transformers' {kind.__name__}"):
         patched(model)
 
 
