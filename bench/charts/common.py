@@ -48,6 +48,12 @@ def machine(row: dict) -> str:
     return f"{row['device']}, {row['threads']} of {row['cpus']} cores, torch {row['torch']}, {row['dtype']}"
 
 
+def short_machine(row: dict) -> str:
+    """Name the device of a row in a few words."""
+    cores = "" if row["device_kind"] == "cuda" else f", {row['threads']} cores"
+    return f"{row['device'].replace('(R)', '').replace('Processor', '').strip()}{cores}, {row['dtype']}"
+
+
 def dates(rows: list[dict]) -> str:
     """Return the day of the rows, or the first and the last."""
     days = sorted({row["date"][:10] for row in rows})
@@ -106,10 +112,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def span(values: Sequence[float]) -> str:
-    """Return the geometric mean of ratios and their range, ``2.4× (1.9 to 3.1×)``; of one value that alone."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}×"
-    return f"{geometric_mean(values):.2f}× ({min(values):.2f} to {max(values):.2f}×)"
+    """Return the geometric mean of speed-ups, marked where it is slower, and their range; of one value that alone."""
+    mean = speedup(geometric_mean(values))
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f}×)"
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:

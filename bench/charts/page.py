@@ -184,24 +184,24 @@ def _claims(rows: dict[str, list[dict]]) -> Iterator[tuple[str, str, str]]:
                 if row["op"] == op and row["impl"] == op and row["direction"] == "forward"
             ]  # fmt: skip
             if ratios:
-                yield f"`{op}`, over {against}", common.span(ratios), common.machine(own[0])
+                yield f"`{op}`, over {against}", common.span(ratios), common.short_machine(own[0])
     for own in common.machines(rows["models"]):
-        found = [row for row in own if row["direction"] == "inference" and row["op"] == "plain"]
+        found = [row for row in own if row["direction"] == "inference"]
         gains = [row["speedup"] for row in found if row["impl"] == "package"]
         eager = [ratio for _, ratio in models.over_eager(found)]
         ideal = [row["speedup_ideal"] for row in found if row["impl"] == "package"]
         yield (
-            f"{len(gains)} whole vision transformers, over unpatched",
-            f"{common.span(gains)}; ideal {common.geometric_mean(ideal):.2f}×", common.machine(own[0]),
+            f"{len(common.distinct(found, 'shape'))} whole vision transformers, plain and compiled, over unpatched",
+            f"{common.span(gains)}; ideal {common.geometric_mean(ideal):.2f}×", common.short_machine(own[0]),
         )  # fmt: skip
-        yield "the same, over merging in eager PyTorch", common.span(eager), common.machine(own[0])
+        yield "the same, over merging in eager PyTorch", common.span(eager), common.short_machine(own[0])
     for own in common.machines(rows["stop"], "n"):
         yield from _stop_claims(own)
     for own in common.machines(rows["accuracy"]):
         row = find(own, shape="r=4", direction="inference", impl="merge")
         if row:
             what = "R@1 lost by r = 4 without training (small model, synthetic videos)"
-            yield what, f"{accuracy.lost(row)} points", common.machine(own[0])
+            yield what, f"{accuracy.lost(row)} points", common.short_machine(own[0])
 
 
 def _operator_claims(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
@@ -215,11 +215,11 @@ def _operator_claims(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
             if ratios:
                 texts.append(f"{common.span(ratios)} {words}")
         if texts:
-            yield f"`match` + `merge`, over {name}, {shapes} shapes", "; ".join(texts), common.machine(rows[0])
+            yield f"`match` + `merge`, over {name}, {shapes} shapes", "; ".join(texts), common.short_machine(rows[0])
 
 
 def _stop_claims(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
-    where = f"{common.machine(rows[0])}, {rows[0]['n']} videos"
+    where = f"{common.short_machine(rows[0])}, {rows[0]['n']} videos"
     texts = []
     for direction in stop.DIRECTIONS:
         row = find(rows, op="blocks", direction=direction, shape="r=4", impl="package")

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,10 +220,10 @@ def test_dry_run(tmp_path):
         assert (files / f"{name}.png").stat().st_size > 1000
         assert (files / f"{name}.md").stat().st_size > 100
     assert 'errors="0" failures="0" skipped="0" tests="4"' in (files / "test-gpu.xml").read_text()
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(plot.MARKERS))
-    published = ["--readme", str(readme), "--png", str(tmp_path / "chart.png")]
-    assert plot.main([str(files / "rows.json"), *published]) == 2
+    published = tmp_path / "published"
+    (published / "bench/results").mkdir(parents=True)
+    shutil.copy(files / "rows.json", published / "bench/results")
+    assert plot.main([], published) == 2
 
     marked = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"], cwd=SUITE.parents[1],

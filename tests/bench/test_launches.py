@@ -123,17 +123,12 @@ def test_variants_as_committed(found, rows):
     """A change of the kernels that compiles more (a longer cold start), or less, changes the committed rows."""
     file = RESULTS / f"triton-{found['triton']}.json"
     if not file.exists():
-        pytest.skip(f"no rows for Triton {found['triton']}: python bench/launches.py --json --table")
+        pytest.skip(f"no rows for Triton {found['triton']}: python bench/launches.py --json")
     committed = {(row["model"], row["direction"]): row for row in json.loads(file.read_text())}
     for key, row in rows.items():
         assert row["variants"] == committed[key]["variants"], key
         assert row["kernels"] == committed[key]["kernels"], key
         assert row["compiled"] == sum(row["variants"].values())
-    table = file.with_suffix(".md").read_text()
-    for (model, direction), row in committed.items():
-        (line,) = (line for line in table.splitlines() if line.startswith(f"| {model} | {direction} |"))
-        assert f"**{row['launches']}**" in line
-        assert f"**{row['compiled']}**" in line
 
 
 KERNELS = {

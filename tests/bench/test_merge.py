@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark runs, its rows hold what they promise, it refuses wrong results, and the README is made from rows."""
+"""The benchmark runs, its rows hold what they promise, and it refuses wrong results."""
 
 import json
 import os
@@ -198,39 +198,3 @@ def test_real_input_merges_alike_tokens(bench):
     assert torch.equal(i.x, again.x)
     # neighbouring patches of a picture are alike, random tokens are not
     assert bench("verify").Truth(i).best.mean() > 0.5
-
-
-@pytest.mark.slow
-def test_chart_and_readme_are_made_from_rows(rows_file, tmp_path):
-    readme, chart, table = tmp_path / "README.md", tmp_path / "img" / "chart.png", tmp_path / "table.md"
-    readme.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
-    for _ in range(2):  # the second time changes nothing
-        done = run("plot.py", rows_file, "--png", chart, "--readme", readme, "--table", table)
-        assert done.returncode == 0, done.stderr
-        text = readme.read_text()
-        assert text.startswith("before\n<!-- bench:start -->\n")
-        assert text.endswith("\n<!-- bench:end -->\nafter\n")
-        assert "old" not in text
-        assert "(img/chart.png)" in text
-        assert "stop-b32-video-r2" in text
-        assert table.read_text().strip() in text
-    assert chart.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows"])
-def test_plot_says_what_is_missing(bench, rows_file, tmp_path, monkeypatch, capsys, case):
-    plot, readme = bench("plot"), tmp_path / "README.md"
-    start, end = plot.MARKERS
-    readme.write_text({"no marker": "nothing here", "swapped": end + start}.get(case, start + end))
-    before = readme.read_text()
-    args = ["--png", str(tmp_path / "chart.png"), "--readme", str(readme), str(rows_file)]
-    if case == "no rows":
-        monkeypatch.setattr(plot, "ROOT", tmp_path)
-        args.pop()
-    if case == "not rows":
-        (tmp_path / "rows.json").write_text("{}")
-        args[-1] = str(tmp_path / "rows.json")
-    assert plot.main(args) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert readme.read_text() == before
-    assert not (tmp_path / "chart.png").exists()

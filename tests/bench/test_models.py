@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-import plot_models
+import plot
 from peers import eager_vit
 from verify import WrongResult
 
@@ -23,7 +23,7 @@ def threads():
 
 @pytest.mark.slow
 def test_rows_chart_and_table(tmp_path, capsys, threads):
-    file, page = tmp_path / "rows.json", tmp_path / "README.md"
+    file, chart, page = (tmp_path / name for name in ("rows.json", "chart.png", "table.md"))
     names = ["ViT-S/16", "CLIP ViT-B/32 (open_clip)"]
     assert models.main([*SMALL, "--json", str(file), "--models", *names, "--direction", "inference", "training"]) == 0
     assert "ViT-S/16" in capsys.readouterr().out
@@ -49,14 +49,9 @@ def test_rows_chart_and_table(tmp_path, capsys, threads):
             (2 * layers[0] + pixels) / (layers[1] + layers[2] + pixels), abs=1e-4
         )
         assert row["speedup_ideal_blocks"] == pytest.approx(2 * layers[0] / (layers[1] + layers[2]), abs=1e-4)
-    page.write_text("before\n<!-- models:start -->\nold\n<!-- models:end -->\nafter\n")
-    assert plot_models.main([str(file), "--png", str(tmp_path / "chart.png"), "--readme", str(page)]) == 0
-    text = page.read_text()
-    assert (tmp_path / "chart.png").stat().st_size > 5000
-    assert text.startswith("before\n<!-- models:start -->\n\n![")
-    assert "old" not in text
-    assert text.count("| package, r = 13 |") == 2
-    assert plot_models.main([str(tmp_path / "none.json")]) == 2
+    assert plot.main(["models", str(file), "--chart", str(chart), "--table", str(page)]) == 0
+    assert chart.stat().st_size > 5000
+    assert page.read_text().count("| 197 → 171, r = 13 |") == 2
 
 
 @pytest.mark.slow

@@ -59,18 +59,14 @@ def test_rows(done):
 
 @pytest.mark.slow
 def test_chart_and_table(done, bench, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text("before\n<!-- stop:start -->\nold\n<!-- stop:end -->\nafter\n")
-    plot = bench("plot_stop")
-    assert plot.main([str(done[1]), "--png", str(tmp_path / "chart.png"), "--readme", str(page)]) == 0
-    text = page.read_text()
-    assert (tmp_path / "chart.png").stat().st_size > 5000
-    assert text.startswith("before\n<!-- stop:start -->\n\n![")
-    assert text.endswith("<!-- stop:end -->\nafter\n")
-    assert "old" not in text
-    assert text.count("| blocks |") == 8
-    assert "20–25 %, 25–30 %" in text
-    assert plot.main([str(tmp_path / "none.json")]) == 2
+    chart, table = tmp_path / "chart.png", tmp_path / "table.md"
+    assert bench("plot").main(["stop", str(done[1]), "--chart", str(chart), "--table", str(table)]) == 0
+    text = table.read_text()
+    assert chart.stat().st_size > 5000
+    assert text.count("| blocks |") == 2
+    assert text.count("| inference | r=4 |") == text.count("| training | r=4 |") == 2
+    assert "20–25 %" in text
+    assert bench("plot").main(["stop", str(tmp_path / "none.json")]) == 2
 
 
 @pytest.mark.slow

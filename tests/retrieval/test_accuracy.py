@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import accuracy
-import plot_accuracy
+import plot
 from retrieval import options, recipes
 from support import ROOT
 
@@ -86,22 +86,15 @@ def test_a_row_holds_what_the_table_says(study):
 
 
 @pytest.mark.slow
-def test_chart_and_table_are_made_of_rows(study, tmp_path, capsys):
+def test_chart_and_table_are_made_of_rows(study, tmp_path):
     rows, _, folder = study
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- accuracy:start -->\nold\n<!-- accuracy:end -->\nafter\n")
-    png = tmp_path / "chart.png"
-    assert plot_accuracy.main([str(folder / "rows.json"), "--png", str(png), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    png, table = tmp_path / "chart.png", tmp_path / "table.md"
+    assert plot.main(["accuracy", str(folder / "rows.json"), "--chart", str(png), "--table", str(table)]) == 0
+    text = table.read_text()
     assert png.stat().st_size > 10_000
-    assert "old" not in text
-    assert text.startswith("before")
-    assert f"| {rows['r=4', 'training', 'merge']['r1_mean']:.1f} |" in text
-    assert "synthetic set" in text
-    capsys.readouterr()
-    readme.write_text("no markers")
-    assert plot_accuracy.main([str(folder / "rows.json"), "--png", str(png), "--readme", str(readme)]) == 2
-    assert "markers" in capsys.readouterr().err
+    assert f"| R@1 {rows['r=0', 'training', 'merge']['r1_mean']:.1f} |" in text
+    assert f"{rows['r=4', 'training', 'drop']['lost_mean']:.1f} |" in text
+    assert "synthetic videos" in text
 
 
 def test_the_study_compares_what_it_says():

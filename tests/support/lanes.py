@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plugin of pytest: which tests run, in which of several processes, and which of them with nothing beside them.
 
-tests/conftest.py takes its hooks; tests/README.md says what the lanes are for.
+tests/conftest.py takes its hooks; docs/dev/testing.md says what the lanes are for.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         name: of the test.
-        make: the model, in eval mode; its parameters are drawn anew by :func:`build`.
+        make: the model, in eval mode; its parameters are drawn anew by ``build``.
         inputs: ``inputs(batch)``, the positional arguments of its forward.
         blocks: its blocks, first to last; of a patched model too.
         protected: leading tokens that are never merged.
