@@ -140,11 +140,9 @@ $(RELEASE)/.installed: pyproject.toml constraints.txt
 	$(RELEASE)/bin/python $(PIP) --group release
 	touch $@
 
-# API pages from the docstrings of the modules that users import; a warning is an error
-DOCUMENTED := stoptome_kernels $(addprefix stoptome_kernels.,compat stop tome vit)
+# The documentation, with API pages from the docstrings, into site; a warning is an error
 docs: $(STAMP)
-	rm -rf site
-	$(RUN) -W error::UserWarning -m pdoc --output-directory site $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 
 # torch first and by its exact name, then named again, so that nothing replaces it: a plain `torch` would bring
 # gigabytes of CUDA to a machine without a GPU

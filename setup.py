@@ -6,7 +6,8 @@ that is loaded at run time. Each kernel source is compiled once for every instru
 that runs it. Without a working compiler the install still succeeds; ``stoptome_kernels.backends()`` then says why the
 native backend is missing.
 
-Environment: ``CXX`` (compiler), ``STOPTOME_CXXFLAGS`` (appended, for instance ``-fsanitize=address``).
+Environment: ``CXX`` (compiler), ``STOPTOME_CXXFLAGS`` (appended, for instance ``-fsanitize=address``),
+``STOPTOME_REQUIRE_NATIVE=1`` (fail without the native kernels).
 """
 
 import os

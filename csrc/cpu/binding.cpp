@@ -214,7 +214,8 @@ class CheckedGroups {
     });
     if (damaged < items)
       throw py::index_error("plan is damaged: the groups of item " + std::to_string(damaged) + " don't hold each of its " +
-                            std::to_string(tokens_in) + " tokens once; it was changed after match(), or was not made by it");
+                            std::to_string(tokens_in) +
+                            " tokens once; it was changed after match(), or was not made by it");
     groups_.members = new_members;
     groups_.offsets = new_offsets;
   }
