@@ -80,7 +80,8 @@ either. The first number is the time of what is compared with; the others are mu
     "blocks": """## Where a block's time goes
 
 One transformer block without merging, with merging in eager PyTorch and with this package, each part timed by itself.
-In the blocks that merge, attention weighs keys by size, and the MLP has fewer tokens.""",
+In the blocks that merge, attention weighs keys by size, and the MLP has fewer tokens; it is the same in both, and timed
+once.""",
     "models": """## Vision transformers
 
 Images per second of whole models with random weights (a video of VideoMAE's counts as one image). Speed-up: over the
