@@ -81,7 +81,7 @@ either. The first number is the time of what is compared with; the others are mu
 
 One transformer block without merging, with merging in eager PyTorch and with this package, each part timed by itself.
 In the blocks that merge, attention weighs keys by size, and the MLP has fewer tokens; it is the same in both, and timed
-once.""",
+once. This is one layer, in which attention still sees all tokens: the next ones have fewer from the start.""",
     "models": """## Vision transformers
 
 Images per second of whole models with random weights (a video of VideoMAE's counts as one image). Speed-up: over the
@@ -169,7 +169,11 @@ def summary(rows: dict[str, list[dict]]) -> str:
     lines.append(["GPU", gpu_state(rows), ""])
     table = common.markdown_table(["", "geometric mean (lowest to highest)", "measured on"], lines, words=3)
     charts = [picture(chart, IMAGES.as_posix()) for kind in ("stop", "blocks") for chart in KINDS[kind].charts[:1]]
-    return "\n\n".join([table, *charts])
+    caption = (
+        "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the thin "
+        "bands between attention and MLP.*"
+    )
+    return "\n\n".join([table, *charts, caption])
 
 
 def _claims(rows: dict[str, list[dict]]) -> Iterator[tuple[str, str, str]]:
