@@ -170,8 +170,8 @@ def summary(rows: dict[str, list[dict]]) -> str:
     table = common.markdown_table(["", "geometric mean (lowest to highest)", "measured on"], lines, words=3)
     charts = [picture(chart, IMAGES.as_posix()) for kind in ("stop", "blocks") for chart in KINDS[kind].charts[:1]]
     caption = (
-        "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the thin "
-        "bands between attention and MLP.*"
+        "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the "
+        "thin bands between attention and MLP.*"
     )
     return "\n\n".join([table, *charts, caption])
 
