@@ -3,8 +3,8 @@
 """Measure where the time of a transformer block goes: attention, match, merge with its norm, MLP, each part by itself.
 
 One pre-norm block without merging, with merging in eager PyTorch, and with this package's operators, in inference; all
-parts alternate in one run. Outputs of the two that merge are compared first; a wrong one ends the run with status 1.
-Without arguments: on the GPU if there is one, else on the CPU, in one minute.
+parts alternate in one run. Outputs of the two that merge are compared in float32 first; a wrong one ends the run with
+status 1. Without arguments: on the GPU if there is one, else on the CPU, in one minute.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import command
 import data
 import measure
 import peers
-from charts.blocks import PARTS, table
+from charts.blocks import SIDES, table
 from verify import WrongResult
 
-SHAPES = ("stop-b32-video-r8", "vit-b16-r13")
-IMPLS = ("unmerged", "eager", "package")
+SHAPES = tuple(name for name, shape in data.SHAPES.items() if shape.metric == "keys")
+DEFAULT = ("stop-b32-video-r8", "vit-b16-r13")
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ def make_weights(inputs: data.Inputs) -> Weights:
 def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], Any]]:
     """Return the parts of a block as calls, each on what the part before it gives."""
     x, size, column, heads = inputs.x, inputs.size, inputs.column, inputs.shape.heads
-    normed = F.layer_norm(x, x.shape[-1:], *w.norm)
-    bias = column.log()[:, None, None, :, 0].contiguous()
 
     def attention() -> tuple[Tensor, Tensor]:
+        normed = F.layer_norm(x, x.shape[-1:], *w.norm)
         q, k, v = F.linear(normed, w.qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         if impl == "package":
             mixed = stk.attention(q, k, v, size)
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias if impl == "eager" else None)
+            bias = column.log().transpose(1, 2)[:, None] if impl == "eager" else None
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return F.linear(mixed.transpose(1, 2).flatten(2), w.projection), k
 
     residual, keys = attention()
@@ -95,11 +95,13 @@ def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], 
 
 @torch.no_grad()
 def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
+    exact = data.make(shape, args.device, torch.float32)
+    differ = check(
+        parts(exact, make_weights(exact), "eager")["MLP"](), parts(exact, make_weights(exact), "package")["MLP"]()
+    )
     inputs = data.make(shape, args.device, getattr(torch, args.dtype))
     weights = make_weights(inputs)
-    found = {impl: parts(inputs, weights, impl) for impl in IMPLS}
-    if args.dtype == "float32":  # peers that average keys in 16 bits merge other pairs by design
-        check(found["eager"]["MLP"](), found["package"]["MLP"]())
+    found = {impl: parts(inputs, weights, impl) for impl in SIDES}
     calls = {f"{impl}\n{part}": [call] for impl, own in found.items() for part, call in own.items()}
     del calls["eager\nMLP"]  # the same layers on as many tokens as the package's: timed once, for both
     times = measure.measure(calls, args.device, args.seconds, set())
@@ -113,25 +115,30 @@ def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
                 **{"heads": shape.heads, "protected": shape.protected, "r": shape.r, "dtype": args.dtype},
                 **{"op": part, "direction": "inference", "impl": impl, "runs": len(samples)},
                 **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) for k in (20, 50, 80)},
+                "check_rows_that_differ": differ,
             })  # fmt: skip
-    assert {row["op"] for row in rows} == set(PARTS)
     return rows
 
 
-def check(eager: Tensor, package: Tensor) -> None:
-    """Raise WrongResult unless nearly all rows of the two blocks that merge are the same."""
+def check(eager: Tensor, package: Tensor) -> int:
+    """Compare the outputs of the two blocks that merge, in float32; return how many rows differ.
+
+    Raises:
+        WrongResult: more than two per cent. Two similarities within rounding of each other may be decided either way.
+    """
     error = (eager - package).abs().amax(-1) / package.abs().amax()
-    # two similarities within rounding of each other may be decided either way, in few rows
-    if not (error < 1e-3).float().mean() > 0.98:
-        raise WrongResult(f"{(error >= 1e-3).sum()} of {error.numel()} rows differ between eager and package")
+    differ = int((error >= 1e-3).sum())
+    if not differ <= 0.02 * error.numel():
+        raise WrongResult(f"{differ} of {error.numel()} rows differ between eager and package")
+    return differ
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     command.add_options(p)
-    add("--shapes", type=command.one_of("shape", tuple(data.SHAPES)), default=list(SHAPES), metavar="NAME,NAME",
-        help=f"default: {','.join(SHAPES)}")  # fmt: skip
+    add("--shapes", type=command.one_of("shape", SHAPES), default=list(DEFAULT), metavar="NAME,NAME",
+        help=f"{', '.join(SHAPES)} (default: {','.join(DEFAULT)})")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--seconds", type=command.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
     args = p.parse_args(argv)

@@ -154,10 +154,11 @@ SMALLEST = {
 def dry() -> tuple[Stage, ...]:
     """Return each script of the plans once. Of the tests all are collected, and a few run; what builds or runs native
     code, and a profiler or sanitizer itself, is left to machines that have them."""
-    found: dict[str, Stage] = {}
+    found: dict[tuple[str, ...], Stage] = {}
     for stage in (*FIRST, *SECOND, *BENCH, *MODELS):
         if stage.script != "pytest":
-            found.setdefault(stage.script, stage)
+            which = stage.arguments[:1] if stage.script == "plot.py" else ()
+            found.setdefault((stage.script, *which), stage)
     stages = list(found.values())
     stages.insert(1, pytest("collect", 60, "-k", "triton or test_gpu", "--collect-only", "-qq", "tests/ops"))
     stages.insert(2, pytest("test-gpu", 60, *TEST_GPU, "-k", "video and dtype0 and not prefix"))

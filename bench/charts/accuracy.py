@@ -9,7 +9,8 @@ from . import common
 from .common import find
 
 GUIDE = {"r=2": "under 1 %", "r=4": "1–3 %", "r=8": "3–7 %"}  # of accuracy lost, as the ToMe guide for STOP has it
-BY = {"merge": "merging", "merge, sizes off": "sizes off", "drop": "dropped at random", "pool": "average pool"}
+MOST = {"r=2": 1.0, "r=4": 3.0, "r=8": 7.0}  # the same as a limit
+METHODS = {"merge": "merging", "merge, sizes off": "sizes off", "drop": "dropped at random", "pool": "average pool"}
 COLOURS = {"merge": "ours", "merge, sizes off": "other", "drop": "ideal", "pool": "theirs"}
 WHEN = {"inference": "at inference alone", "training": "in training too"}
 HEAD = [
@@ -17,7 +18,7 @@ HEAD = [
     "merging",
     "R@1",
     "lost",
-    "the guide",
+    "guide",
     "sizes off",
     "dropped",
     "pooled",
@@ -27,108 +28,103 @@ HEAD = [
 ]
 
 
-def deviating(mean: float, deviation: float | None) -> str:
+def mean_and_deviation(mean: float, deviation: float | None) -> str:
+    mean = round(mean, 1) + 0.0  # no minus before a zero
     return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
 
 
-def lost(row: dict | None) -> str:
-    return "" if row is None or row["shape"] == "r=0" else deviating(row["lost_mean"], row["lost_spread"])
+def points_lost(row: dict | None) -> str:
+    """Return the points of R@1 that a row lost; an empty cell for what lost none by definition, or was not measured."""
+    return "" if row is None or row["shape"] == "r=0" else mean_and_deviation(row["lost_mean"], row["lost_spread"])
 
 
 def table(rows: list[dict]) -> str:
     """Return all rows as text for a terminal."""
-    base, lines = find(rows, shape="r=0"), []
+    lines = []
     for direction, setting in common.distinct(rows, "direction", "shape"):
-        cells = [find(rows, shape=setting, direction=direction, impl=by) for by in BY]
-        row = cells[0]
-        assert base is not None
-        assert row is not None
-        lines.append([
-            setting, WHEN[direction], deviating(row["r1_mean"], row["r1_spread"]), lost(row), row["guide"] or "",
-            *map(lost, cells[1:]), *_speeds(row, base), common.less(row["training_bytes"] / base["training_bytes"]),
-        ])  # fmt: skip
-    return common.columns([HEAD, *lines])
+        cells = [find(rows, shape=setting, direction=direction, impl=method) for method in METHODS]
+        if row := cells[0]:
+            lines.append([
+                setting, WHEN[direction], mean_and_deviation(row["r1_mean"], row["r1_spread"]), points_lost(row),
+                row["guide"] or "", *map(points_lost, cells[1:]), *_gains(row, find(rows, shape="r=0")),
+            ])  # fmt: skip
+    return common.columns([HEAD, *lines]).replace("**", "")
 
 
-def _speeds(row: dict, base: dict) -> list[str]:
-    return [
+def _gains(row: dict, base: dict | None) -> list[str]:
+    """Return videos per second in both directions with their speed-up over r = 0, and the memory saved."""
+    if base is None:
+        return ["", "", ""]
+    speeds = [
         f"{row[f'{kind}_videos_per_s']:.0f}/s, {common.speedup(base[f'{kind}_us'] / row[f'{kind}_us'])}"
         for kind in ("inference", "training")
     ]
+    return [*speeds, common.per_cent_less(row["training_bytes"] / base["training_bytes"])]
 
 
 def tables(rows: list[dict]) -> list[str]:
     """Return two sections for each machine: R@1 lost, and what is gained."""
     parts = []
-    for found in common.machines(rows):
-        n = found[0]["n"]
-        where = f", {n} synthetic videos (chance {100 / n:.2g} %), {len(found[0]['seeds'])} seed(s)"
-        parts.append(common.section("Points of R@1 lost", found, _losses(found), where))
-        parts.append(common.section("The small model's speed", found, _gains(found), where))
+    for found in common.machines(rows, "n"):
+        n, seeds = found[0]["n"], len(found[0]["seeds"])
+        where = f", {n} synthetic videos (chance {100 / n:.2g} %), {seeds} seed{'s' if seeds > 1 else ''}"
+        head = ["setting", "merging", "the guide", *[*METHODS.values()][1:]]
+        parts += common.section("Points of R@1 lost", found, head, _losses(found), where=where)
+        head = ["setting", "items × tokens at the end", "videos/s, inference", "videos/s, training",
+                "less memory, training", "ideal"]  # fmt: skip
+        lines = [
+            [row["shape"], f"{row['items'][-1]} × {row['tokens'][-1]}", *_gains(row, find(found, shape="r=0")),
+             f"{row['speedup_ideal']:.2f}×"]
+            for row in found if row["impl"] == "merge" and row["direction"] == "inference"
+        ]  # fmt: skip
+        parts += common.section("The small model's speed", found, head, lines, words=2, where=where)
     return parts
 
 
-def _losses(rows: list[dict]) -> str:
+def _losses(rows: list[dict]) -> list[list[str]]:
     lines = []
     for direction, setting in common.distinct(rows, "direction", "shape"):
-        cells = {by: find(rows, shape=setting, direction=direction, impl=by) for by in BY}
-        row = cells["merge"]
-        assert row is not None
-        if setting == "r=0":
-            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {deviating(row['r1_mean'], row['r1_spread'])}", *[""] * 4])
+        cells = {method: find(rows, shape=setting, direction=direction, impl=method) for method in METHODS}
+        row, others = cells["merge"], [cells[method] for method in [*METHODS][1:]]
+        if row is None:
             continue
-        others = [cell["lost_mean"] for by, cell in cells.items() if cell and by != "merge"]
-        mine = lost(row)
-        if others and row["lost_mean"] > min(others):
-            mine = f"**{mine}, more than another**"
-        lines.append(
-            [f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *(lost(cells[by]) for by in [*BY][1:])]
-        )
-    head = ["setting", "merging", "the guide", "sizes off", "dropped at random", "average pool"]
-    return common.markdown_table(head, lines)
-
-
-def _gains(rows: list[dict]) -> str:
-    base, lines = find(rows, shape="r=0"), []
-    assert base is not None
-    for row in rows:
-        if row["impl"] == "merge" and row["direction"] == "inference":
-            lines.append([
-                row["shape"], f"{row['items'][-1]} × {row['tokens'][-1]}", *_speeds(row, base),
-                f"{row['speedup_ideal']:.2f}×", common.less(row["training_bytes"] / base["training_bytes"]),
-            ])  # fmt: skip
-    head = [
-        "setting",
-        "items × tokens at the end",
-        "videos/s, inference",
-        "videos/s, training",
-        "ideal",
-        "less memory, training",
-    ]
-    return common.markdown_table(head, lines, words=2)
+        if setting == "r=0":
+            mean = mean_and_deviation(row["r1_mean"], row["r1_spread"])
+            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {mean}", "", *map(points_lost, others)])
+            continue
+        faults = []
+        if any(other and other["lost_mean"] < row["lost_mean"] for other in others):
+            faults.append("a baseline lost less")
+        if row["lost_mean"] > MOST.get(setting, float("inf")):
+            faults.append("more than the guide")
+        mine = points_lost(row)
+        if faults:
+            mine = f"**{mine} ({', '.join(faults)})**"
+        lines.append([f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *map(points_lost, others)])
+    return lines
 
 
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:
     """Draw points of R@1 lost against r = 0 of the same seed, with merging at inference alone and in training too."""
-    found = common.machines(rows)
+    found = common.machines(rows, "n")
     figure, axes = common.panels(len(found), 2, 3.4, sharey="row", sharex=True)
     for line, own in zip(axes, found, strict=True):
         settings = [name for name in common.distinct(own, "shape") if name != "r=0"]
         for axis, (direction, words) in zip(line, WHEN.items(), strict=True):
             _differences(axis, [row for row in own if row["direction"] == direction], settings, colours)
-            axis.set_title(f"merging {words}")
+            common.title(axis, f"merging {words}", own, len(found) > 1)
         line[0].set_ylabel("R@1 against r = 0, points\n(mean ± deviation over seeds)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncol=4)
+    common.legend(figure, axes, 4)
     common.caption(figure, [f"{common.machine(own[0])}, {own[0]['n']} synthetic videos" for own in found])
     return figure
 
 
 def _differences(axis: Any, rows: list[dict], settings: list[str], colours: dict[str, str]) -> None:
-    for place, (by, name) in enumerate(BY.items()):
-        own = [row for row in rows if row["impl"] == by and row["shape"] in settings]
-        at = [settings.index(row["shape"]) + (place - (len(BY) - 1) / 2) * 0.17 for row in own]
+    for place, (method, name) in enumerate(METHODS.items()):
+        own = [row for row in rows if row["impl"] == method and row["shape"] in settings]
+        at = [settings.index(row["shape"]) + (place - (len(METHODS) - 1) / 2) * 0.17 for row in own]
         axis.errorbar(at, [-row["lost_mean"] for row in own], [row["lost_spread"] or 0 for row in own], fmt="o", ms=5,
-                      capsize=3, color=colours[COLOURS[by]], label=name)  # fmt: skip
+                      capsize=3, color=colours[COLOURS[method]], label=name)  # fmt: skip
     axis.axhline(0, color=colours["ink"], lw=1)
     axis.set_xticks(range(len(settings)), settings)
     axis.set_xlim(-0.5, len(settings) - 0.5)

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import ROOT, read_rows
+from measure import read_rows
 
-RESULTS = ROOT / "bench/results"
-LOST = "slower"
+SLOWER = "slower"
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
@@ -23,10 +24,12 @@ def load(files: Iterable[Path]) -> list[dict]:
 
 
 def machines(rows: list[dict], *more: str) -> list[list[dict]]:
-    """Split rows by machine, versions and dtype, and by the keys in ``more``; GPUs come first."""
+    """Split rows by machine, versions, memory and dtype, and by the keys in ``more``; GPUs come first."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["device_kind"] != "cuda", row["device"], row["torch"], row["threads"], row["dtype"])
+        gpu = row["device_kind"] == "cuda"
+        versions = (row["torch"], row["triton"], row["driver"]) if gpu else (row["torch"], "", "")
+        key = (not gpu, row["device"], *versions, row["threads"], row["pages"] or "", row["dtype"])
         found.setdefault((*key, *(row[name] for name in more)), []).append(row)
     return [found[key] for key in sorted(found)]
 
@@ -49,9 +52,10 @@ def machine(row: dict) -> str:
 
 
 def short_machine(row: dict) -> str:
-    """Name the device of a row in a few words."""
-    cores = "" if row["device_kind"] == "cuda" else f", {row['threads']} cores"
-    return f"{row['device'].replace('(R)', '').replace('Processor', '').strip()}{cores}, {row['dtype']}"
+    """Name the device of a row, and what ran on it, in a few words."""
+    threads = "" if row["device_kind"] == "cuda" else f", {row['threads']} threads"
+    device = row["device"].replace("(R)", "").replace("Processor", "").strip()
+    return f"{device}{threads}, torch {row['torch'].partition('+')[0]}, {row['dtype']}"
 
 
 def dates(rows: list[dict]) -> str:
@@ -60,10 +64,15 @@ def dates(rows: list[dict]) -> str:
     return " to ".join(dict.fromkeys((days[0], days[-1])))
 
 
+def commits(rows: list[dict]) -> str:
+    """Name the commits of rows."""
+    found = {(row["commit"] or "unknown")[:9] + (", changed" if row["dirty"] else "") for row in rows}
+    return f"Commit {' and '.join(sorted(found))}"
+
+
 def conditions(rows: list[dict]) -> str:
     """Say which commits the rows are of, where memory came from, and how far samples of one row differ."""
-    commits = sorted({(row["commit"] or "no commit")[:9] + (", changed" if row["dirty"] else "") for row in rows})
-    said = [f"Commit {' and '.join(commits)}"]
+    said = [commits(rows)]
     if pages := distinct([row for row in rows if row.get("pages")], "pages"):
         said.append(f"{' and '.join(pages)} pages")
     if rows[0]["device_kind"] == "cuda":
@@ -86,9 +95,16 @@ def mebibytes(value: float) -> str:
     return f"{value / 2**20:.0f} MiB"
 
 
-def less(ratio: float) -> str:
-    """Return a ratio to something as per cent less than it."""
-    return f"{100 * (1 - ratio):.0f} %"
+def per_cent_less(ratio: float) -> str:
+    """Return a ratio to something as per cent less than it, marked where it is more."""
+    share = 100 * (1 - ratio)
+    return f"**{-share:.0f} % more**" if round(share) < 0 else f"{abs(share):.0f} %"
+
+
+def change(before: float, after: float) -> str:
+    """Return bytes before and after, marked where they become more."""
+    text = f"{mebibytes(before)} → {mebibytes(after)}"
+    return f"**{text}, more**" if after > 1.005 * before else text
 
 
 def speedup(ratio: float | None) -> str:
@@ -96,7 +112,7 @@ def speedup(ratio: float | None) -> str:
     if ratio is None:
         return ""
     text = f"{ratio:.2f}×"
-    return f"**{text}, {LOST}**" if float(f"{ratio:.2f}") < 1 else text
+    return f"**{text}, {SLOWER}**" if float(f"{ratio:.2f}") < 1 else text
 
 
 def multiple(ratio: float | None) -> str:
@@ -104,7 +120,7 @@ def multiple(ratio: float | None) -> str:
     if ratio is None:
         return ""
     text = f"{ratio:.2f}×"
-    return f"**{text}, {LOST}**" if float(f"{ratio:.2f}") > 1 else text
+    return f"**{text}, {SLOWER}**" if float(f"{ratio:.2f}") > 1 else text
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -112,26 +128,37 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def span(values: Sequence[float]) -> str:
-    """Return the geometric mean of speed-ups, marked where it is slower, and their range; of one value that alone."""
+    """Return the geometric mean of speed-ups, their range, and how many of them are none; of one value that alone."""
     mean = speedup(geometric_mean(values))
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f}×)"
+    if len(values) == 1:
+        return mean
+    lost = sum(SLOWER in speedup(value) for value in values)
+    counted = f"; slower in {lost} of {len(values)}" if lost else ""
+    return f"{mean} ({min(values):.2f} to {max(values):.2f}×{counted})"
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
-    """Return a table in Markdown whose columns after the first ``words`` are numbers.
+    """Return a table in Markdown, of which the first ``words`` columns are words and the others numbers.
 
-    A column that is empty in every line is left out.
+    A column of numbers that is empty in every line is left out.
     """
     cells = [list(line) for line in lines]
-    kept = [place for place in range(len(head)) if any(line[place] for line in cells)]
+    kept = [place for place in range(len(head)) if place < words or any(line[place] for line in cells)]
     rule = ["---" if place < words else "---:" for place in kept]
     text = [[head[place] for place in kept], rule, *([line[place] for place in kept] for line in cells)]
     return "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
-def section(title: str, rows: list[dict], table: str, where: str = "") -> str:
-    """Return a heading with machine and date (``where`` is added to them), the conditions, and a table."""
-    return f"### {title}: {machine(rows[0])}{where}, {dates(rows)}\n\n{conditions(rows)}\n\n{table}"
+def section(
+    title: str, rows: list[dict], head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1, where: str = ""
+) -> list[str]:
+    """Return a heading with machine and date (``where`` is added to them), the conditions, and a table; nothing of no
+    lines."""
+    cells = list(lines)
+    if not cells:
+        return []
+    table = markdown_table(head, cells, words)
+    return [f"### {title}: {machine(rows[0])}{where}, {dates(rows)}\n\n{conditions(rows)}\n\n{table}"]
 
 
 def columns(cells: list[list[str]]) -> str:
@@ -152,8 +179,17 @@ WIDTH = 8.6  # inches; a page shows about 860 pixels, so that a point is a pixel
 Draw = Callable[[list[dict], dict[str, str]], Any]  # rows and the colours of a theme → a figure
 
 
+def digest(rows: list[dict]) -> str:
+    """Return what tells whether a chart is of these rows."""
+    return f"rows {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
+
+
 def draw(make: Draw, rows: list[dict], file: Path, theme: str = "light") -> None:
-    """Draw a chart into a file whose suffix says the format; an .svg is the same bytes for the same rows."""
+    """Draw a chart into a file whose suffix says the format; an .svg names its rows, and is the same bytes for them.
+
+    Raises:
+        ValueError: there is nothing in the rows that the chart shows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,15 +207,37 @@ def draw(make: Draw, rows: list[dict], file: Path, theme: str = "light") -> None
     with plt.rc_context(style):
         figure = make(rows, colours)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+        metadata = {"Date": None, "Description": digest(rows)} if file.suffix == ".svg" else None
+        figure.savefig(file, dpi=160, metadata=metadata)
         plt.close(figure)
 
 
 def panels(lines: int, across: int, height: float, **options: Any) -> tuple[Any, Any]:
-    """Make a figure of ``lines × across`` panels, each line ``height`` inches; return it and its axes."""
+    """Make a figure of ``lines × across`` panels, each line ``height`` inches; return it and its axes.
+
+    Raises:
+        ValueError: there are none.
+    """
     from matplotlib import pyplot as plt
 
+    if not lines:
+        raise ValueError("there is nothing to draw in these rows")
     return plt.subplots(lines, across, figsize=(WIDTH, height * lines), squeeze=False, **options)
+
+
+def legend(figure: Any, axes: Any, columns: int) -> None:
+    """Put one legend above a figure, of whatever any of its panels shows; hide panels that show nothing."""
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+        axis.set_visible(axis.has_data())
+    figure.legend(handles.values(), handles, loc="outside upper left", ncol=columns)
+
+
+def title(axis: Any, text: str, rows: list[dict], several: bool) -> None:
+    """Write a title over a panel, with the machine of its rows where there are several."""
+    axis.set_title(f"{short_machine(rows[0])}\n{text}" if several else text)
 
 
 def caption(figure: Any, lines: Sequence[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from . import common
 
-BACKENDS = {"native": "native kernels", "triton": "Triton's launch path, nothing launched"}
+# operators in float32 or bfloat16; blocks in float32, or under autocast to bfloat16
+BACKENDS = {"native": "native kernels", "triton": "Triton {triton}'s launch path, nothing launched"}
+HEAD = ["call", "direction", "µs", "× `F.layer_norm`", "target"]
 
 
 def verdict(row: dict) -> str:
@@ -19,11 +21,10 @@ def tables(rows: list[dict]) -> list[str]:
     """Return a section for each backend."""
     parts = []
     for backend, words in BACKENDS.items():
-        for found in common.machines([row for row in rows if row["impl"] == backend]):
+        for found in common.machines([row for row in rows if row["impl"] == backend], "triton"):
             lines = [
                 [row["op"], row["direction"], f"{row['p50_us']:.1f}", f"{row['times_layer_norm']:.1f}", verdict(row)]
                 for row in found
             ]
-            head = ["call", "direction", "µs", "× `F.layer_norm`", "target"]
-            parts.append(common.section(f"Host's time, {words}", found, common.markdown_table(head, lines, words=2)))
+            parts += common.section(f"Host's time, {words.format(**found[0])}", found, HEAD, lines, words=2)
     return parts

@@ -11,19 +11,34 @@ from . import common
 
 
 def load(files: Iterable[Path]) -> list[dict]:
-    """Return the rows of files; they are counts, of no machine."""
-    return [row for file in files for row in json.loads(file.read_text())]
+    """Return the rows of files; they are counts, of no machine.
+
+    Raises:
+        ValueError: a file is not a list of rows.
+    """
+    return [row for file in files for row in _listed(file)]
+
+
+def _listed(file: Path) -> list[dict]:
+    rows = json.loads(file.read_text())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} is not a list of benchmark rows")
+    return rows
 
 
 def listed(names: dict[str, int]) -> str:
     return ", ".join(name if times == 1 else f"{times} {name}" for name, times in names.items()) or "none"
 
 
+HEAD = ["model", "direction", "kernels launched", "second block, forward", "variants", "other operations"]
+
+
 def tables(rows: list[dict]) -> list[str]:
-    """Return a section for each version of Triton."""
+    """Return a section for each version of Triton and torch, the newest first."""
     parts = []
-    for triton in sorted(common.distinct(rows, "triton"), reverse=True):
-        own = [row for row in rows if row["triton"] == triton]
+    versions = common.distinct(rows, "triton", "torch")
+    for triton, torch in sorted(versions, key=lambda both: [int(n) for n in both[0].split(".")], reverse=True):
+        own = [row for row in rows if (row["triton"], row["torch"]) == (triton, torch)]
         lines = [
             [
                 row["model"], row["direction"], f"**{row['launches']}**: {listed(row['kernels'])}",
@@ -31,9 +46,6 @@ def tables(rows: list[dict]) -> list[str]:
             ]
             for row in own
         ]  # fmt: skip
-        head = ["model", "direction", "kernels launched", "second block, forward", "variants", "other operations"]
-        table = common.markdown_table(head, lines, words=4)
-        commit = (own[0]["commit"] or "unknown")[:9] + (", changed" if own[0]["dirty"] else "")
-        title = f"### Triton {triton}, torch {own[0]['torch']}, {common.dates(own)}"
-        parts.append(f"{title}\n\nCommit {commit}.\n\n{table}")
+        table = common.markdown_table(HEAD, lines, words=4)
+        parts.append(f"### Triton {triton}, torch {torch}, {common.dates(own)}\n\n{common.commits(own)}.\n\n{table}")
     return parts

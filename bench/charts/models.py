@@ -28,15 +28,15 @@ def _gain(row: dict) -> str:
     return f"{common.speedup(row['speedup'])} of {row['speedup_ideal']:.2f}×"
 
 
-def over_eager(rows: list[dict]) -> list[tuple[dict, float]]:
-    """Return our rows, each with its speed as a multiple of that of merging in eager operations."""
-    found = []
-    for row in rows:
-        if row["impl"] == "package":
-            same = {key: row[key] for key in ("shape", "direction", "op", "n")}
-            if eager := find(rows, impl="eager", **same):
-                found.append((row, row["images_per_s"] / eager["images_per_s"]))
-    return found
+def same(rows: list[dict], row: dict, impl: str) -> dict | None:
+    """Return the row of the same model, batch, direction and mode by another implementation."""
+    return find(rows, impl=impl, **{key: row[key] for key in ("shape", "direction", "op", "n")})
+
+
+def over_eager(rows: list[dict], row: dict) -> float | None:
+    """Return a row's speed as a multiple of that of merging in eager operations; None where that was not measured."""
+    eager = same(rows, row, "eager")
+    return row["images_per_s"] / eager["images_per_s"] if eager else None
 
 
 def tables(rows: list[dict]) -> list[str]:
@@ -44,35 +44,38 @@ def tables(rows: list[dict]) -> list[str]:
     parts = []
     for found in common.machines(rows):
         for direction in common.distinct(found, "direction"):
-            own = [row for row in found if row["direction"] == direction]
-            lines = []
-            for row, eager in over_eager(own):
-                plain = find(own, impl="unpatched", shape=row["shape"], op=row["op"])
-                assert plain is not None
-                lines.append([
-                    f"{row['shape']}, batch {row['n']}", row["op"],
-                    f"{row['tokens']} → {row['tokens_out']}, r = {row['r']}",
-                    f"{plain['images_per_s']:.3g} → {row['images_per_s']:.3g}", _gain(row), f"{row['eta']:.2f}",
-                    common.speedup(eager),
-                ])  # fmt: skip
+            own, lines = [row for row in found if row["direction"] == direction], []
+            for row in own:
+                if row["impl"] == "package":
+                    plain = same(own, row, "unpatched")
+                    before = f"{plain['images_per_s']:.3g} → " if plain else ""
+                    lines.append([
+                        f"{row['shape']}, batch {row['n']}", row["op"],
+                        f"{row['tokens']} → {row['tokens_out']}, r = {row['r']}", f"{before}{row['images_per_s']:.3g}",
+                        _gain(row), f"{row['eta']:.2f}", common.speedup(over_eager(own, row)),
+                    ])  # fmt: skip
             head = ["model", "mode", "tokens", "images/s", "speed-up of ideal", "η", "over eager merging"]
-            parts.append(common.section(f"Whole models, {direction}", own, common.markdown_table(head, lines, words=3)))
+            parts += common.section(f"Whole models, {direction}", own, head, lines, words=3)
     return parts
 
 
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:
     """Draw the speed-up over the unpatched model beside the ideal one; a panel for each machine and direction."""
+    merged = [row for row in rows if row["impl"] != "unpatched"]
     found = [
-        [row for row in own if row["direction"] == direction and row["impl"] != "unpatched"]
-        for own in common.machines(rows) for direction in common.distinct(own, "direction")
+        [row for row in own if row["direction"] == direction]
+        for own in common.machines(merged, "n") for direction in common.distinct(own, "direction")
     ]  # fmt: skip
+    found.sort(key=lambda own: own[0]["direction"])
     tall = [len(common.distinct(own, "shape")) for own in found]
-    figure, axes = common.panels(len(found), 1, 3.6, sharex=True, gridspec_kw={"height_ratios": tall})
+    figure, axes = common.panels(
+        len(found), 1, 0.8 + 0.7 * sum(tall) / max(1, len(tall)), sharex=True, gridspec_kw={"height_ratios": tall}
+    )
     for axis, own in zip(axes[:, 0], found, strict=True):
         _bars(axis, own, colours)
-        axis.set_title(f"{own[0]['direction']}: {common.machine(own[0])}")
+        axis.set_title(f"{own[0]['direction']}, batch {own[0]['n']}: {common.machine(own[0])}")
     axes[-1, 0].set_xlabel("times as fast as the unpatched model in the same mode")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncol=3)
+    common.legend(figure, axes, 3)
     return figure
 
 
@@ -93,7 +96,6 @@ def _bars(axis: Any, rows: list[dict], colours: dict[str, str]) -> None:
                          color=colours["paper"] if mode == "plain" else colours["ink"])  # fmt: skip
     for place, name in enumerate(models):
         ideal = next(row["speedup_ideal"] for row in rows if row["shape"] == name)
-        axis.vlines(ideal, place - 0.45, place + 0.45, color=colours["ideal"], lw=2,
-                    label="ideal, by FLOPs" if place == 0 else None)  # fmt: skip
+        axis.vlines(ideal, place - 0.45, place + 0.45, color=colours["ideal"], lw=2, label="ideal, by FLOPs")
     axis.axvline(1, color=colours["ink"], lw=1)
     axis.set_yticks(range(len(models)), models)

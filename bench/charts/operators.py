@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import common
-from .common import Draw, find
+from .common import find
 
 OURS = ("triton", "native")  # best first
 DIRECTIONS = {"forward": "forward", "forward+backward": "forward and backward"}
@@ -15,6 +15,8 @@ BOUNDS = (  # like with like: existing memory against existing memory, fresh aga
     ("merge ÷ `clone`", "forward", "times_clone_of_result"),
     ("backward ÷ `clone`", "backward", "times_clone_of_result"),
 )
+# of each fused operator: the same in several operators
+SEPARATE = {"merge_norm": "add, merge, layer_norm", "attention": "concatenated, mask"}
 
 
 def ours(rows: list[dict], **values: object) -> dict | None:
@@ -26,6 +28,11 @@ def over(rows: list[dict], impl: str, **values: object) -> float | None:
     """Return how many times as fast as ``impl`` the best backend is; None where one of them was not measured."""
     mine, theirs = ours(rows, **values), find(rows, impl=impl, **values)
     return theirs["p50_us"] / mine["p50_us"] if mine and theirs else None
+
+
+def both(rows: list[dict], direction: str) -> list[dict]:
+    """Return the rows of match + merge in a direction."""
+    return [row for row in rows if row["op"] == "match+merge" and row["direction"] == direction]
 
 
 def size(row: dict) -> str:
@@ -41,11 +48,15 @@ def tables(rows: list[dict]) -> list[str]:
     parts = []
     for found in common.machines(rows):
         for direction, words in DIRECTIONS.items():
-            own = [row for row in found if row["op"] == "match+merge" and row["direction"] == direction]
-            if own:
-                parts.append(common.section(f"match + merge, {words}", own, _against(own)))
+            own = both(found, direction)
+            best = (ours(own, shape=shape) for shape in _shapes(own))
+            backend = next((row["impl"] for row in best if row), "")
+            head = ["shape", "N × T → T′, D", backend, "over eager", "over `torch.compile`", "over ToMe",
+                    "in a CUDA graph, over eager"]  # fmt: skip
+            parts += common.section(f"match + merge, {words}", own, head, _against(own), words=2)
         merges = [row for row in found if row["op"] == "merge"]
-        parts.append(common.section("merge against a copy of its result", merges, _bounds(merges)))
+        head = ["shape", *(name for name, _, _ in BOUNDS)]
+        parts += common.section("merge against a copy of its result", merges, head, _bounds(merges))
     return parts
 
 
@@ -53,26 +64,30 @@ def reference_tables(rows: list[dict]) -> list[str]:
     """Return the sections that time the reference implementation, which nobody is meant to run."""
     parts = []
     for found in common.machines(rows):
-        own = [row for row in found if row["op"] == "match+merge"]
-        lines = []
-        for shape in common.distinct(own, "shape"):
-            cells = [find(own, shape=shape, direction=direction, impl="reference") for direction in DIRECTIONS]
-            if any(cells):
-                texts = [
-                    part for row in cells for part in
-                    ((common.microseconds(row["p50_us"]), common.speedup(row["speedup_vs_eager"])) if row else ("", ""))
-                ]  # fmt: skip
-                lines.append([shape, *texts])
-        if lines:
-            head = ["shape", "forward", "over eager", "forward and backward", "over eager"]
-            parts.append(common.section("Reference, match + merge", own, common.markdown_table(head, lines)))
+        own, lines = [row for row in found if row["op"] == "match+merge"], []
+        for shape in _shapes(own):
+            line = [shape]
+            for direction in DIRECTIONS:
+                row = find(own, shape=shape, direction=direction, impl="reference")
+                cells = (
+                    (common.microseconds(row["p50_us"]), common.speedup(row["speedup_vs_eager"])) if row else ("", "")
+                )
+                line += cells
+            if any(line[1:]):
+                lines.append(line)
+        head = ["shape", "forward", "over eager", "forward and backward", "over eager"]
+        parts += common.section("Reference, match + merge", own, head, lines)
     return parts
 
 
-def _against(rows: list[dict]) -> str:
-    """Return the table of one direction: ours as a time, the others as ratios."""
+def _shapes(rows: list[dict]) -> list[str]:
+    return common.distinct(rows, "shape")
+
+
+def _against(rows: list[dict]) -> list[list[str]]:
+    """Return the lines of one direction: ours as a time, the others as ratios."""
     lines = []
-    for shape in common.distinct(rows, "shape"):
+    for shape in _shapes(rows):
         mine, eager = ours(rows, shape=shape), find(rows, shape=shape, impl="eager")
         if mine is None:
             continue
@@ -80,58 +95,47 @@ def _against(rows: list[dict]) -> str:
         lines.append([
             shape, size(mine), common.microseconds(mine["p50_us"]),
             *(common.speedup(over(rows, impl, shape=shape)) for impl in ("eager", "compile", "tome")),
-            f"{common.microseconds(mine['graph_us'])}, {eager['graph_us'] / mine['graph_us']:.2f}×" if graphs else "",
+            f"{common.microseconds(mine['graph_us'])}, {common.speedup(eager['graph_us'] / mine['graph_us'])}"
+            if graphs else "",
         ])  # fmt: skip
-    backend = next(
-        (row["impl"] for row in (ours(rows, shape=shape) for shape in common.distinct(rows, "shape")) if row), ""
-    )
-    head = [
-        "shape",
-        "N × T → T′, D",
-        backend,
-        "over eager",
-        "over `torch.compile`",
-        "over ToMe",
-        "in a CUDA graph, over eager",
-    ]
-    return common.markdown_table(head, lines, words=2)
+    return lines
 
 
-def _bounds(rows: list[dict]) -> str:
+def _bounds(rows: list[dict]) -> list[list[str]]:
     lines = []
-    for shape in common.distinct(rows, "shape"):
+    for shape in _shapes(rows):
         cells = [(ours(rows, shape=shape, direction=direction), key) for _, direction, key in BOUNDS]
-        lines.append([shape, *(f"{row[key]:.2f}" if row and row[key] else "" for row, key in cells)])
-    return common.markdown_table(["shape", *(name for name, _, _ in BOUNDS)], lines)
+        texts = [f"{row[key]:.2f}" if row and row[key] else "" for row, key in cells]
+        if any(texts):
+            lines.append([shape, *texts])
+    return lines
 
 
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:
     """Draw how many times as fast as eager PyTorch our backend and torch.compile are: a line of panels a machine."""
-    found = [[row for row in own if row["op"] == "match+merge"] for own in common.machines(rows)]
-    shapes = max(len(common.distinct(own, "shape")) for own in found)
+    found = [own for own in common.machines(rows) if any(both(own, direction) for direction in DIRECTIONS)]
+    shapes = max((len(_shapes(own)) for own in found), default=0)
     figure, axes = common.panels(len(found), 2, 1.1 + 0.32 * shapes, sharex=True, sharey="row")
     for line, own in zip(axes, found, strict=True):
         for axis, (direction, words) in zip(line, DIRECTIONS.items(), strict=True):
-            _bars(axis, [row for row in own if row["direction"] == direction], colours)
-            axis.set_title(f"match + merge, {words}")
+            _bars(axis, both(own, direction), _shapes(own)[::-1], colours)
+            common.title(axis, f"match + merge, {words}", own, len(found) > 1)
             axis.set_xlabel("times as fast as eager PyTorch")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncol=2)
     right = max(axis.get_xlim()[1] for axis in axes.flat)
     axes[0, 0].set_xlim(0, right * 1.1)  # room for the labels; all panels share the axis
+    common.legend(figure, axes, 2)
     common.caption(figure, [common.machine(own[0]) for own in found])
     return figure
 
 
-def _bars(axis: Any, rows: list[dict], colours: dict[str, str]) -> None:
-    shapes = common.distinct(rows, "shape")[::-1]
-    sides = [("ours", lambda shape: over(rows, "eager", shape=shape), "this package")]
+def _bars(axis: Any, rows: list[dict], shapes: list[str], colours: dict[str, str]) -> None:
+    sides = [("ours", "this package", {shape: over(rows, "eager", shape=shape) for shape in shapes})]
     if any(row["impl"] == "compile" for row in rows):
-        sides.append(("theirs", lambda shape: _compiled(rows, shape), "torch.compile"))
+        sides.append(("theirs", "torch.compile", {shape: _compiled(rows, shape) for shape in shapes}))
     thick = 0.8 / len(sides)
-    for place, (colour, ratio, name) in enumerate(sides):
-        heights = [height + ((len(sides) - 1) / 2 - place) * thick for height in range(len(shapes))]
-        values = [ratio(shape) for shape in shapes]
-        present = [(y, value) for y, value in zip(heights, values, strict=True) if value]
+    for place, (colour, name, ratios) in enumerate(sides):
+        shift = ((len(sides) - 1) / 2 - place) * thick
+        present = [(height + shift, ratios[shape]) for height, shape in enumerate(shapes) if ratios[shape]]
         axis.barh([y for y, _ in present], [v for _, v in present], thick * 0.9, color=colours[colour], label=name)
         for y, value in present:
             common.label(axis, f"{value:.1f}×", (value, y), (3, 0), va="center")
@@ -153,22 +157,30 @@ def fused_tables(rows: list[dict]) -> list[str]:
     for found in common.machines(rows):
         for op in common.distinct(found, "op"):
             own = [row for row in found if row["op"] == op]
-            base = own[0]["against"]
-            names = [name for name in common.distinct(own, "impl") if name != base]
+            base, names = own[0]["against"], common.distinct(own, "impl")
+            others = [name for name in names if name != base]
             lines = []
             for shape, direction in common.distinct(own, "shape", "direction"):
-                first = find(own, shape=shape, direction=direction, impl=base)
-                cells = [find(own, shape=shape, direction=direction, impl=name) for name in names]
-                assert first is not None
+                cells = {name: find(own, shape=shape, direction=direction, impl=name) for name in names}
+                first = next(row for row in cells.values() if row)
                 lines.append([
-                    shape, f"{first['n']} × {first['tokens']}", DIRECTIONS[direction],
-                    common.microseconds(first["p50_us"]),
-                    *((common.multiple if name.startswith(op) else "{:.2f}×".format)(row["times_base"]) if row else ""
-                      for name, row in zip(names, cells, strict=True)),
+                    f"{shape}, {first['n']} × {first['tokens']}", DIRECTIONS[direction],
+                    *(common.microseconds(row["p50_us"]) if (row := cells.get(base)) else "",),
+                    *(_multiple(op, name, cells[name]) for name in others),
+                    common.speedup(_over_separate(op, cells)),
                 ])  # fmt: skip
-            head = ["shape", "N × T", "direction", base, *names]
-            parts.append(common.section(f"{op} against {base}", own, common.markdown_table(head, lines, words=3)))
+            head = ["shape, N × T", "direction", base, *others, f"{op} over {SEPARATE[op]}"]
+            parts += common.section(f"{op} against {base}", own, head, lines, words=2)
     return parts
 
 
-CHART: Draw = chart
+def _multiple(op: str, name: str, row: dict | None) -> str:
+    """Return a time as a multiple of the base's; of what is compared with ours nothing is marked."""
+    if row is None:
+        return ""
+    return common.multiple(row["times_base"]) if name.startswith(op) else f"{row['times_base']:.2f}×"
+
+
+def _over_separate(op: str, cells: dict[str, dict | None]) -> float | None:
+    mine, theirs = cells.get(op), cells.get(SEPARATE[op])
+    return theirs["p50_us"] / mine["p50_us"] if mine and theirs else None

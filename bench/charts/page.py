@@ -27,6 +27,7 @@ class Kind(NamedTuple):
 
     folder: str  # below bench/results
     command: str
+    key: str  # what rows of this kind have and no others
     tables: Callable[[list[dict]], list[str]]
     charts: tuple[Chart, ...] = ()
     load: Callable[[Iterable[Path]], list[dict]] = common.load
@@ -34,81 +35,88 @@ class Kind(NamedTuple):
 
 KINDS = {
     "operators": Kind(
-        ".", "python bench/merge.py --json bench/results", operators.tables,
+        ".", "python bench/merge.py --json bench/results", "speedup_vs_eager", operators.tables,
         (Chart("operators", "Speed of match and merge over eager PyTorch", operators.chart),),
     ),
-    "fused": Kind("fused", "python bench/fused.py --json bench/results/fused", operators.fused_tables),
+    "fused": Kind("fused", "python bench/fused.py --json bench/results/fused", "times_base", operators.fused_tables),
     "blocks": Kind(
-        "blocks", "python bench/blocks.py --json bench/results/blocks", blocks.tables,
+        "blocks", "python bench/blocks.py --json bench/results/blocks", "check_rows_that_differ", blocks.tables,
         (Chart("blocks", "Time of a transformer block, part by part", blocks.chart),),
     ),
     "models": Kind(
-        "models", "python bench/models.py --json bench/results/models", models.tables,
+        "models", "python bench/models.py --json bench/results/models", "images_per_s", models.tables,
         (Chart("models", "Speed-up of whole vision transformers", models.chart),),
     ),
     "stop": Kind(
-        "stop", "python bench/stop.py --json bench/results/stop", stop.tables,
+        "stop", "python bench/stop.py --json bench/results/stop", "memory_vs_r0", stop.tables,
         (Chart("speedup", "Speed-up of STOP's blocks against r", stop.speedup_chart),
          Chart("stop", "Time and memory of STOP's blocks", stop.memory_chart)),
     ),
     "accuracy": Kind(
-        "accuracy", "python examples/stop_retrieval/accuracy.py --json bench/results/accuracy", accuracy.tables,
+        "accuracy", "python examples/stop_retrieval/accuracy.py --json bench/results/accuracy", "r1_mean",
+        accuracy.tables,
         (Chart("accuracy", "R@1 with merging against R@1 without", accuracy.chart),),
     ),
-    "host": Kind("host", "python bench/host.py --json", host.tables),
-    "launches": Kind("launches", "python bench/launches.py --json", launches.tables, load=launches.load),
+    "host": Kind("host", "python bench/host.py --json", "times_layer_norm", host.tables),
+    "launches": Kind("launches", "python bench/launches.py --json", "launches", launches.tables, load=launches.load),
 }  # fmt: skip
 
 INTRO = """# Benchmarks
 
-`python bench/plot.py` makes all tables and charts on this page from the rows in `bench/results`; no number is typed,
-and a test compares the page with the rows. **slower** marks every row in which this package loses to what it is
-compared with. [How the rows are measured](dev/performance.md#how-to-read), and what was tried.
+`python bench/plot.py` makes all tables and charts on this page from the rows in `bench/results`; no measured number
+is typed, and a test compares the page with the rows. **slower** marks every row in which this package loses to what
+it is compared with. [How the rows are measured](dev/performance.md#how-to-read), and what was tried.
 """
 
 TEXTS = {
     "operators": """## Match and merge
 
-Median time of a call, and how many times as fast it is as the same in eager PyTorch, in `torch.compile` of that, and in
-ToMe where it is installed, alternating in one run. Shapes: N items of T tokens and D channels. The last table divides
-the time of a merge by that of copying its result: 1.00 is the speed of memory.""",
+Median time of a call, and how many times as fast it is as the same in eager PyTorch, in `torch.compile` of that, and
+in ToMe where it is installed, alternating in one run. Shapes: N items of T tokens and D channels. The last table
+divides the time of a merge by that of copying its result: 1.00 is as fast as a copy.""",
     "fused": """## merge_norm and attention
 
-`merge_norm` adds, merges and normalises; it is compared with the add and the LayerNorm of a block that merges nothing.
-`attention` takes sizes and a prefix of four shared keys; it is compared with `scaled_dot_product_attention` without
-either. The first number is the time of what is compared with; the others are multiples of it, so less is better.""",
+`merge_norm` adds, merges and normalises; it is compared with the add and the LayerNorm of a block that merges
+nothing. `attention` takes sizes and a prefix of four shared keys; it is compared with `scaled_dot_product_attention`
+without either. The first number is the time of what is compared with; the others are multiples of it, so less is
+better. The last column is the speed-up over the same result in several operators.""",
     "blocks": """## Where a block's time goes
 
 One transformer block without merging, with merging in eager PyTorch and with this package, each part timed by itself.
-In the blocks that merge, attention weighs keys by size, and the MLP has fewer tokens; it is the same in both, and timed
-once. This is one layer, in which attention still sees all tokens: the next ones have fewer from the start.""",
+In the blocks that merge, attention weighs keys by size, and the MLP has fewer tokens; it is the same in both, and
+timed once. This is one layer, in which attention still sees all tokens: the next ones have fewer from the start.""",
     "models": """## Vision transformers
 
 Images per second of whole models with random weights (a video of VideoMAE's counts as one image). Speed-up: over the
-same model unpatched in the same mode; η: that divided by the ideal speed-up, by FLOPs of patch embedding and blocks.
-*Eager merging* is the same merging in eager operations with `scaled_dot_product_attention`.""",
+same model unpatched in the same mode; η: that divided by the ideal speed-up, by FLOPs of patch embedding and blocks
+(by those of the blocks alone η is lower: `speedup_ideal_blocks` in the rows). *Eager merging* is the same merging in
+eager operations with `scaled_dot_product_attention`.""",
     "stop": """## STOP
 
-ViT-B/32 with DGL prompts. *Upstream* is how STOP's code computes its blocks; *eager* is that with merging in eager
-operations. Memory: on a GPU the allocator's peak; on a CPU what training keeps for backward, and in inference the most
-that lives at one time. In brackets: what the ToMe guide for STOP promises its users. η: speed-up divided by the ideal
-one.""",
+ViT-B/32 with DGL prompts; the blocks are the same with STOP's own (`group2-2`), whose 3-D convolutions are not in
+these rows. The rows are older than the others, see their date: a later run on another machine was too noisy to take
+their place ([log](dev/performance.md#log)). *Upstream* is how STOP's code computes its blocks; *eager* is that with
+merging in eager operations. Memory: on a GPU the allocator's peak; on a CPU what training keeps for backward, and in
+inference the most that lives at one time. In brackets: what the ToMe guide for STOP promises its users. η: speed-up
+divided by the ideal one.""",
     "accuracy": """## Accuracy
 
-**A synthetic set of videos and a small model, not MSR-VTT and CLIP.** R@1 in per cent, text to video. *Lost*: points of
-R@1 against r = 0 of the same seed, mean ± deviation over seeds; with merging in training, against a model trained as
-long without. *Sizes off*: merging without proportional attention. *Dropped* and *pooled*: as many tokens fewer in every
-layer, chosen blindly. Differences smaller than their deviation say nothing. A model this small
-gains less time than its FLOPs promise, since most of a call is overhead; STOP's own size is [above](#stop).""",
+**A synthetic set of videos and a small model, not MSR-VTT and CLIP.** R@1 in per cent, text to video. *Lost*: points
+of R@1 against r = 0 of the same seed, mean ± deviation over seeds; with merging in training, against a model trained
+as long without. *Sizes off*: merging without proportional attention. *Dropped* and *pooled*: as many tokens fewer in
+every layer, chosen blindly. The guide speaks of per cent of accuracy. Differences smaller than their deviation say
+nothing. A model this small gains less time than its FLOPs promise, since most of a call is overhead; STOP's own size
+is [above](#stop).""",
     "host": """## The host's time
 
-What a call costs before any number is computed: tensors of two items, 9 tokens and 32 channels, one thread, its own CPU
-time. *With gradient*: a forward that records its graph; *backward*: that alone. With Triton everything is real but the
-driver's launch; torch's own operations run on the CPU.""",
+The cost of a call on tiny tensors, where overhead dominates: two items of 9 tokens and 32 channels (blocks: one video
+of 12 frames, or one image, 64 channels), one thread, its own CPU time. *With gradient*: a forward that records its
+graph; *backward*: that alone. Blocks are in float32 with the native kernels, under autocast to bfloat16 with
+Triton's. With Triton everything is real but the driver's launch; torch's own operations run on the CPU.""",
     "launches": """## Launches on a GPU
 
-Counted without a GPU, by Triton's own binder, cache and compiler over a driver that launches nothing. One video or one
-image, 12 layers, autocast to bfloat16, compiled for sm_90. *Training*: forward and gradients of all parameters.
+Counted without a GPU, by Triton's own binder, cache and compiler over a driver that launches nothing. One video or
+one image, 12 layers, autocast to bfloat16, compiled for sm_90. *Training*: forward and gradients of all parameters.
 *Variants*: kernels that a new process compiles, or reads from Triton's cache. *Other operations*: torch's that run a
 kernel on a GPU. Registers, shared memory and occupancy of all kernels: `bench/results/aot`.""",
 }
@@ -117,18 +125,35 @@ REFERENCE = """## The reference implementation is not meant to be fast
 `backend="reference"` is there to be read, to be compared with, and for machines where nothing else runs."""
 
 
+def read(kind: str, files: Iterable[Path]) -> list[dict]:
+    """Return the rows of files.
+
+    Raises:
+        ValueError: a file holds something else than rows of this kind.
+    """
+    rows = []
+    for file in files:
+        own = KINDS[kind].load([file])
+        if not all(KINDS[kind].key in row for row in own):
+            raise ValueError(f"{file} holds other rows than those of {kind}: {KINDS[kind].key!r} is missing")
+        rows += own
+    return rows
+
+
 def rows_of(kind: str, results: Path) -> list[dict]:
     """Return the committed rows of a kind.
 
     Raises:
-        ValueError: there are none, or they are a dry run's, in which nothing was measured.
+        ValueError: there are none; they are a dry run's, in which nothing was measured; or of a changed checkout.
     """
     folder = results / KINDS[kind].folder
-    rows = KINDS[kind].load(sorted(folder.glob("*.json")))
+    rows = read(kind, sorted(folder.glob("*.json")))
     if not rows:
         raise ValueError(f"no rows in {folder}: run `{KINDS[kind].command}` first")
     if any(row.get("device_kind") == "none" for row in rows):
         raise ValueError(f"rows in {folder} are a dry run's, in which nothing was measured: they are not published")
+    if any(row["dirty"] for row in rows):
+        raise ValueError(f"rows in {folder} are of a changed checkout (dirty): commit, and measure again")
     return rows
 
 
@@ -145,7 +170,8 @@ def benchmarks(rows: dict[str, list[dict]]) -> str:
     parts = [INTRO.rstrip(), f"GPU: {gpu_state(rows)}"]
     for name, text in TEXTS.items():
         parts += [text, *(picture(chart, "images") for chart in KINDS[name].charts), *KINDS[name].tables(rows[name])]
-    parts += [REFERENCE, *operators.reference_tables(rows["operators"])]
+    if reference := operators.reference_tables(rows["operators"]):
+        parts += [REFERENCE, *reference]
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,84 +179,102 @@ def benchmarks(rows: dict[str, list[dict]]) -> str:
 
 
 def gpu_state(rows: dict[str, list[dict]]) -> str:
-    """Say which GPUs were measured, or that none was."""
-    names = dict.fromkeys(row["device"] for found in rows.values() for row in found if row.get("device_kind") == "cuda")
-    if names:
-        return f"measured on {' and '.join(names)}"
+    """Say what was measured on which GPU, or that nothing was."""
+    seen: dict[str, list[str]] = {}
+    for kind, found in rows.items():
+        for name in dict.fromkeys(row["device"] for row in found if row.get("device_kind") == "cuda"):
+            seen.setdefault(name, []).append(kind)
+    if seen:
+        return "; ".join(f"measured on {name}: {', '.join(kinds)}" for name, kinds in seen.items())
     return (
         "**not measured yet**; the kernels compile for sm_80, sm_90 and sm_100 and pass their tests in Triton's "
         "interpreter"
     )
 
 
+CAPTION = (
+    "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the thin "
+    "bands between attention and MLP.*"
+)
+
+
 def summary(rows: dict[str, list[dict]]) -> str:
-    """Return the README's chart and table: one line for each claim and machine."""
-    lines = [[claim, result, where] for claim, result, where in _claims(rows)]
+    """Return the README's table, one line for each claim and machine, and its charts."""
+    lines = [[claim, result, common.short_machine(row)] for claim, result, row in _claims(rows)]
     lines.append(["GPU", gpu_state(rows), ""])
     table = common.markdown_table(["", "geometric mean (lowest to highest)", "measured on"], lines, words=3)
     charts = [picture(chart, IMAGES.as_posix()) for kind in ("stop", "blocks") for chart in KINDS[kind].charts[:1]]
-    caption = (
-        "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the "
-        "thin bands between attention and MLP.*"
-    )
-    return "\n\n".join([table, *charts, caption])
+    return "\n\n".join([table, *charts, CAPTION])
 
 
-def _claims(rows: dict[str, list[dict]]) -> Iterator[tuple[str, str, str]]:
+Claim = tuple[str, str, dict]  # what is compared, the result, and a row that says where
+
+
+def _claims(rows: dict[str, list[dict]]) -> Iterator[Claim]:
     for own in common.machines(rows["operators"]):
         yield from _operator_claims(own)
     for own in common.machines(rows["fused"]):
-        for op, against in (
-            ("merge_norm", "add + LayerNorm that merge nothing"),
-            ("attention", "attention without sizes"),
+        for op, what in (
+            ("merge_norm", "`merge_norm`, over add + LayerNorm that merge nothing"),
+            ("attention", "`attention` with sizes and a prefix of keys, over attention without"),
         ):
             ratios = [
                 1 / row["times_base"] for row in own
                 if row["op"] == op and row["impl"] == op and row["direction"] == "forward"
             ]  # fmt: skip
             if ratios:
-                yield f"`{op}`, over {against}", common.span(ratios), common.short_machine(own[0])
+                yield what, f"{common.span(ratios)} forward", own[0]
     for own in common.machines(rows["models"]):
-        found = [row for row in own if row["direction"] == "inference"]
-        gains = [row["speedup"] for row in found if row["impl"] == "package"]
-        eager = [ratio for _, ratio in models.over_eager(found)]
-        ideal = [row["speedup_ideal"] for row in found if row["impl"] == "package"]
-        yield (
-            f"{len(common.distinct(found, 'shape'))} whole vision transformers, plain and compiled, over unpatched",
-            f"{common.span(gains)}; ideal {common.geometric_mean(ideal):.2f}×", common.short_machine(own[0]),
-        )  # fmt: skip
-        yield "the same, over merging in eager PyTorch", common.span(eager), common.short_machine(own[0])
+        yield from _model_claims([row for row in own if row["direction"] == "inference"])
     for own in common.machines(rows["stop"], "n"):
         yield from _stop_claims(own)
     for own in common.machines(rows["accuracy"]):
-        row = find(own, shape="r=4", direction="inference", impl="merge")
-        if row:
-            what = "R@1 lost by r = 4 without training (small model, synthetic videos)"
-            yield what, f"{accuracy.lost(row)} points", common.short_machine(own[0])
+        if row := find(own, shape="r=4", direction="inference", impl="merge"):
+            what = "R@1 lost by r = 4 without training (a small model, synthetic videos)"
+            yield what, f"{accuracy.points_lost(row)} points", own[0]
 
 
-def _operator_claims(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def _operator_claims(rows: list[dict]) -> Iterator[Claim]:
     for impl, name in (("eager", "eager PyTorch"), ("compile", "`torch.compile` of that")):
         texts, shapes = [], 0
         for direction, words in (("forward", "forward"), ("forward+backward", "with backward")):
-            own = [row for row in rows if row["op"] == "match+merge" and row["direction"] == direction]
+            own = operators.both(rows, direction)
             found = [operators.over(own, impl, shape=shape) for shape in common.distinct(own, "shape")]
             ratios = [ratio for ratio in found if ratio]
             shapes = max(shapes, len(ratios))
             if ratios:
                 texts.append(f"{common.span(ratios)} {words}")
         if texts:
-            yield f"`match` + `merge`, over {name}, {shapes} shapes", "; ".join(texts), common.short_machine(rows[0])
+            yield f"`match` + `merge`, over {name}, {shapes} shapes", "; ".join(texts), rows[0]
 
 
-def _stop_claims(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
-    where = f"{common.short_machine(rows[0])}, {rows[0]['n']} videos"
+def _model_claims(rows: list[dict]) -> Iterator[Claim]:
+    for mode in common.distinct(rows, "op"):
+        own = [row for row in rows if row["op"] == mode]
+        ours = [row for row in own if row["impl"] == "package"]
+        if not ours:
+            continue
+        ideal = common.geometric_mean([row["speedup_ideal"] for row in ours])
+        text = f"{common.span([row['speedup'] for row in ours])}, ideal {ideal:.2f}×"
+        if eager := [ratio for row in ours if (ratio := models.over_eager(own, row))]:
+            text += f"; over merging in eager PyTorch {common.span(eager)}"
+        words = {"plain": "", "compiled": ", under `torch.compile`"}[mode]
+        yield f"{len(ours)} whole vision transformers{words}, over unpatched", text, ours[0]
+
+
+def _stop_claims(rows: list[dict]) -> Iterator[Claim]:
     texts = []
     for direction in stop.DIRECTIONS:
-        row = find(rows, op="blocks", direction=direction, shape="r=4", impl="package")
-        if row and row["speedup_vs_upstream"]:
-            texts.append(f"{row['speedup_vs_upstream']:.2f}× {direction}")
-            if direction == "training":
-                texts.append(f"{common.less(row['memory_vs_r0'])} less memory than r = 0")
+        cells = {
+            setting: find(rows, op="blocks", direction=direction, shape=setting, impl="package")
+            for setting in ("r=0", "r=4")
+        }
+        gains = {setting: row["speedup_vs_upstream"] for setting, row in cells.items() if row}
+        if all(gains.get(setting) for setting in cells):
+            text = f"{common.speedup(gains['r=4'])} {direction}, of it {common.speedup(gains['r=0'])} without merging"
+            if direction == "training" and (row := cells["r=4"]):
+                text += f"; {common.per_cent_less(row['memory_vs_r0'])} less memory than r = 0"
+            texts.append(text)
     if texts:
-        yield "STOP's blocks at r = 4, over upstream without merging", ", ".join(texts), where
+        what = f"STOP's twelve blocks (DGL prompts, {rows[0]['n']} videos) at r = 4, over upstream without merging"
+        yield what, "; ".join(texts), rows[0]

@@ -17,12 +17,12 @@ HEAD = [
 ]  # fmt: skip
 
 
-def held(row: dict) -> float:
+def memory_bytes(row: dict) -> float:
     """Return the bytes that training keeps for backward; in inference and on a GPU, the most that lived at once."""
     return row["saved_bytes"] or row["peak_bytes"]
 
 
-def end(row: dict) -> str:
+def last_size(row: dict) -> str:
     return f"{row['items'][-1]} × {row['tokens'][-1]}"
 
 
@@ -30,14 +30,14 @@ def table(rows: list[dict]) -> str:
     """Return all rows as text for a terminal."""
     lines = [
         [
-            row["op"], row["direction"], row["shape"], row["impl"], end(row), common.microseconds(row["p50_us"]),
-            common.speedup(row["speedup_vs_upstream"]).replace("*", ""), common.less(1 / row["speedup_vs_r0"]),
+            row["op"], row["direction"], row["shape"], row["impl"], last_size(row), common.microseconds(row["p50_us"]),
+            common.speedup(row["speedup_vs_upstream"]), common.per_cent_less(1 / row["speedup_vs_r0"]),
             f"{row['speedup_vs_r0']:.2f}× of {row['speedup_ideal']:.2f}×", f"{row['eta']:.2f}",
-            common.mebibytes(held(row)), common.less(row["memory_vs_r0"]),
+            common.mebibytes(memory_bytes(row)), common.per_cent_less(row["memory_vs_r0"]),
         ]
         for row in rows
     ]  # fmt: skip
-    return common.columns([HEAD, *lines])
+    return common.columns([HEAD, *lines]).replace("**", "")
 
 
 def tables(rows: list[dict]) -> list[str]:
@@ -45,85 +45,96 @@ def tables(rows: list[dict]) -> list[str]:
     parts = []
     for found in common.machines(rows, "n"):
         videos = f", {found[0]['n']} × {found[0]['frames']} frames"
-        blocks = [row for row in found if row["op"] == "blocks"]
-        for title, own, text in (
-            ("Without merging, against upstream", [row for row in found if row["shape"] == "r=0"], _unmerged(found)),
-            ("Twelve blocks with merging, against r = 0", [row for row in blocks if row["impl"] == "package"],
-             _merged(blocks)),
-            ("Twelve blocks, against merging in eager operations", [row for row in blocks if row["shape"] != "r=0"],
-             _against_eager(blocks)),
-            ("The whole visual tower, against r = 0", [row for row in found if row["op"] == "tower"],
-             _merged([row for row in found if row["op"] == "tower"])),
+        own = {op: [row for row in found if row["op"] == op] for op in ("blocks", "tower")}
+        two = ["upstream", "package", "speed-up", "memory"]
+        merged = [
+            "direction", "setting", "items × tokens at the end", "time", "less time (guide)", "less memory (guide)",
+            "speed-up of ideal, η",
+        ]  # fmt: skip
+        for title, chosen, head, lines, words in (
+            ("Without merging, against upstream", found, ["part", "direction", *two], _unmerged(found), 2),
+            ("Twelve blocks with merging, against r = 0", own["blocks"], merged, _merged(own["blocks"]), 3),
+            ("Twelve blocks, against merging in eager operations", own["blocks"],
+             ["direction", "setting", "eager", *two[1:]], _against_eager(own["blocks"]), 2),
+            ("The whole visual tower, against r = 0", own["tower"], merged, _merged(own["tower"]), 3),
         ):  # fmt: skip
-            if own:
-                parts.append(common.section(title, own, text, videos))
+            parts += common.section(title, chosen, head, lines, words, videos)
     return parts
 
 
-def _unmerged(rows: list[dict]) -> str:
+def _pair(theirs: dict, mine: dict) -> list[str]:
+    """Return two times, their ratio, and the memory of both."""
+    return [
+        common.microseconds(theirs["p50_us"]), common.microseconds(mine["p50_us"]),
+        common.speedup(theirs["p50_us"] / mine["p50_us"]), common.change(memory_bytes(theirs), memory_bytes(mine)),
+    ]  # fmt: skip
+
+
+def _unmerged(rows: list[dict]) -> list[list[str]]:
     lines = []
     for op, direction in common.distinct(rows, "op", "direction"):
-        mine, theirs = (
-            find(rows, op=op, direction=direction, shape="r=0", impl=impl) for impl in ("package", "upstream")
-        )
+        same = {"op": op, "direction": direction, "shape": "r=0"}
+        mine, theirs = find(rows, impl="package", **same), find(rows, impl="upstream", **same)
         if mine and theirs:
-            lines.append([
-                op, direction, common.microseconds(theirs["p50_us"]), common.microseconds(mine["p50_us"]),
-                common.speedup(theirs["p50_us"] / mine["p50_us"]),
-                f"{common.mebibytes(held(theirs))} → {common.mebibytes(held(mine))}",
-            ])  # fmt: skip
-    return common.markdown_table(["what", "direction", "upstream", "package", "speed-up", "memory"], lines, words=2)
+            lines.append([op, direction, *_pair(theirs, mine)])
+    return lines
 
 
 def promised(share: float, guide: tuple[int, int] | None) -> str:
-    """Return a saving beside what the guide promises; one that falls short is marked."""
-    text = f"{100 * share:.0f} %"
+    """Return a saving beside what the guide promises; one that falls short, or is none, is marked."""
+    text = common.per_cent_less(1 - share)
     if guide is None:
         return text
     low, high = guide
-    return f"{text} ({low}–{high} %)" if 100 * share >= low - 0.5 else f"**{text}, below {low}–{high} %**"
+    if 100 * share >= low - 0.5:
+        return f"{text} ({low}–{high} %)"
+    return f"**{text.strip('*')}, below {low}–{high} %**"
 
 
-def _merged(rows: list[dict]) -> str:
+def _merged(rows: list[dict]) -> list[list[str]]:
     lines = []
     for row in rows:
         if row["impl"] == "package" and row["shape"] != "r=0":
             memory, time = row["guide"] or (None, None)
             lines.append([
-                row["direction"], row["shape"], end(row), common.microseconds(row["p50_us"]),
+                row["direction"], row["shape"], last_size(row), common.microseconds(row["p50_us"]),
                 promised(1 - 1 / row["speedup_vs_r0"], time), promised(1 - row["memory_vs_r0"], memory),
                 f"{common.speedup(row['speedup_vs_r0'])} of {row['speedup_ideal']:.2f}×, {row['eta']:.2f}",
             ])  # fmt: skip
-    head = ["direction", "setting", "items × tokens at the end", "time", "less time (guide)", "less memory (guide)",
-            "speed-up of ideal, η"]  # fmt: skip
-    return common.markdown_table(head, lines, words=3)
+    return lines
 
 
-def _against_eager(rows: list[dict]) -> str:
+def _against_eager(rows: list[dict]) -> list[list[str]]:
     lines = []
     for direction, shape in common.distinct(rows, "direction", "shape"):
-        mine, theirs = (find(rows, direction=direction, shape=shape, impl=impl) for impl in ("package", "eager"))
+        same = {"direction": direction, "shape": shape}
+        mine, theirs = find(rows, impl="package", **same), find(rows, impl="eager", **same)
         if mine and theirs:
-            lines.append([
-                direction, shape, common.microseconds(theirs["p50_us"]), common.microseconds(mine["p50_us"]),
-                common.speedup(theirs["p50_us"] / mine["p50_us"]),
-                f"{common.mebibytes(held(theirs))} → {common.mebibytes(held(mine))}",
-            ])  # fmt: skip
-    return common.markdown_table(["direction", "setting", "eager", "package", "speed-up", "memory"], lines, words=2)
+            lines.append([direction, shape, *_pair(theirs, mine)])
+    return lines
+
+
+def _blocks(rows: list[dict]) -> list[list[dict]]:
+    """Return the rows of the twelve blocks, by machine."""
+    return common.machines([row for row in rows if row["op"] == "blocks"], "n")
+
+
+def _captions(found: list[list[dict]]) -> list[str]:
+    return [f"{common.machine(own[0])}, {own[0]['n']} × {own[0]['frames']} frames" for own in found]
 
 
 def speedup_chart(rows: list[dict], colours: dict[str, str]) -> Any:
     """Draw speed-up over upstream without merging against r, with the ideal line; a line of panels a machine."""
-    found = [[row for row in own if row["op"] == "blocks"] for own in common.machines(rows, "n")]
+    found = _blocks(rows)
     figure, axes = common.panels(len(found), 2, 3.4, sharex=True, sharey="row")
     for line, own in zip(axes, found, strict=True):
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             _lines(axis, [row for row in own if row["direction"] == direction], colours)
-            axis.set_title(f"STOP's twelve blocks, {direction}")
+            common.title(axis, f"STOP's twelve blocks, {direction}", own, len(found) > 1)
             axis.set_xlabel("r, tokens merged per frame and layer")
         line[0].set_ylabel("times as fast as upstream\nwithout merging")
-        line[0].legend(loc="upper left")
-    common.caption(figure, [f"{common.machine(own[0])}, {own[0]['n']} × {own[0]['frames']} frames" for own in found])
+    common.legend(figure, axes, 3)
+    common.caption(figure, _captions(found))
     return figure
 
 
@@ -131,20 +142,24 @@ def _lines(axis: Any, rows: list[dict], colours: dict[str, str]) -> None:
     base = find(rows, impl="upstream", shape="r=0")
     if base is None:
         return  # nothing to compare with
-    for impl, colour, name in (("package", "ours", "this package"), ("eager", "theirs", "merging in eager PyTorch")):
-        own = [row for row in [*([base] if impl == "eager" else []), *rows] if row["impl"] in (impl, "upstream")]
-        points = sorted((rate(row), base["p50_us"] / row["p50_us"]) for row in own
-                        if row["impl"] == impl or impl == "eager" if rate(row) is not None)  # fmt: skip
-        axis.plot(*zip(*points, strict=True), "o-", color=colours[colour], label=name, zorder=3, ms=5)
+    for impls, colour, name, below in (
+        (("package",), "ours", "this package", False),
+        (("upstream", "eager"), "theirs", "merging in eager PyTorch", True),
+    ):
+        own = [row for row in rows if row["impl"] in impls and rate(row) is not None]
+        points = sorted((rate(row), base["p50_us"] / row["p50_us"]) for row in own)
+        axis.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=colours[colour], label=name, zorder=3, ms=5
+        )
         for x, y in points:
-            above = impl == "package"
-            common.label(axis, f"{y:.1f}×", (x, y), (0, 7 if above else -14), ha="center", color=colours[colour])
+            common.label(axis, f"{y:.1f}×", (x, y), (0, -14 if below else 7), ha="center", color=colours[colour])
     ideal = sorted({(rate(row), row["speedup_ideal"]) for row in rows if rate(row) is not None})
-    axis.plot(*zip(*ideal, strict=True), "--", color=colours["ideal"], label="ideal: FLOPs of upstream's blocks")
+    axis.plot([x for x, _ in ideal], [y for _, y in ideal], "--", color=colours["ideal"],
+              label="ideal: FLOPs of upstream's blocks")  # fmt: skip
     axis.set_xticks([x for x, _ in ideal])
     axis.set_xlim(-0.7, ideal[-1][0] + 0.7)
     low, high = axis.get_ylim()
-    axis.set_ylim(min(low, 0.6), high + 0.12 * (high - low))
+    axis.set_ylim(min(low, 0.6), high + 0.06 * (high - low))
 
 
 def rate(row: dict) -> int | None:
@@ -152,39 +167,42 @@ def rate(row: dict) -> int | None:
     return int(row["shape"][2:]) if row["shape"].startswith("r=") else None
 
 
+PANELS = (  # direction, title, what is drawn, which of the guide's promises
+    ("inference", "time, inference", lambda row: row["p50_us"], 1),
+    ("training", "time, training", lambda row: row["p50_us"], 1),
+    ("inference", "memory, inference", memory_bytes, 0),
+    ("training", "memory, training", memory_bytes, 0),
+)
+
+
 def memory_chart(rows: list[dict], colours: dict[str, str]) -> Any:
-    """Draw time and memory as per cent of upstream's without merging, with what the guide promises as a band."""
-    found = [[row for row in own if row["op"] == "blocks"] for own in common.machines(rows, "n")]
-    figure, axes = common.panels(len(found), 3, 3.0, sharey=True)
-    for line, own in zip(axes, found, strict=True):
-        for axis, direction, what, value, guide in (
-            (line[0], "inference", "time, inference", lambda row: row["p50_us"], 1),
-            (line[1], "training", "time, training", lambda row: row["p50_us"], 1),
-            (line[2], "training", "memory, training", held, 0),
-        ):
+    """Draw time and memory as per cent of the same code's at r = 0, with what the guide promises as a band."""
+    found = _blocks(rows)
+    figure, axes = common.panels(2 * len(found), 2, 2.6, sharey=True)
+    for own, lines in zip(found, axes.reshape(len(found), 4), strict=True):
+        for axis, (direction, what, value, guide) in zip(lines, PANELS, strict=True):
             _shares(axis, [row for row in own if row["direction"] == direction], value, guide, colours)
-            axis.set_title(what)
-        line[0].set_ylabel("% of upstream\nwithout merging")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncol=3)
-    common.caption(figure, [f"{common.machine(own[0])}, {own[0]['n']} × {own[0]['frames']} frames" for own in found])
+            common.title(axis, what, own, len(found) > 1)
+    for line in axes:
+        line[0].set_ylabel("% of r = 0")
+    common.legend(figure, axes, 3)
+    common.caption(figure, _captions(found))
     return figure
 
 
 def _shares(axis: Any, rows: list[dict], value: Any, guide: int, colours: dict[str, str]) -> None:
-    settings = common.distinct(rows, "shape")
-    base = find(rows, impl="upstream", shape="r=0")
-    if base is None:
-        return  # nothing to compare with
-    for impl, colour, shift, name in (
-        ("package", "ours", -0.2, "this package"), ("eager", "theirs", 0.2, "merging in eager PyTorch"),
-    ):  # fmt: skip
-        own = [
-            (settings.index(row["shape"]) + shift, 100 * value(row) / value(base))
-            for row in rows
-            if row["impl"] == impl
-        ]
-        axis.bar([x for x, _ in own], [y for _, y in own], 0.38, color=colours[colour], label=name)
-        for x, y in own:
+    settings = [name for name in common.distinct(rows, "shape") if name != "r=0"]
+    for impl, same, colour, shift, name in (
+        ("package", "package", "ours", -0.2, "this package"),
+        ("eager", "upstream", "theirs", 0.2, "merging in eager PyTorch"),
+    ):
+        base = find(rows, impl=same, shape="r=0")
+        if base is None:
+            continue
+        own = [row for row in rows if row["impl"] == impl and row["shape"] in settings]
+        shares = [(settings.index(row["shape"]) + shift, 100 * value(row) / value(base)) for row in own]
+        axis.bar([x for x, _ in shares], [y for _, y in shares], 0.38, color=colours[colour], label=name)
+        for x, y in shares:
             # at the foot: at the head the guide's band would run through it
             common.label(axis, f"{y:.0f}", (x, 0), (0, 3), ha="center", color=colours["paper"])
     for place, setting in enumerate(settings):
@@ -192,7 +210,7 @@ def _shares(axis: Any, rows: list[dict], value: Any, guide: int, colours: dict[s
             low, high = GUIDE[setting][guide]
             axis.fill_between(
                 [place - 0.45, place + 0.45], 100 - high, 100 - low, color=colours["ideal"], lw=0, zorder=3,
-                label="promised by the guide" if setting == "r=2" else None,
+                label="promised by the guide",
             )  # fmt: skip
-    axis.set_xticks(range(len(settings)), settings, rotation=30, ha="right")
-    axis.set_ylim(0, 105)
+    axis.set_xticks(range(len(settings)), settings)
+    axis.axhline(100, color=colours["ink"], lw=1)

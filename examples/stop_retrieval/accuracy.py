@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import measure  # noqa: E402
 import stop  # noqa: E402
-from charts import accuracy as chart  # noqa: E402
+from charts import accuracy as page  # noqa: E402
 
 SETTINGS: dict[str, stk.ToMeConfig] = {
     "r=0": stk.ToMeConfig(0),
@@ -189,7 +189,7 @@ def row(case: Case, figures: list[dict], control: list[dict], seeds: list[int], 
         "direction": case.when, "impl": case.by, "seeds": seeds,
         "r1_mean": statistics.mean(told["r1"]), "r1_spread": _spread(told["r1"]),
         "lost_mean": statistics.mean(lost), "lost_spread": _spread(lost),
-        "guide": chart.GUIDE.get(case.setting),
+        "guide": page.GUIDE.get(case.setting),
     }  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         row(case, found[case], found[Case("r=0", case.when, "merge")], seeds, cost[case.setting], where)
         for case in lines
     ]
-    print(chart.table(rows))
+    print(page.table(rows))
     if file:
         measure.write_rows(file, rows)
         print(f"rows: {file}")

@@ -47,7 +47,7 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# old compilers can't trace torch's function, see CONTRIBUTING.md; its answer is a constant
+# old compilers can't trace torch's function, see docs/dev/architecture.md; its answer is a constant
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

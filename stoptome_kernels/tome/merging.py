@@ -134,7 +134,7 @@ class Merging:
 
 
 def exporting() -> bool:
-    """An exported graph has no values that could be kept. Constant in a traced graph, see CONTRIBUTING.md."""
+    """An exported graph has no values that could be kept. Constant in a traced graph, see docs/dev/architecture.md."""
     # in torch 2.6 the flag alone, which torch.export sets
     asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
     if asked():

@@ -20,6 +20,7 @@ def as_it_was(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_rows(tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert blocks.main([*SMALL, "--json", str(file)]) == 0
@@ -29,11 +30,14 @@ def test_rows(tmp_path, capsys):
     for row in rows.values():
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
         assert row["runs"] >= 5
+        assert row["check_rows_that_differ"] <= 0.02 * row["n"] * (row["tokens"] - row["r"])
+    assert rows["eager", "MLP"] == rows["package", "MLP"] | {"impl": "eager"}, "timed once, for both"
     assert "this package" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["eager_match", "eager_merge"])
-def test_wrong_results_are_not_timed(monkeypatch, capsys, part):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_results_are_not_timed(monkeypatch, capsys, part, dtype):
     """A peer that merges other tokens, or forgets the sizes."""
     right = getattr(blocks.peers, part)
 
@@ -44,8 +48,15 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys, part):
 
     monkeypatch.setattr(blocks.peers, part, wrong)
     monkeypatch.setattr(blocks.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
-    assert blocks.main(SMALL) == 1
+    assert blocks.main([*SMALL, "--dtype", dtype]) == 1
     assert "differ between eager and package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", ["sd-512", "tempme-b32-clip2"])
+def test_shapes_without_keys_are_refused(capsys, shape):
+    with pytest.raises(SystemExit):
+        blocks.main(["--shapes", shape])
+    assert "choose from stop-b32-train" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, capsys):

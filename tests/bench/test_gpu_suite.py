@@ -199,7 +199,7 @@ def test_without_torch_it_says_so(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.full  # a minute and a half, of which each script's own tests see the most
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, capsys):
     """Every stage of the plans starts here, ends, and writes its rows, which nobody can publish."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "out"
@@ -212,7 +212,7 @@ def test_dry_run(tmp_path):
     with tarfile.open(out / "suite.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     files = tmp_path / "suite"
-    for name in ("rows", "fused", "tune", "stop", "models"):
+    for name in ("rows", "fused", "blocks", "tune", "stop", "models"):
         rows = json.loads((files / f"{name}.json").read_text())
         assert rows
         assert {(row["device"], row["device_kind"]) for row in rows} == {("none", "none")}, name
@@ -223,7 +223,9 @@ def test_dry_run(tmp_path):
     published = tmp_path / "published"
     (published / "bench/results").mkdir(parents=True)
     shutil.copy(files / "rows.json", published / "bench/results")
+    capsys.readouterr()
     assert plot.main([], published) == 2
+    assert "nothing was measured" in capsys.readouterr().err
 
     marked = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"], cwd=SUITE.parents[1],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and charts: what loses is marked, nothing is published that was not measured, pages follow rows."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -11,7 +12,8 @@ import plot
 from charts import accuracy, blocks, common, host, models, operators, page, stop
 from support import ROOT
 
-pytest.importorskip("matplotlib")
+plt = pytest.importorskip("matplotlib.pyplot")
+plt.switch_backend("agg")
 ROWS = {kind: page.rows_of(kind, ROOT / "bench/results") for kind in page.KINDS}
 
 
@@ -23,6 +25,20 @@ def changed(kind: str, where: dict, **values) -> str:
     for row in found:
         row.update(values)
     return "\n\n".join(page.KINDS[kind].tables(rows))
+
+
+def gpu(rows: list[dict]) -> list[dict]:
+    """Return rows as if of a GPU, in bfloat16."""
+    card = {
+        "device_kind": "cuda",
+        "device": "NVIDIA X",
+        "dtype": "bfloat16",
+        "driver": "1",
+        "cuda": "13",
+        "pages": None,
+    }
+    backend = {"native": "triton"}
+    return [row | card | {"impl": backend.get(row["impl"], row["impl"])} if "impl" in row else row for row in rows]
 
 
 def line(text: str, *starts: str) -> str:
@@ -69,10 +85,10 @@ def test_stop_that_loses_is_marked():
     where = {"op": "blocks", "direction": "training", "shape": "r=4", "impl": "package"}
     text = changed("stop", where, speedup_vs_r0=0.4).partition("The whole visual tower")[0]
     assert "**0.40×, slower** of" in line(text, "training", "r=4", "12 × 8")
-    text = changed("stop", where, p50_us=1e9).partition("against merging in eager operations")[2]
-    assert "slower**" in line(text, "training", "r=4", common.microseconds(eager := stop.find(
-        ROWS["stop"], op="blocks", direction="training", shape="r=4", impl="eager")["p50_us"]))  # fmt: skip
-    assert eager < 1e9
+    eager = common.find(ROWS["stop"], **where | {"impl": "eager"})
+    before = common.microseconds(eager["p50_us"])
+    text = changed("stop", where, p50_us=1e9, saved_bytes=10**12).partition("against merging in eager operations")[2]
+    assert line(text, "training", "r=4", before).count("**") == 4, "slower, and more memory"
     text = changed("stop", where | {"shape": "r=0"}, p50_us=1e9).partition("Twelve blocks with merging")[0]
     assert "slower**" in line(text, "blocks", "training")
 
@@ -85,24 +101,50 @@ def test_savings_below_the_guide_are_marked():
 
 
 def test_blocks_that_lose_are_marked():
-    where = {"shape": "vit-b16-r13", "op": "MLP", "impl": "package"}
-    assert line(changed("blocks", where, p50_us=1e9), "vit-b16-r13", "this package").endswith("slower** |")
-    total = sum(blocks.times(ROWS["blocks"], "vit-b16-r13", "eager").values())
-    assert common.microseconds(total) in line("\n".join(blocks.tables(ROWS["blocks"])), "vit-b16-r13", "eager PyTorch")
+    """Ours alone, against both others."""
+    where = {"shape": "vit-b16-r13", "op": "attention"}
+    text = changed("blocks", where | {"impl": "package"}, p50_us=1e9)
+    assert line(text, "vit-b16-r13", "this package").count("slower**") == 2
+    assert "slower" not in line(
+        changed("blocks", where | {"impl": "eager"}, p50_us=1e9), "vit-b16-r13", "eager PyTorch"
+    )
 
 
-def test_accuracy_that_loses_more_than_another_is_marked():
+def test_a_block_that_was_not_measured_whole_has_no_sum():
+    """It would look faster than the others."""
+    rows = [row for row in ROWS["blocks"] if (row["impl"], row["op"]) != ("package", "match")]
+    text = "\n".join(blocks.tables(rows))
+    assert "this package" not in text
+    assert "eager PyTorch" in text
+    assert blocks.total(rows, "vit-b16-r13", "package") is None
+
+
+def test_accuracy_that_loses_more_is_marked():
     where = {"shape": "r=4", "direction": "inference", "impl": "merge"}
-    assert "more than another" not in line(changed("accuracy", where, lost_mean=1.0), "r=4, at inference alone")
-    assert "more than another" in line(changed("accuracy", where, lost_mean=99.0), "r=4, at inference alone")
-    assert accuracy.lost(where | {"lost_mean": 1.25, "lost_spread": None}) == "1.2"
+    assert "**" not in line(changed("accuracy", where, lost_mean=1.0), "r=4, at inference alone")
+    assert "(more than the guide)**" in line(changed("accuracy", where, lost_mean=3.1), "r=4, at inference alone")
+    assert "a baseline lost less" in line(changed("accuracy", where, lost_mean=99.0), "r=4, at inference alone")
+    assert accuracy.points_lost(where | {"lost_mean": -0.04, "lost_spread": None}) == "0.0"
+
+
+def test_fused_operators_that_lose_to_separate_ones_are_marked():
+    where = {"shape": "vit-b16-r16", "op": "attention", "direction": "forward", "impl": "concatenated, mask"}
+    text = changed("fused", where, p50_us=1.0).partition("attention against")[2]
+    assert line(text, "vit-b16-r16, 96 × 197", "forward |").endswith("slower** |")
+
+
+def test_a_cuda_graph_that_loses_is_marked():
+    rows = gpu(ROWS["operators"])
+    for row in rows:
+        row["graph_us"] = 10.0 if row["impl"] == "triton" else 5.0
+    assert "10 µs, **0.50×, slower**" in operators.tables(rows)[0]
 
 
 def test_targets_that_are_missed_are_marked():
     text = changed("host", {"op": "match", "direction": "forward", "impl": "native"}, met=True, target=6)
-    assert line(text.partition("Triton's launch path")[0], "match", "forward").endswith("| ≤ 6× |")
+    assert line(text.partition("'s launch path")[0], "match", "forward").endswith("| ≤ 6× |")
     text = changed("host", {"op": "match", "direction": "forward", "impl": "native"}, met=False, target=6)
-    assert line(text.partition("Triton's launch path")[0], "match", "forward").endswith("| ≤ 6×, **missed** |")
+    assert line(text.partition("'s launch path")[0], "match", "forward").endswith("| ≤ 6×, **missed** |")
     assert host.verdict({"target": None}) == ""
 
 
@@ -116,39 +158,126 @@ def test_ratios_and_spans():
     assert common.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
-def test_the_summary_counts_what_it_says():
-    """The mean of the committed rows, computed once more by hand."""
-    own = [row for row in ROWS["operators"] if (row["op"], row["direction"]) == ("match+merge", "forward")]
-    ratios = []
-    for shape in {row["shape"] for row in own}:
-        eager, native = (
-            next(r["p50_us"] for r in own if (r["shape"], r["impl"]) == (shape, i)) for i in ("eager", "native")
-        )
-        ratios.append(eager / native)
-    text = line(page.summary(ROWS), f"`match` + `merge`, over eager PyTorch, {len(ratios)} shapes")
+def test_ratios_of_which_some_lose():
+    assert common.span([0.5, 2.0]) == "1.00× (0.50 to 2.00×; slower in 1 of 2)"
+    assert common.span([0.5, 0.5]) == "**0.50×, slower** (0.50 to 0.50×; slower in 2 of 2)"
+    assert common.per_cent_less(0.7) == "30 %"
+    assert common.per_cent_less(1.3) == "**30 % more**"
+    assert common.change(2**20, 2**21) == "**1 MiB → 2 MiB, more**"
+
+
+def mean(values: list[float]) -> str:
     product = 1.0
-    for ratio in ratios:
-        product *= ratio
-    assert f"{product ** (1 / len(ratios)):.2f}× ({min(ratios):.2f} to {max(ratios):.2f}×) forward" in text
-    assert "not measured yet" in line(page.summary(ROWS), "GPU")
+    for value in values:
+        product *= value
+    return f"{product ** (1 / len(values)):.2f}× ({min(values):.2f} to {max(values):.2f}×"
+
+
+def test_the_summary_counts_what_it_says():
+    """A value of each claim, computed once more by hand from the committed rows."""
+    text = page.summary(ROWS)
+
+    def times(kind: str, **where) -> dict:
+        return {row["shape"]: row["p50_us"] for row in ROWS[kind] if all(row[k] == v for k, v in where.items())}
+
+    both = {"op": "match+merge", "direction": "forward"}
+    eager, native = (times("operators", impl=impl, **both) for impl in ("eager", "native"))
+    ratios = [eager[shape] / native[shape] for shape in native]
+    assert mean(ratios) + ") forward" in line(text, f"`match` + `merge`, over eager PyTorch, {len(ratios)} shapes")
+    base, ours = (times("fused", op="attention", direction="forward", impl=i) for i in ("sdpa, no sizes", "attention"))
+    assert mean([base[shape] / ours[shape] for shape in ours]).partition("(")[2] in line(text, "`attention` with sizes")
+    compiled = {"direction": "inference", "op": "compiled"}
+    plain, eager, ours = (times("models", impl=i, **compiled) for i in ("unpatched", "eager", "package"))
+    own = line(text, f"{len(ours)} whole vision transformers, under `torch.compile`")
+    assert mean([plain[name] / ours[name] for name in ours]) in own
+    assert mean([eager[name] / ours[name] for name in ours]).partition("(")[2] in own
+    blocks_in = {"op": "blocks", "direction": "inference"}
+    upstream, ours = (times("stop", impl=i, **blocks_in) for i in ("upstream", "package"))
+    own = line(text, "STOP's twelve blocks")
+    assert f"{upstream['r=0'] / ours['r=4']:.2f}× inference" in own
+    assert f"of it {upstream['r=0'] / ours['r=0']:.2f}× without merging" in own
+    assert "not measured yet" in line(text, "GPU")
 
 
 def test_a_gpu_comes_first_and_is_named():
-    rows = copy.deepcopy(ROWS)
-    card = {"device_kind": "cuda", "device": "NVIDIA X", "graph_us": 5.0}
-    rows["operators"] += [
-        row | card | {"impl": "triton" if row["impl"] == "native" else row["impl"]} for row in rows["operators"]
-    ]
-    assert "measured on NVIDIA X" in line(page.summary(rows), "GPU")
+    rows = ROWS | {"operators": ROWS["operators"] + [row | {"graph_us": 5.0} for row in gpu(ROWS["operators"])]}
+    assert "measured on NVIDIA X: operators" in line(page.summary(rows), "GPU")
     first = page.KINDS["operators"].tables(rows["operators"])[0]
     assert "NVIDIA X" in first
     assert "in a CUDA graph" in first
 
 
+WITH_MACHINES = [kind for kind in page.KINDS if kind != "launches"]
+
+
+@pytest.mark.parametrize("kind", WITH_MACHINES)
+@pytest.mark.parametrize("other", ["gpu", "dtype", "torch", "threads", "pages"])
+def test_machines_are_kept_apart(kind, other):
+    if (kind, other) == ("host", "gpu"):
+        pytest.skip("the host's time is measured on a CPU")
+    """Rows of another machine, version, dtype or memory have tables of their own, and change no line of the first."""
+    changes = {"dtype": "float16", "torch": "9.9.9", "threads": 7, "pages": "fresh"}
+    rows = ROWS[kind]
+    extra = gpu(rows) if other == "gpu" else [row | {other: changes[other]} for row in rows]
+    alone, together = (page.KINDS[kind].tables(found) for found in (rows, rows + extra))
+    assert len(together) == 2 * len(alone)
+    assert {part.partition("\n")[2] for part in alone} <= {part.partition("\n")[2] for part in together}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", page.KINDS)
+def test_rows_of_a_run_that_was_stopped(kind):
+    """No crash in tables, charts and summary without any one implementation, operator, direction or shape."""
+    rows, summary = ROWS[kind], page.summary(ROWS)
+    for key in ("impl", "op", "direction", "shape"):
+        for value in {row.get(key) for row in rows} - {None}:
+            for whole in ([], gpu(rows)):
+                fewer = [row for row in rows if row.get(key) != value] + whole
+                if not fewer:
+                    continue
+                assert isinstance(page.benchmarks(ROWS | {kind: fewer}), str)
+                assert page.summary(ROWS | {kind: fewer}) != "" != summary
+                if key in ("impl", "op"):
+                    for chart in page.KINDS[kind].charts:
+                        with contextlib.suppress(ValueError):  # nothing to draw
+                            plt.close(chart.draw(fewer, common.THEMES["light"]))
+
+
+def test_charts_show_the_rows(monkeypatch):
+    """The lengths of bars and the heights of points, not only a file."""
+    figures = {}
+    monkeypatch.setattr(common, "caption", lambda figure, lines: figures.update(last=figure))
+    own = [row for row in ROWS["operators"] if (row["op"], row["direction"]) == ("match+merge", "forward")]
+    operators.chart(ROWS["operators"], common.THEMES["light"])
+    bars = {round(bar.get_width(), 4) for bar in figures["last"].axes[0].patches}
+    for impl in ("native", "compile"):
+        row, eager = (common.find(own, shape="vit-b16-r16", impl=i) for i in (impl, "eager"))
+        assert round(eager["p50_us"] / row["p50_us"], 4) in bars
+    accuracy.chart(ROWS["accuracy"], common.THEMES["light"])
+    points = [line.get_ydata() for line in figures["last"].axes[0].lines]
+    lost = common.find(ROWS["accuracy"], shape="clips", direction="inference", impl="merge")["lost_mean"]
+    assert any(-lost in list(ys) for ys in points)
+    stop.speedup_chart(ROWS["stop"], common.THEMES["light"])
+    ours = next(line for line in figures["last"].axes[0].lines if line.get_label() == "this package")
+    row = common.find(ROWS["stop"], op="blocks", direction="inference", shape="r=8", impl="package")
+    assert list(ours.get_xdata()) == [0, 2, 4, 8]
+    assert ours.get_ydata()[-1] == pytest.approx(row["speedup_vs_upstream"], abs=1e-3)
+    stop.memory_chart(ROWS["stop"], common.THEMES["light"])
+    heights = [round(bar.get_height(), 2) for bar in figures["last"].axes[3].patches]
+    row = common.find(ROWS["stop"], op="blocks", direction="training", shape="r=8", impl="package")
+    assert any(height == pytest.approx(100 * row["memory_vs_r0"], abs=0.05) for height in heights)
+    blocks.chart(ROWS["blocks"], common.THEMES["light"])
+    tops = [bar.get_y() + bar.get_height() for bar in figures["last"].axes[0].patches]
+    ratio = blocks.total(ROWS["blocks"], "stop-b32-video-r8", "package") / blocks.total(
+        ROWS["blocks"], "stop-b32-video-r8", "unmerged"
+    )
+    assert any(top == pytest.approx(100 * ratio) for top in tops)
+
+
 @pytest.fixture
 def project(tmp_path):
     """A folder with the committed rows, and a README that has room for a summary."""
-    shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results", ignore=shutil.ignore_patterns("*.md", "*.png"))
+    shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results", ignore=shutil.ignore_patterns("*.md"))
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("before\n" + "\nold\n".join(page.MARKERS) + "\nafter\n")
     return tmp_path
@@ -179,9 +308,14 @@ def test_pages_follow_the_rows(project, capsys):
             f"error: {file.relative_to(project)} is not what the rows give: run `python bench/plot.py`\n"
         )
         file.write_text(good)
+    rows = next((project / "bench/results/blocks").glob("*.json"))
+    rows.write_text(rows.read_text().replace("vit-b16-r13", "another"))
+    capsys.readouterr()
+    assert plot.main(["--check"], project) == 1
+    assert "docs/images/blocks-light.svg is not" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows", "dry run"])
+@pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows", "other rows", "dry run", "dirty"])
 def test_nothing_is_written_where_something_is_wrong(project, capsys, case):
     readme, rows = project / "README.md", next((project / "bench/results").glob("*.json"))
     start, end = page.MARKERS
@@ -189,15 +323,19 @@ def test_nothing_is_written_where_something_is_wrong(project, capsys, case):
         rows.unlink()
     elif case == "not rows":
         rows.write_text("{}")
-    elif case == "dry run":
-        rows.write_text(json.dumps([row | {"device_kind": "none"} for row in json.loads(rows.read_text())]))
+    elif case == "other rows":
+        shutil.copy(next((project / "bench/results/stop").glob("*.json")), rows)
+    elif case in ("dry run", "dirty"):
+        wrong = {"dry run": {"device_kind": "none"}, "dirty": {"dirty": True}}[case]
+        rows.write_text(json.dumps([row | wrong for row in json.loads(rows.read_text())]))
     else:
         readme.write_text({"no marker": "nothing here", "swapped": end + start}[case])
     before = readme.read_text()
     assert plot.main([], project) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
-    assert {"dry run": "nothing was measured", "no rows": "run `python bench/merge.py"}.get(case, "") in said
+    says = {"dry run": "nothing was measured", "dirty": "changed checkout", "no rows": "run `python bench/merge.py"}
+    assert says.get(case, "") in said
     assert readme.read_text() == before
     assert not (project / "docs/benchmarks.md").exists()
 
@@ -234,5 +372,17 @@ def test_bad_arguments(capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
-def test_models_without_a_peer_have_no_ratio():
-    assert models.over_eager([row for row in ROWS["models"] if row["impl"] != "eager"]) == []
+def test_models_without_a_peer_are_shown_without_it():
+    rows = [row for row in ROWS["models"] if row["impl"] != "eager"]
+    text = "\n".join(models.tables(rows))
+    assert "over eager merging" not in text
+    assert "| ViT-S/16, batch 16 | plain |" in text
+
+
+def test_batches_are_not_mixed():
+    small = [row | {"n": 3, "images_per_s": 0.01} for row in ROWS["models"] if row["impl"] == "unpatched"]
+    mixed, alone = (
+        [line for part in models.tables(rows) for line in part.splitlines() if line.startswith("|")]
+        for rows in (small + ROWS["models"], ROWS["models"])
+    )
+    assert mixed == alone

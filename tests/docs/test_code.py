@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of README and docs runs, prints what the page says, or names commands and options that there are."""
+"""Python of README and docs runs and prints what they say; commands, options and targets that they name are there."""
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import re
@@ -9,6 +10,7 @@ import shlex
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import pytest
 import stoptome_kernels as stk
@@ -18,9 +20,7 @@ import libraries  # noqa: F401  (first of all that may import torchvision)
 from support import ROOT, pages
 
 WITH_PYTHON = [page for page in pages.PAGES if any(block.language == "python" for block in pages.blocks(page))]
-SHELL = [
-    (page, block) for page in pages.PAGES for block in pages.blocks(page) if block.language in ("bash", "sh", "console")
-]  # fmt: skip
+SHELL = [(page, block) for page in pages.PAGES for block in pages.blocks(page) if block.language == "bash"]
 
 
 @pytest.fixture
@@ -28,7 +28,10 @@ def offline(monkeypatch):
     """Give models random weights where a page loads trained ones; of an export, which takes long, check the call."""
     signature = inspect.signature(torch.onnx.export)
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: signature.bind(*args, **options))
-    timm = pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        return
+    import timm
+
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
 
@@ -44,6 +47,8 @@ def test_every_language_is_known():
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=pages.name)
 def test_python_runs_and_prints_what_it_says(page, offline, monkeypatch, tmp_path):
     """The blocks of a page run one after the other; a block of text after one is what it prints."""
+    if "import timm" in page.read_text():
+        pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["page"])
     torch.manual_seed(0)
@@ -66,6 +71,14 @@ def commands(text: str) -> list[list[str]]:
     """Return the words of each command of a shell block, without comments."""
     found = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     return [words for words in found if words]
+
+
+def options_of(script: Path) -> str:
+    """Return the sources in which a script's options are: its own, and those that its command line is made of."""
+    parts = {"main.py": ["retrieval/options.py", "../../stoptome_kernels/tome/config.py"]}.get(script.name, [])
+    if "command.add_options" in script.read_text() or "command.add_dry" in script.read_text():
+        parts = ["command.py"]
+    return "\n".join(file.read_text() for file in (script, *(script.parent / part for part in parts)))
 
 
 @pytest.mark.parametrize(("page", "block"), SHELL, ids=[f"{pages.name(page)}:{block.line}" for page, block in SHELL])
@@ -92,8 +105,7 @@ def test_commands_are_there(page, block):
         elif program in ("python", "torchrun") and rest[0] != "-m":
             script = next(word for word in rest if word.endswith(".py"))
             assert (folder / script).is_file(), script
-            sources = [*(folder / script).parent.rglob("*.py"), ROOT / "stoptome_kernels/tome/config.py"]
-            known = "\n".join(file.read_text() for file in sources)
+            known = options_of(folder / script)
             for word in rest[rest.index(script) + 1 :]:
                 if word.startswith("--") and word != "--help":
                     assert f'"{word.partition("=")[0]}"' in known, word

@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 FOLDERS = ("", "csrc/cpu", "stoptome_kernels", "tests", "bench", "examples/stop_retrieval")
 # files of other projects, of runs, and of users
 ELSEWHERE = re.compile(
-    r"params\.py|(modules/)?(clip4clip|tome_patch|clip)\.py|.*\.(json|pt|txt|csv|pkl|faiss|tar|png|gif|mp4|jpg)|"
+    r"params\.py|clip4clip\.py|main_task_retrieval\.py|modules/.*|[^/]*\.(json|pt|txt|csv|pkl|faiss|tar|png|gif|mp4|jpg)|index/.*|"
     r"(output|data|path|index|tensorboard|dist|site|build)/.*|name/.*|CVPR.*|ckpt.*|raw-captions.*|mlp\.c_fc.*"
 )
 

@@ -93,7 +93,7 @@ def test_chart_and_table_are_made_of_rows(study, tmp_path):
     text = table.read_text()
     assert png.stat().st_size > 10_000
     assert f"| R@1 {rows['r=0', 'training', 'merge']['r1_mean']:.1f} |" in text
-    assert f"{rows['r=4', 'training', 'drop']['lost_mean']:.1f} |" in text
+    assert f"{rows['r=4', 'inference', 'drop']['lost_mean']:.1f} |" in text
     assert "synthetic videos" in text
 
 
