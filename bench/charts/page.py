@@ -193,7 +193,7 @@ def gpu_state(rows: dict[str, list[dict]]) -> str:
 
 
 CAPTION = (
-    "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the thin "
+    "*Above: twelve blocks. Below: one layer, in which attention still sees all tokens; match and merge are the thin\n"
     "bands between attention and MLP.*"
 )
 

@@ -49,6 +49,12 @@ def test_paths_exist(page):
         assert any(list((ROOT / folder).glob(span.rstrip("/"))) for folder in FOLDERS), f"{span} of {pages.name(page)}"
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
+def test_prose_is_as_wide_as_code(page):
+    for line in pages.prose(page).splitlines():
+        assert len(line) <= 120 or line.startswith(("|", "#", "<", "    ")), line
+
+
 @pytest.mark.parametrize("page", [file for file in pages.PAGES if file.name != "CHANGELOG.md"], ids=pages.name)
 def test_headings_are_unique(page):
     """A link to the second of two would lead to the first."""
