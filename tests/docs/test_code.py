@@ -67,6 +67,18 @@ def test_python_runs_and_prints_what_it_says(page, offline, monkeypatch, tmp_pat
             assert said.getvalue().strip() == after.text.strip(), f"{pages.name(page)}:{after.line}"
 
 
+def test_what_the_readme_calls_equivalent_is():
+    """The eager form beside the operators gives their rows and sizes."""
+    (eager,) = (block.text for block in pages.blocks(ROOT / "README.md") if "def merge_pairs" in block.text)
+    namespace = {"torch": torch}
+    exec(eager, namespace)
+    metric, x, size = torch.randn(3, 17, 8), torch.randn(3, 17, 16), torch.randint(1, 4, (3, 17)).float()
+    y, sizes = stk.merge(x, stk.match(metric, 5), size)
+    same, column = namespace["merge_pairs"](metric, x, size[..., None], 5)
+    torch.testing.assert_close(same, y)
+    assert torch.equal(column[..., 0], sizes)
+
+
 def commands(text: str) -> list[list[str]]:
     """Return the words of each command of a shell block, without comments."""
     found = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
