@@ -26,10 +26,9 @@ from torch import Tensor
 
 import command
 import measure
-from charts.host import verdict
+from charts.host import BACKENDS, verdict
 
 FOLDER = measure.ROOT / "bench/results/host"
-BACKENDS = ("native", "triton")
 BASE = "F.layer_norm"
 # at most so many times F.layer_norm's
 TARGETS = {

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -280,10 +280,10 @@ def slug(row: dict) -> str:
 IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", "direction", "impl")
 
 
-def read_rows(file: Path) -> list[dict]:
-    """Return the rows of a results file; raise ValueError if it is none."""
+def read_rows(file: Path, keys: Iterable[str] = IDENTITY) -> list[dict]:
+    """Return the rows of a results file, which have these keys; raise ValueError if it is none."""
     rows = json.loads(file.read_text())
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(IDENTITY) <= set(row) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
         raise ValueError(f"{file} is not a list of benchmark rows")
     return rows
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What merging costs in accuracy, from the rows of examples/stop_retrieval/accuracy.py."""
+"""The cost of merging in accuracy, from the rows of examples/stop_retrieval/accuracy.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from . import common
 from .common import find
 
-GUIDE = {"r=2": "under 1 %", "r=4": "1–3 %", "r=8": "3–7 %"}  # of accuracy lost, as the ToMe guide for STOP has it
-MOST = {"r=2": 1.0, "r=4": 3.0, "r=8": 7.0}  # the same as a limit
+LOSSES = {"r=2": (0, 1), "r=4": (1, 3), "r=8": (3, 7)}  # per cent of accuracy, as the ToMe guide for STOP has it
+GUIDE = {setting: f"{low}–{high} %" if low else f"under {high} %" for setting, (low, high) in LOSSES.items()}
 METHODS = {"merge": "merging", "merge, sizes off": "sizes off", "drop": "dropped at random", "pool": "average pool"}
 COLOURS = {"merge": "ours", "merge, sizes off": "other", "drop": "ideal", "pool": "theirs"}
 WHEN = {"inference": "at inference alone", "training": "in training too"}
@@ -95,7 +95,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
         faults = []
         if any(other and other["lost_mean"] < row["lost_mean"] for other in others):
             faults.append("a baseline lost less")
-        if row["lost_mean"] > MOST.get(setting, float("inf")):
+        if setting in LOSSES and row["lost_mean"] > LOSSES[setting][1]:
             faults.append("more than the guide")
         mine = points_lost(row)
         if faults:

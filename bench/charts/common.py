@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tables and charts share: rows by machine, units, Markdown, and one look in light and dark."""
+"""The base of all tables and charts: rows by machine, units, Markdown, and one look in light and dark."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import read_rows
-
 SLOWER = "slower"
 
 # -- rows -------------------------------------------------------------------------------------------------------------
-
-
-def load(files: Iterable[Path]) -> list[dict]:
-    """Return the rows of files of results."""
-    return [row for file in files for row in read_rows(file)]
 
 
 def machines(rows: list[dict], *more: str) -> list[list[dict]]:
@@ -109,18 +102,16 @@ def change(before: float, after: float) -> str:
 
 def speedup(ratio: float | None) -> str:
     """Return how many times as fast, marked where it is slower; an empty cell for None."""
-    if ratio is None:
-        return ""
-    text = f"{ratio:.2f}×"
-    return f"**{text}, {SLOWER}**" if float(f"{ratio:.2f}") < 1 else text
+    return "" if ratio is None else _marked(ratio, round(ratio, 2) < 1)
 
 
 def multiple(ratio: float | None) -> str:
     """Return a time as a multiple of a competitor's, marked where it is longer; an empty cell for None."""
-    if ratio is None:
-        return ""
-    text = f"{ratio:.2f}×"
-    return f"**{text}, {SLOWER}**" if float(f"{ratio:.2f}") > 1 else text
+    return "" if ratio is None else _marked(ratio, round(ratio, 2) > 1)
+
+
+def _marked(ratio: float, loses: bool) -> str:
+    return f"**{ratio:.2f}×, {SLOWER}**" if loses else f"{ratio:.2f}×"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -3,27 +3,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-
 from . import common
-
-
-def load(files: Iterable[Path]) -> list[dict]:
-    """Return the rows of files; they are counts, of no machine.
-
-    Raises:
-        ValueError: a file is not a list of rows.
-    """
-    return [row for file in files for row in _listed(file)]
-
-
-def _listed(file: Path) -> list[dict]:
-    rows = json.loads(file.read_text())
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{file} is not a list of benchmark rows")
-    return rows
 
 
 def listed(names: dict[str, int]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from measure import IDENTITY, read_rows
+
 from . import accuracy, blocks, common, host, launches, models, operators, stop
 from .common import Draw, find
 
@@ -30,7 +32,7 @@ class Kind(NamedTuple):
     key: str  # what rows of this kind have and no others
     tables: Callable[[list[dict]], list[str]]
     charts: tuple[Chart, ...] = ()
-    load: Callable[[Iterable[Path]], list[dict]] = common.load
+    identity: tuple[str, ...] = IDENTITY  # what tells its rows apart
 
 
 KINDS = {
@@ -58,7 +60,8 @@ KINDS = {
         (Chart("accuracy", "R@1 with merging against R@1 without", accuracy.chart),),
     ),
     "host": Kind("host", "python bench/host.py --json", "times_layer_norm", host.tables),
-    "launches": Kind("launches", "python bench/launches.py --json", "launches", launches.tables, load=launches.load),
+    "launches": Kind("launches", "python bench/launches.py --json", "launches", launches.tables,
+                     identity=("model", "direction")),
 }  # fmt: skip
 
 INTRO = """# Benchmarks
@@ -133,7 +136,7 @@ def read(kind: str, files: Iterable[Path]) -> list[dict]:
     """
     rows = []
     for file in files:
-        own = KINDS[kind].load([file])
+        own = read_rows(file, KINDS[kind].identity)
         if not all(KINDS[kind].key in row for row in own):
             raise ValueError(f"{file} holds other rows than those of {kind}: {KINDS[kind].key!r} is missing")
         rows += own
