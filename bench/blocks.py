@@ -93,15 +93,19 @@ def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], 
     return {name: call for name, call in calls.items() if call is not None}
 
 
+def sides(shape: data.Shape, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the parts of each implementation's block."""
+    inputs = data.make(shape, device, dtype)
+    weights = make_weights(inputs)
+    return {impl: parts(inputs, weights, impl) for impl in SIDES}
+
+
 @torch.no_grad()
 def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
-    exact = data.make(shape, args.device, torch.float32)
-    differ = check(
-        parts(exact, make_weights(exact), "eager")["MLP"](), parts(exact, make_weights(exact), "package")["MLP"]()
-    )
-    inputs = data.make(shape, args.device, getattr(torch, args.dtype))
-    weights = make_weights(inputs)
-    found = {impl: parts(inputs, weights, impl) for impl in SIDES}
+    found = sides(shape, args.device, torch.float32)
+    differ = check(found["eager"]["MLP"](), found["package"]["MLP"]())
+    if args.dtype != "float32":
+        found = sides(shape, args.device, getattr(torch, args.dtype))
     calls = {f"{impl}\n{part}": [call] for impl, own in found.items() for part, call in own.items()}
     del calls["eager\nMLP"]  # the same layers on as many tokens as the package's: timed once, for both
     times = measure.measure(calls, args.device, args.seconds, set())
@@ -141,29 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"{', '.join(SHAPES)} (default: {','.join(DEFAULT)})")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--seconds", type=command.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
-    args = p.parse_args(argv)
-    command.settle(args)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
-    status, rows = 0, []
-    try:
-        file = measure.rows_file(args.json, where)
-        print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
-        for name in args.shapes:
-            rows += [where | row for row in rows_of(data.SHAPES[name], args)]
-            if file:
-                measure.write_rows(file, rows)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WrongResult as error:
-        print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
-        status = 130
-    if rows:
-        print(table(rows))
-    return status
+    return command.measure_shapes(p.parse_args(argv), rows_of, table)
 
 
 if __name__ == "__main__":

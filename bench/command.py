@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import data
 import measure
 import no_gpu
+from verify import WrongResult
 
 
 def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -74,3 +77,40 @@ def settle(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
+
+
+def measure_shapes(
+    args: argparse.Namespace,
+    rows_of: Callable[[data.Shape, argparse.Namespace], list[dict]],
+    table: Callable[[list[dict]], str],
+) -> int:
+    """Measure shape by shape, keep the rows as they come, print their table; return the exit status.
+
+    Args:
+        args: parsed arguments with ``shapes``, ``dtype`` and those of ``add_options``.
+        rows_of: measures one shape; raises WrongResult before anything wrong is timed.
+        table: makes text of all rows.
+    """
+    settle(args)
+    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    try:
+        file = measure.rows_file(args.json, where)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
+    rows: list[dict] = []
+    status = 0
+    try:
+        for name in args.shapes:
+            rows += [where | row for row in rows_of(data.SHAPES[name], args)]
+            if file:
+                measure.write_rows(file, rows)
+    except WrongResult as error:
+        print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+        status = 130
+    print(table(rows))
+    return status

@@ -166,30 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="S",
         help="for each shape, op and direction (default: 2)",
     )
-    args = p.parse_args(argv)
-    command.settle(args)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
-    try:
-        file = measure.rows_file(args.json, where)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
-    rows: list[dict] = []
-    status = 0
-    try:
-        for name in args.shapes:
-            rows += [where | row for row in rows_of(data.SHAPES[name], args)]
-            if file:
-                measure.write_rows(file, rows)
-    except WrongResult as error:
-        print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
-        status = 130
-    print(table(rows))
-    return status
+    return command.measure_shapes(p.parse_args(argv), rows_of, table)
 
 
 if __name__ == "__main__":
