@@ -37,7 +37,7 @@ def test_files_of_torch_save(tmp_path, mmap):
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_each_memory_is_storage_of_its_own(tmp_path, mmap):
-    """What saves one tensor of a file saves no others; and what shares memory in it shares it still."""
+    """Saving one tensor of a file again saves no others; tensors that share memory in it still share it."""
     base = torch.arange(64.0)
     found = archive.load(saved(tmp_path / "a.pt", {"a": base[:4], "b": base[2:], "c": torch.ones(5)}), mmap=mmap)
     assert found["a"].untyped_storage().nbytes() == 256

@@ -127,7 +127,7 @@ def test_values_that_refer_to_themselves_over_and_over(tmp_path, kind, key):
 
 
 def test_one_parser_sees_a_file(tmp_path):
-    """What another would find behind the zip archive, before it or under a name in capitals is not read."""
+    """Nothing is read from after the zip archive, before it, or under a name in capitals, where others look."""
     whole = saved(tmp_path / "a.pt", {"a": torch.ones(1)}).read_bytes()
     other = saved(tmp_path / "b.pt", {"a": torch.zeros(1)}, _use_new_zipfile_serialization=False).read_bytes()
     (tmp_path / "c.pt").write_bytes(other + whole)  # begins as a file of old, ends as an archive

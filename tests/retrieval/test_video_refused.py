@@ -130,7 +130,7 @@ def test_a_file_that_may_not_be_read(tmp_path, clip, monkeypatch):
     ],
 )
 def test_a_playlist_is_no_video(tmp_path, monkeypatch, name, text):
-    """What it shows is in other files, which whoever wrote it may not read."""
+    """A playlist shows other files, which its author may not read."""
     write(tmp_path / "part.ts", numbered(20))
     (tmp_path / name).write_text(text)
     monkeypatch.setattr(module, "PATIENCE", 0.3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Tied(nn.Module):
-    """What CLIP's archives hold: half and single precision, numbers as buffers, lists of modules; and a tied weight."""
+    """A module with all that CLIP's archives hold (two precisions, numbers as buffers, lists), and a tied weight."""
 
     def __init__(self):
         super().__init__()
