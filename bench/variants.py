@@ -229,29 +229,31 @@ def attend_grad_job(i: data.Inputs) -> Job:
 
 
 def norm_variants(c: dict) -> list[Changes]:
-    """Weight and bias loaded early too, which takes more registers (56 or 64: 9 or 8 programs of 4 warps)."""
-    shapes = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8)]
-    early: list[Changes] = [{"EARLY": True, "maxnreg": limit} for limit in (56, 64)]
-    return [*early, *({"ROWS": rows, "num_warps": warps} for rows, warps in shapes)]
+    """Rows on one to four warps, two rows together, and other limits of registers."""
+    limits: list[Changes] = [{"maxnreg": limit} for limit in (80, 96, 128)]
+    shapes = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]
+    return [*limits, *({"ROWS": rows, "num_warps": warps} for rows, warps in shapes)]
 
 
 def norm_grad_variants(c: dict) -> list[Changes]:
     """With as many programs a multiprocessor as their registers let it hold, and with more."""
-    shapes = [(1, 1, 16), (1, 2, 10), (1, 4, 4), (1, 4, 8), (2, 2, 8), (2, 4, 4), (2, 8, 2), (4, 4, 3), (4, 8, 2)]
-    late: Changes = {"EARLY": False, "maxnreg": 96, "programs": 5}
-    return [late, *({"ROWS": rows, "num_warps": warps, "programs": each} for rows, warps, each in shapes)]
+    limited = [(1, 168, 12), (1, 224, 9), (2, 128, 8), (4, 80, 6)]
+    shapes = [(1, 1, 8), (1, 1, 16), (1, 2, 4), (1, 4, 4), (2, 2, 4), (2, 4, 2)]
+    found: list[Changes] = [
+        {"num_warps": warps, "maxnreg": limit, "programs": each} for warps, limit, each in limited
+    ]  # fmt: skip
+    return [*found, *({"ROWS": rows, "num_warps": warps, "programs": each} for rows, warps, each in shapes)]
 
 
 def merge_variants(c: dict) -> list[Changes]:
-    """Half and twice as much a thread, more and fewer threads, whole rows, narrow pieces."""
-    rows, block, whole = c["ROWS"], c["BLOCK_D"], config._pow2(c["D"])
+    """Whole rows on one, two and four warps, two rows together, and pieces of rows."""
+    whole = max(8, config._pow2(c["D"]))
+    half, quarter = (max(8, whole // part) for part in (2, 4))
     tiles = [
-        (rows // 2, block, 4), (rows // 2, block, 2), (rows * 2, block, 4), (rows * 2, block, 8), (rows, block, 8),
-        (rows, block, 2), (rows * block // whole, whole, 4), (rows * 2, block // 2, 4),
+        (1, whole, 1), (1, whole, 2), (1, whole, 4), (2, whole, 1), (2, whole, 2), (2, half, 1), (2, half, 2),
+        (4, quarter, 1), (4, quarter, 2), (8, quarter, 4),
     ]  # fmt: skip
-    return [
-        {"ROWS": max(1, r), "BLOCK_D": b, "CHUNKS": max(1, -(-c["D"] // b)), "num_warps": w} for r, b, w in tiles
-    ]  # fmt: skip
+    return [{"ROWS": r, "BLOCK_D": b, "CHUNKS": max(1, -(-c["D"] // b)), "num_warps": w} for r, b, w in tiles]
 
 
 def match_variants(c: dict) -> list[Changes]:
@@ -271,14 +273,16 @@ def match_variants(c: dict) -> list[Changes]:
 def attend_variants(c: dict) -> list[Changes]:
     return [
         {"num_warps": 8}, {"num_warps": 2}, {"BLOCK_Q": c["BLOCK_Q"] * 2}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)},
-        {"BLOCK_K": max(16, c["BLOCK_K"] // 2)}, {"num_stages": 2},
+        {"BLOCK_K": max(16, c["BLOCK_K"] // 2)}, {"BLOCK_K": c["BLOCK_K"] * 2}, {"num_stages": 2},
+        {"BLOCK_Q": 128, "BLOCK_K": 32, "EARLY": False},
+        {"BLOCK_Q": 128, "BLOCK_K": 32, "EARLY": False, "maxnreg": 168},
     ]  # fmt: skip
 
 
 def attend_grad_variants(c: dict) -> list[Changes]:
     return [
         {"num_warps": 8}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)}, {"BLOCK_Q": c["BLOCK_Q"] * 2, "num_warps": 8},
-        {"maxnreg": 168},  # three programs of 128 threads a multiprocessor
+        {"num_warps": 2}, {"maxnreg": 128}, {"maxnreg": 168},  # four and three programs of 128 threads
     ]  # fmt: skip
 
 

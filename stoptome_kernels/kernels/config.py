@@ -30,13 +30,13 @@ def _pow2(n: int) -> int:
 # registers on sm_90 (one program) and spills some on sm_100; with them, nothing under 3.6 and 3.9 (bench/results/aot).
 _MATCH: dict[str, dict[int, tuple[int, int, int, int, int | None]]] = {
     "heads, 16 bits": {
-        16: (16, 32, 16, 4, 96), 32: (32, 32, 8, 8, 80), 64: (16, 32, 32, 8, 128), 128: (32, 32, 32, 8, None),
+        16: (16, 32, 16, 4, 96), 32: (16, 32, 32, 8, None), 64: (16, 32, 32, 8, 128), 128: (32, 32, 32, 8, None),
     },
     "heads, 32 bits": {
         16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (16, 32, 32, 8, None), 128: (32, 32, 32, 8, None),
     },
     "rows, 16 bits": {
-        16: (16, 64, 16, 4, 96), 32: (32, 64, 8, 8, 80), 64: (64, 32, 32, 8, 128), 128: (32, 64, 16, 8, 128),
+        16: (16, 64, 16, 4, 96), 32: (32, 64, 8, 8, 80), 64: (64, 32, 32, 8, 128), 128: (64, 64, 16, 16, None),
     },
     "rows, 32 bits": {
         16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (64, 16, 32, 8, 128), 128: (64, 16, 16, 8, 128),
@@ -80,54 +80,49 @@ def match(heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: 
     return {"item": None, "score": score, "plan": plan}
 
 
+# Channels of one warp: a row, several short ones, or a piece of a long one. A tile of several warps waits at barriers
+# for its slowest row, and all its rows walk as many members as the one that has most. On an H200 in bfloat16 that took
+# 1.2 times as long in merging and 1.4 times in merge_norm, forward and backward (bench/results/gpu).
+_WARP = 1024
+
+
 @cache
 def merge(dim: int, rows: int, dtype: torch.dtype, work: str, sized: bool) -> dict:
     """Return the configuration of merging in a mode, or of its adjoint (``work``: "mean", "grad of mean", …): rows and
     channels of a tile, how many tiles make a row."""
-    # the tile that leaves the fewest lanes idle at the row's end: 256 for 768 and 1024, 128 for 384 and 1152
-    block = min((256, 512, 128, 64), key=lambda b: -(-dim // b) * b) if dim > 64 else max(8, _pow2(dim))
-    # 32 bytes a thread, two loads of 16: STOP's mean takes 48 registers under Triton 3.9 and 56 under 3.6, so that 40
-    # or 36 KiB of loads per multiprocessor are in flight; twice as much takes twice the registers (and spills in
-    # float32), half as much halves the loads (bench/aot_report.py)
-    tile = 4096 // dtype.itemsize
-    # the most registers a thread may have: without a limit Triton 3.6 spills 8 bytes of these, Triton 3.9 of the
-    # gradient of mean on sm_80, or takes 90 registers (the gradient of max); 64 are 8 programs a multiprocessor, 72 7
-    limits = {"max": 64, "all": 64, "grad of max": 72, "grad of mean": 64}
-    limit = limits.get(work, 64 if work == "mean" and not sized else None)
+    block = max(8, _pow2(dim))
+    if dim > _WARP:  # the pieces that leave the fewest lanes idle at the row's end: 256 for 1280, 128 for 1152
+        block = min((1024, 512, 256, 128), key=lambda b: -(-dim // b) * b)
+    # the most registers a thread may have, where Triton 3.6 or 3.9 aims at fewer, misses by two, and spills
+    full = dtype == torch.float32
+    limits = {"grad of mean": 128 if full or block < _WARP else None, "grad of max": 168 if full else None}
     return {
-        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "CHUNKS": max(1, -(-dim // block)),
-        "num_warps": 4, "maxnreg": limit, "num_stages": 1, "enable_fp_fusion": False,
+        "D": dim, "ROWS": min(_WARP // block, _pow2(rows)), "BLOCK_D": block, "CHUNKS": max(1, -(-dim // block)),
+        "num_warps": 1, "maxnreg": limits.get(work), "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 @cache
 def norm(dim: int, rows: int, dtype: torch.dtype, backward: bool = False, affine: bool = False) -> dict:
-    """Return the configuration of merge_norm or of its backward: a tile is as many whole rows as 128 threads load in
-    two (of two tensors, four) accesses of 16 bytes; longer rows take more threads."""
+    """Return the configuration of merge_norm or of its backward: whole rows, a warp for each 1024 channels or for
+    shorter rows of 512 channels in all."""
     block = max(8, _pow2(dim))
-    tile = max(block, 1024)
-    # the most registers a thread may have, without which Triton 3.6 or 3.9 takes more at some width or spills: rows of
-    # 513 to 4096 columns 48 (10 programs of 4 warps a multiprocessor; forward in float32 it spills, so 56: 9), and 80
-    # (6) with sums for the gradients of weight and bias; of shorter rows these sums, 96 (5), in float32 104 (4), and
-    # the backward without them in 16 bits, 64 (8)
-    limit, full = None, dtype == torch.float32
-    if 1024 <= block <= 4096:
-        limit = 80 if affine else 56 if full and not backward else 48
-    elif affine and block < 1024:
-        limit = 104 if full else 96
-    elif backward and block < 1024 and not full:
-        limit = 64
-    # EARLY: what follows the row's reductions is loaded before them, so that nothing waits for memory behind their
-    # barriers. Backward that takes no more registers; forward, for weight and bias, 56 in place of 48.
+    full = dtype == torch.float32
+    warps = max(1, block // _WARP)
+    if affine and full and block >= _WARP:  # sums for the gradients of weight and bias: a warp alone would spill
+        warps *= 2
+    # the most registers a thread may have: at 768 channels Triton 3.6 takes 121 without a limit, and 8 % more time
+    limit = None if backward or full or block < _WARP else 104 if dim <= 0.75 * block else 128
+    # EARLY: what follows the row's reductions is loaded before them. Forward, weight and bias take too many registers.
     return {
-        "D": dim, "ROWS": min(tile // block, _pow2(rows)), "BLOCK_D": block, "EARLY": backward, "maxnreg": limit,
-        "num_warps": min(16, max(4, tile // 256)), "num_stages": 1, "enable_fp_fusion": False,
+        "D": dim, "ROWS": min(max(1, 512 // block), _pow2(rows)), "BLOCK_D": block, "EARLY": backward,
+        "maxnreg": limit, "num_warps": min(16, warps), "num_stages": 1, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 def norm_resident(meta: dict) -> int:
-    """Return how many programs of a configuration the 65536 registers of a multiprocessor hold."""
-    return 65536 // (32 * meta["num_warps"] * (meta["maxnreg"] or 128))
+    """Return how many programs of a configuration a multiprocessor holds, of at most 255 registers a thread."""
+    return 8 // meta["num_warps"] or 1
 
 
 def norm_programs(tiles: int, meta: dict) -> int:
@@ -149,22 +144,23 @@ def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compil
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
-    rows, columns = (min(max(16, _pow2(n)), 64) for n in (queries, keys))
+    rows, columns = (max(16, _pow2(n)) for n in (queries, keys))
     full, long = dtype == torch.float32, channels > 64
-    # three programs of 4 warps fit a multiprocessor's registers (bench/results/aot; of the gradient at STOP's shape two
-    # under Triton 3.6, which takes 190 registers for 3.9's 167); float32 takes so many of them that its gradients are
-    # left to FMAs
+    several = keys > 64 and not full and not long  # blocks of keys
+    # three programs of 4 warps fit a multiprocessor's registers (bench/results/aot); float32 takes so many of them that
+    # its gradients are left to FMAs
     attend = {**common, "BLOCK_Q": min(rows, (16 if full else 32) if long else 32 if full else 64)}
-    attend["BLOCK_K"] = min(columns, 32 if full else 64)
-    by_queries = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 32)}
-    by_keys = {**by_queries, "BLOCK_K": min(columns, 32 if full or long else 64)}
+    attend["BLOCK_K"] = min(columns, 32 if full else 16 if several else 64)
+    by_queries = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 64 if several else 32)}
+    by_queries["BLOCK_K"] = min(columns, 32 if full or several else 64)
+    by_keys = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 32), "BLOCK_K": min(columns, 32 if full or long else 64)}
     if full:
         fma = {"THIRDS": False, "TYPE": tl.float32, "num_warps": 8}
         by_queries |= {**fma, "BLOCK_K": 16}
         by_keys |= fma
-    whole = by_keys if keys <= 64 and not full and not long else None
-    # Values are loaded before the scores are computed where one block holds all keys: at STOP's shape in bfloat16 that
-    # takes 126 registers for 133 under Triton 3.6 (four programs a multiprocessor for three), 123 for 128 under 3.9.
-    # Beyond, it takes more: 149 for 139 at ViT-B/16 under 3.6.
-    attend["EARLY"] = keys <= 64 and not full and not long
+    # on an H200 0.8 of the time that 190 registers take, which Triton 3.6 would use: three programs for two
+    whole = {**by_keys, "maxnreg": 168} if keys <= 64 and not full and not long else None
+    # Values are loaded before the scores are computed: on an H200 206 µs for 246 at STOP's shape. At ViT-B/16 narrow
+    # blocks of keys, which leave room for six programs, take 331 µs; blocks of 64 took 423.
+    attend["EARLY"] = not full and not long
     return {"attend": attend, "whole": whole, "queries": by_queries, "keys": by_keys}

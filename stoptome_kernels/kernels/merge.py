@@ -231,9 +231,10 @@ def spread_rows(
         inside = k < length
         token, valid, weight = _member(members, size, first + k, inside, tokens, MODE, SIZED)
         value = given
-        if MODE == "mean":
-            share = tl.where(alone, 1.0, tl.div_rn(weight, total))
-            value = tl.where(alone[:, None], given, _narrowed(share[:, None] * given.to(tl.float32), given.dtype))
+        if MODE == "mean":  # noqa: SIM102, the other modes are compiled without what follows
+            if longest > 1:  # most groups are of one token alone, whose gradient is copied
+                share = tl.where(alone, 1.0, tl.div_rn(weight, total))
+                value = tl.where(alone[:, None], given, _narrowed(share[:, None] * given.to(tl.float32), given.dtype))
         if MODE == "max":
             entry = tl.load(x + token[:, None] * x_token, mask=_rows(valid, column, D, BLOCK_D), other=0.0)
             hit = ((entry == reached) | ((entry != entry) & reached_nan)) & waiting & valid[:, None]
