@@ -68,6 +68,8 @@ def choose_device(args: argparse.Namespace) -> None:
         no_gpu.install()
         no_gpu.pretend()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda":  # a backward runs on the stream of its forward, and the default one can't be captured
+        torch.cuda.set_stream(torch.cuda.Stream())
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 

@@ -88,9 +88,9 @@ ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference")
 
 FIRST = (  # is it right, how fast, what bounds it
     VERSIONS,
-    pytest("test-gpu", 110, *TEST_GPU),
+    pytest("test-gpu", 125, *TEST_GPU),
     merge(
-        "merge", 65, "--dtype", "bfloat16", "--no-compile", "--backend", "triton", "--seconds", "20", "--shapes", FIVE
+        "merge", 55, "--dtype", "bfloat16", "--no-compile", "--backend", "triton", "--seconds", "20", "--shapes", FIVE
     ),
     Stage("fused", 35, "fused.py", FUSED),
     Stage("tune", 40, "tune.py", TUNE),

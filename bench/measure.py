@@ -119,7 +119,7 @@ def _gpu(sides: dict[str, Calls], seconds: float, graph: set[str]) -> dict[str, 
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # the device sleeps while the host enqueues, so that the events enclose device time and no waiting for launches;
         # 2 GHz is more than any clock, at most 20 ms
-        torch.cuda._sleep(int(min(0.02, 2 * enqueue[name] * times + 20e-6) * 2e9))
+        torch.cuda._sleep(int(min(0.02, 3 * enqueue[name] * times + 50e-6) * 2e9))
         begin.record()
         for step in range(times):
             calls[(turn * times + step) % len(calls)]()
@@ -152,16 +152,9 @@ def _wall(calls: Calls, seconds: float = 0.5) -> float:
 
 def _graph(calls: Calls) -> float | None:
     """µs of a call inside a CUDA graph that holds one call for each set of inputs; None if it can't be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # autograd and cuBLAS set up their streams outside of the capture
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(captured):
+        with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
             for call in calls:
                 call()
     except RuntimeError as error:
@@ -249,7 +242,8 @@ def cpu_model() -> str:
 def environment(device: str, commit: str | None) -> dict:
     """The part of a row that says where and on what it was measured; a dry run's device is ``none``."""
     gpu = device == "cuda"
-    changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    # who names the commit vouches for the checkout, which may lie on another one, or hold a prepared cache
+    changed = None if commit else _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": torch.cuda.get_device_name() if gpu else cpu_model(),
         "device_kind": "none" if no_gpu.pretending() else device,

@@ -240,9 +240,6 @@ class _Event:
 
 
 class _Stream:
-    def wait_stream(self, other):
-        pass
-
     def synchronize(self):
         pass
 
@@ -275,7 +272,7 @@ _CUDA = {
     "stream": lambda *_: nullcontext(),
     "graph": lambda *_, **__: nullcontext(),
     **dict.fromkeys(
-        ("synchronize", "empty_cache", "_sleep", "memory_allocated", "reset_peak_memory_stats",
+        ("synchronize", "empty_cache", "_sleep", "memory_allocated", "reset_peak_memory_stats", "set_stream",
          "set_sync_debug_mode", "manual_seed_all"),
         _nothing,
     ),
