@@ -89,7 +89,7 @@ QUESTIONS = {
     "Do dense features work?": ("docs/models.md", "dense-outputs", "All others see the full sequence"),
     "How do I switch it on in STOP, with flags?": ("docs/stop.md", "stop-in-four-lines", "--tome_r 2"),
     "What does r mean, and which do I take?": ("docs/models.md", "choosing-r", "the number of tokens that each layer"),
-    "Does it run on a GPU?": ("docs/gpu.md", "gpu", "has run on a GPU"),
+    "Does it run on a GPU?": ("docs/gpu.md", "gpu", "The kernels have run on a GPU"),
     "Under which licence?": ("README.md", "documentation", "Apache-2.0"),
     "Can I export to ONNX?": ("docs/models.md", "onnx", "torch.onnx.export"),
     "How do I see what merged?": ("docs/models.md", "see-what-merged", "tome_trace"),
