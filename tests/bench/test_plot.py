@@ -353,7 +353,8 @@ def test_one_kind_from_files_of_ones_own(kind, tmp_path, capsys):
     files = [str(file) for file in sorted((ROOT / "bench/results" / what.folder).glob("*.json"))]
     chart = ["--chart", str(tmp_path / "chart.png")] if what.charts else []
     assert plot.main([kind, *files, *chart, "--table", str(tmp_path / "table.md")]) == 0
-    assert (tmp_path / "table.md").read_text() == "\n\n".join(what.tables(ROWS[kind])) + "\n"
+    rows = page.rows_of(kind, ROOT / "bench/results")
+    assert (tmp_path / "table.md").read_text() == "\n\n".join(what.tables(rows)) + "\n"
     if chart:
         assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
