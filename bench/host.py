@@ -105,8 +105,8 @@ def op_sides(dtype: torch.dtype) -> Sides:
 def stop_block(cast: Callable, r: int) -> Sides:
     """A STOP block in the middle of its stack, one video of 12 frames, narrow."""
     from stoptome_kernels.stop import StopConfig, StopModel
-    from stoptome_kernels.tome import plan_layers
-    from stoptome_kernels.tome.stream import Stream, run_block
+    from stoptome_kernels.tome.schedule import plan_layers
+    from stoptome_kernels.video.blocks import Stream, run_block
 
     config = StopConfig(
         temporal_prompt="DGL", layers=1, prompt_layers=1, text_layers=1, vocab_size=64, width=64, image_size=96

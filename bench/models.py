@@ -22,7 +22,7 @@ from typing import Any
 
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.tome import plan_layers
+from stoptome_kernels.tome.schedule import plan_layers
 from torch import Tensor, nn
 
 import command

@@ -72,7 +72,7 @@ def install(results: bool = True) -> Gpu:
     import triton
     from stoptome_kernels import dispatch
     from stoptome_kernels.kernels import merge
-    from stoptome_kernels.tome import stream
+    from stoptome_kernels.video import blocks as stream
     from triton.runtime import driver
 
     if not isinstance(merge.reduce_rows, triton.runtime.JITFunction):

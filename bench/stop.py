@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopConfig, StopModel
-from stoptome_kernels.tome import Schedule
-from stoptome_kernels.tome.stream import Stream, run_block
+from stoptome_kernels.tome.schedule import Schedule
+from stoptome_kernels.video.blocks import Stream, run_block
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

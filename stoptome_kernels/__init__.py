@@ -21,18 +21,10 @@ except ImportError as error:
 
 from .api import attention, match, merge, merge_norm, unmerge
 from .dispatch import backends
+from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
-from .tome import (
-    ToMeConfig,
-    Trace,
-    add_tome_args,
-    apply_from_config,
-    apply_tome_patch,
-    describe,
-    is_patched,
-    remove_tome_patch,
-    tome_trace,
-)
+from .tome.config import ToMeConfig, add_tome_args
+from .tome.trace import Trace
 from .visualize import visualize
 
 try:

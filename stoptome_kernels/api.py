@@ -8,11 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
-from .grouping import exporting
-from .ops import attention as attending
-from .ops import merge_norm as fused
-from .ops import merging, portable
+from . import checks, dispatch, onnx, ops, reference
 from .plan import MergePlan
 
 
@@ -68,9 +64,9 @@ def match(
     protected = checks.count(1 if protected is None else protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.plain(metric, "metric")
-    if exporting():
+    if onnx.exporting():
         checks.match(metric, r, protected, backend)
-        return portable.match(metric, r, protected)
+        return MergePlan(*onnx.match(metric, r, protected), protected)
     dest, members, offsets = torch.ops.stoptome.match(metric.detach(), r, protected, backend)
     return MergePlan(dest, members, offsets, protected)
 
@@ -85,7 +81,7 @@ def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, set
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.plain(metric, "metric")
     src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
-    if exporting():
+    if onnx.exporting():
         raise NotImplementedError("match with sets can't be exported to ONNX: leave that layer out of the export")
     dest, members, offsets = torch.ops.stoptome.match_sets(metric.detach(), r, src, dst, backend)
     return MergePlan(dest, members, offsets, 0)
@@ -138,13 +134,13 @@ def merge(
     if out is not None:
         return _merge_into(x, plan, size, mode, backend, out)
     if plan.r == 0:  # an op may not return its input, and there is nothing to compute
-        merging.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        ops.match_merge.check_merge(x, plan.members, plan.offsets, size, mode, backend)
         _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     size = None if size is None else size.detach()
-    if exporting():
-        merging.check_merge(x, plan.members, plan.offsets, size, mode, backend)
-        return portable.merge(x, plan, size, mode)
+    if onnx.exporting():
+        ops.match_merge.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        return onnx.merge(x, plan.dest, plan._weightless(), plan.tokens_out, size, mode)
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
 
 
@@ -188,12 +184,12 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     _check_plan(plan)
     checks.plain(y, "y")
     if plan.r == 0:
-        merging.check_unmerge(y, plan.members, plan.offsets, backend)
+        ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
         _check_backend(backend, y)
         return y
-    if exporting():
-        merging.check_unmerge(y, plan.members, plan.offsets, backend)
-        return portable.unmerge(y, plan)
+    if onnx.exporting():
+        ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
+        return onnx.unmerge(y, plan.dest)
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
 
 
@@ -257,16 +253,17 @@ def merge_norm(
             checks.plain(value, name)
     eps = checks.number(eps, "eps", "added to the variance")
     if plan.r == 0:
-        fused.check_merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)
-        _check_backend(backend, fused.wider(x, residual))
+        ops.merge_norm.check_merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)
+        _check_backend(backend, ops.merge_norm.wider(x, residual))
         y = x + residual
         size = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
-        return y, fused.layer_norm(y, weight, bias, eps), size
+        return y, ops.merge_norm.layer_norm(y, weight, bias, eps), size
     size = None if size is None else size.detach()
     index = (plan.members, plan.offsets)
-    if exporting():
-        fused.check_merge_norm(x, residual, *index, size, weight, bias, eps, backend)
-        return portable.merge_norm(x, residual, plan, size, weight, bias, eps)
+    if onnx.exporting():
+        ops.merge_norm.check_merge_norm(x, residual, *index, size, weight, bias, eps, backend)
+        tokens = (plan.dest, plan._weightless(), plan.tokens_out)
+        return onnx.merge_norm(x, residual, *tokens, size, weight, bias, eps)
     return torch.ops.stoptome.merge_norm(x, residual, *index, size, weight, bias, eps, backend)[:3]
 
 
@@ -329,16 +326,16 @@ def attention(
         if value is not None:
             checks.plain(value, name)
     scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
-    q, k, v, prefix_k, prefix_v = attending.as_autocast(q, k, v, prefix_k, prefix_v)
+    q, k, v, prefix_k, prefix_v = ops.attention.as_autocast(q, k, v, prefix_k, prefix_v)
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     size = None if size is None else size.detach()
     how = dispatch.attends(
-        backend, q.device.type, q.dtype, attending.limit(q, k, prefix_k) is None, size is None and prefix_k is None
+        backend, q.device.type, q.dtype, ops.attention.limit(q, k, prefix_k) is None, size is None and prefix_k is None
     )
-    if how == "sdpa" or exporting():
-        return attending.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
+    if how == "sdpa" or onnx.exporting():
+        return ops.attention.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
     if how == "reference":  # not as an operator: so it can be differentiated twice
-        scale = attending.default_scale(q) if scale is None else scale
+        scale = ops.attention.default_scale(q) if scale is None else scale
         return reference.attention(q, k, v, size, prefix_k, prefix_v, scale)[0]
     return torch.ops.stoptome.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)[0]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .grouping import group
+from .onnx import group
 from .reference.merging import group_of, read
 
 

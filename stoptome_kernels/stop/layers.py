@@ -8,9 +8,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.stream import Plans, Stream, feed_forward, run_block
-from ..tome.stream import heads as projections
-from ..tome.weights import check_attention, layer_norm
+from ..video.blocks import Plans, Stream, feed_forward, run_block
+from ..video.blocks import heads as projections
+from ..video.weights import check_attention, layer_norm
 
 
 class LayerNorm(nn.LayerNorm):

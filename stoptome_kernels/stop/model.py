@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome import ToMeConfig, apply_tome_patch
-from ..tome.parts import is_plain
+from ..patch import apply_tome_patch
+from ..patching.guards import is_plain
+from ..tome.config import ToMeConfig
 from . import checkpoint
 from .archive import one_line
 from .config import StopConfig

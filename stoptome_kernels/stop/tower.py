@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tome.config import ToMeConfig
-from ..tome.merging import Merging
-from ..tome.stream import Stream
+from ..video.blocks import Stream
+from ..video.state import Merging
 from .config import StopConfig
 from .layers import LayerNorm, Transformer, VisualBlock
 from .temporal import TemporalPrompt

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..grouping import group
-from ..plan import MergePlan
-from .schedule import Schedule
-from .stream import Plans
+from ..onnx import group
 from .table import table
 
 
@@ -70,67 +68,18 @@ class Trace:
         return "\n".join([head, *table({"layer": range(len(largest)), **columns})])
 
 
-def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int, inside: bool) -> Trace:
-    """The trace of a stack from what its blocks merged.
-
-    Args:
-        plans: of each block.
-        schedule: by which they ran.
-        batch: videos B.
-        prompts: frame prompts P of each frame.
-        inside: the plans index the prompts too (otherwise they index class tokens and patches alone).
-    """
-    first = schedule.steps[0]
-    frames = first.items * first.frames
-    patches = schedule.tokens_in - 1 - prompts
-    carried = prompts if inside else 0
-    device = next((plan.dest.device for pair in plans for plan in pair if plan is not None), torch.device("cpu"))
-    length = 1 + carried + patches
-    place = torch.arange(frames * length, device=device).view(1, frames, length).repeat(batch, 1, 1)
-    layers = []
-    classes = 1  # class tokens of an item
-    for step, (inter, intra) in zip(schedule.steps, plans, strict=True):
-        if step.join > 1:
-            place = _joined(place, length, classes, carried, step.join)
-            classes, length = classes * step.join, length * step.join
-        for plan in (inter, intra):
-            if plan is not None:
-                place = _moved(place, plan, length)
-                length = plan.tokens_out
-        layers.append(_with_prompts(place, length, classes, prompts, bool(inside)).int())
-    return Trace(tuple(layers), schedule.tokens, schedule.items, 1 + prompts)
+def exporting() -> bool:
+    """An exported graph has no values that could be kept. Constant in a traced graph, see docs/dev/architecture.md."""
+    # in torch 2.6 the flag alone, which torch.export sets
+    asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
+    if asked():
+        return True
+    translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
+    tracing = getattr(getattr(translator, "tls", None), "current_tx", None)
+    if tracing is not None:
+        return tracing.export
+    # torch 2.6's strict export takes torch's own modules as a whole and runs them once more by itself
+    return not hasattr(torch.compiler, "is_exporting") and torch._guards.detect_fake_mode() is not None
 
 
-def _joined(place: Tensor, length: int, classes: int, carried: int, count: int) -> Tensor:
-    """Where tokens go when ``count`` adjacent items become one: part by part, see ``stream.join``."""
-    item, local = place // length, place % length
-    start = 0
-    out = local
-    for part in (classes, classes * carried, length - classes * (1 + carried)):
-        here = (local >= start) & (local < start + part)
-        out = torch.where(here, start * count + (item % count) * part + local - start, out)
-        start += part
-    return (item // count) * (length * count) + out
-
-
-def _moved(place: Tensor, plan: MergePlan, length: int) -> Tensor:
-    """Follow a plan whose items are ``(B · items, length)``."""
-    batch, frames, tokens = place.shape
-    dest = plan.dest.long().view(batch, -1, length)
-    item = torch.arange(dest.shape[1], device=dest.device)[:, None]
-    table = (item * plan.tokens_out + dest).flatten(1)
-    return table.gather(1, place.flatten(1)).view(batch, frames, tokens)
-
-
-def _with_prompts(place: Tensor, length: int, classes: int, prompts: int, inside: bool) -> Tensor:
-    """Put the prompt rows in, where the plans did not know them."""
-    if inside or not prompts:
-        return place
-    item, local = place // length, place % length
-    added = classes * prompts
-    known = item * (length + added) + torch.where(local < classes, local, local + added)
-    frame = torch.arange(place.shape[1], device=place.device)
-    own = torch.arange(prompts, device=place.device)
-    base = (frame // classes) * (length + added) + classes + (frame % classes) * prompts
-    rows = (base[:, None] + own).expand(place.shape[0], -1, -1)
-    return torch.cat([known[:, :, :1], rows, known[:, :, 1:]], 2)
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

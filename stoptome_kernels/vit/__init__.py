@@ -6,8 +6,9 @@ a model; one module for each library says what its blocks are made of.
 """
 
 from .apply import apply
+from .families import find
 from .recording import tidy
-from .tokens import Merging
-from .towers import Vit, find
+from .state import Merging
+from .towers import Vit
 
 __all__ = ["Merging", "Vit", "apply", "find", "tidy"]

@@ -6,29 +6,33 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
+from ..patching.guards import check_free, check_unsharded, warn_of_sharing
+from ..patching.subclass import Patched, swap, unswap
+from ..patching.trial import try_blocks
 from ..tome.config import ToMeConfig
 from ..tome.report import family_of
 from ..tome.schedule import parse_r
-from ..tome.swap import Patched, swap, unswap
-from ..tome.towers import check_free, check_unsharded, warn_of_sharing
-from ..tome.trial import try_blocks
 from .block import Attention, Block
 from .recording import Encoder
-from .tokens import Layer, Merging, Shape, Tokens
+from .state import Layer, Merging, Shape
+from .tokens import Tokens
 from .towers import Vit
 
 
-def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> None:
-    """Patch the blocks.
+def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> nn.Module:
+    """Patch the blocks of a vision transformer.
 
     Args:
         vit: what to patch; patched already, it gets the new settings.
         config: the settings, without clip merging.
         unmerge: give all tokens back behind the last block, whoever reads them.
         protected: leading tokens that are never merged, where the model doesn't say; None for its own or the guess.
+
+    Returns:
+        The module that calls the blocks.
 
     Raises:
         ValueError: settings that don't fit the model, or a block that computes something else than its class says.
@@ -84,6 +88,7 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
         block.tome = Layer(merging, index)
     if shape.tokens is not None:
         merging.warn(shape.tokens)
+    return vit.runner
 
 
 def _protecting(vit: Vit, protected: int | None) -> Vit:

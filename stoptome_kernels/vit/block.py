@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
-from ..tome.parts import is_bare
-from ..tome.swap import Patched
-from .tokens import Layer, Merging, Tokens, spread
+from ..patching.guards import is_bare
+from ..patching.subclass import Patched
+from .state import Layer, Merging
+from .tokens import Tokens, spread
 
 
 class Block(Patched):

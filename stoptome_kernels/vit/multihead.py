@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tome.towers import check_free
+from ..patching.guards import check_free
 from .block import Ask, Attention, Block, attend, no_more
 from .tokens import Tokens
 from .towers import is_a, overrides

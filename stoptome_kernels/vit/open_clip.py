@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tome.swap import Patched, original
+from ..patching.subclass import Patched, original
 from . import multihead
 from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_own, reading
 from .tokens import Tokens

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ..tome.parts import own_forward
-from ..tome.swap import Patched
+from ..patching.guards import own_forward
+from ..patching.subclass import Patched
 from .tokens import Tokens, spread
 from .towers import older
 

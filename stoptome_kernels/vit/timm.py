@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tome.swap import Patched, original
+from ..patching.subclass import Patched, original
 from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_more, reading
 from .tokens import Tokens
 from .towers import Vit, check_own_method, is_a, older, require, the_only, within

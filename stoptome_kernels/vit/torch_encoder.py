@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tome.swap import Patched
-from ..tome.towers import check_free
+from ..patching.guards import check_free
+from ..patching.subclass import Patched
 from . import multihead
 from .block import Block, Watching, no_mask, no_own
 from .tokens import Tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tome.swap import Patched
+from ..patching.subclass import Patched
 from . import multihead
 from .block import Block, Watching
 from .tokens import Tokens

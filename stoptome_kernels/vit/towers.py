@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tome.swap import original
+from ..patching.subclass import original
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,6 @@ class Vit:
     around: tuple[nn.Module, ...] = ()
     guess: bool = False
     attentions: tuple[tuple[tuple[Any, type], ...], ...] = ()
-
-
-def find(model: nn.Module) -> Vit | None:
-    """The vision transformer in a model; None if there is none of a library's that is known.
-
-    Raises:
-        TypeError, ValueError: one that is known, with a part or setting with which its tokens can't be merged.
-        ImportError: of a library too old.
-    """
-    from . import open_clip, timm, torch_encoder, torchvision, transformers
-
-    for family in (timm, open_clip, torchvision, transformers, torch_encoder):
-        found = family.find(model)
-        if found is not None:
-            return found
-    return None
 
 
 def is_a(module: Any, home: str, *names: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..tome.swap import Patched
+from ..patching.subclass import Patched
 from .block import Ask, Attention, Block, attend, no_mask
 from .recording import encoder_mixin, recorded, tidy
 from .tokens import PADDING, Tokens, spread

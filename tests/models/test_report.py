@@ -14,7 +14,8 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopConfig, StopModel
-from stoptome_kernels.tome import Trace, plan_layers
+from stoptome_kernels.tome.schedule import plan_layers
+from stoptome_kernels.tome.trace import Trace
 from torch import nn
 
 from support.families import CASES, CLIPS, clip4clip_tower, stop_model, stop_tower, tempme_model

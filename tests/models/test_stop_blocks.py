@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from stoptome_kernels.stop.layers import VisualBlock
-from stoptome_kernels.tome import plan_layers
-from stoptome_kernels.tome.stream import Stream, run_block, run_stack
+from stoptome_kernels.tome.schedule import plan_layers
+from stoptome_kernels.video.blocks import Stream, run_block, run_stack
 from torch import nn
 
 from support import GOLDEN

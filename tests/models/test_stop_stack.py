@@ -5,9 +5,10 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop.layers import VisualBlock
-from stoptome_kernels.tome import plan_layers, stream
-from stoptome_kernels.tome.merging import Merging
-from stoptome_kernels.tome.stream import Stream, run_stack
+from stoptome_kernels.tome.schedule import plan_layers
+from stoptome_kernels.video import blocks as stream
+from stoptome_kernels.video.blocks import Stream, run_stack
+from stoptome_kernels.video.state import Merging
 from torch import nn
 
 from support import slow_stop

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.tome import Step
-from stoptome_kernels.tome.stream import Stream, feed_forward, heads, heads_and_metric
-from stoptome_kernels.tome.tempme import Course
+from stoptome_kernels.tome.schedule import Step
+from stoptome_kernels.video.blocks import Stream, feed_forward, heads, heads_and_metric
+from stoptome_kernels.video.tempme import Course
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

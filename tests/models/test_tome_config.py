@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.tome import parse_r, plan_layers
+from stoptome_kernels.tome.schedule import parse_r, plan_layers
 
 STOP = {"layers": 12, "tokens": 54, "frames": 12, "protected": 5}
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.tome.stream import Stream
+from stoptome_kernels.video.blocks import Stream
 from torch import nn
 
 from peers import upstream

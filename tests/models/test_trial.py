@@ -7,8 +7,8 @@ import pytest
 import stoptome_kernels as stk
 import torch
 import torch.distributed as dist
-from stoptome_kernels.tome import parts
-from stoptome_kernels.tome import trial as trials
+from stoptome_kernels.patching import guards as parts
+from stoptome_kernels.patching import trial as trials
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel

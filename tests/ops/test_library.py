@@ -10,7 +10,7 @@ import stoptome_kernels as stk
 import stoptome_kernels.compat
 import torch
 import torch._dynamo.testing
-from stoptome_kernels.vit.tokens import _moved
+from stoptome_kernels.vit.state import _moved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.helpers import assert_valid

@@ -11,8 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopConfig, StopModel
-from stoptome_kernels.tome import plan_layers
-from stoptome_kernels.tome.stream import Stream, run_block
+from stoptome_kernels.tome.schedule import plan_layers
+from stoptome_kernels.video.blocks import Stream, run_block
 
 import launches
 import no_gpu

@@ -4,7 +4,7 @@ is computed for every token, attention is a softmax over keys that are put toget
 
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.tome import Schedule
+from stoptome_kernels.tome.schedule import Schedule
 from torch import Tensor
 
 

@@ -7,7 +7,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from stoptome_kernels.tome.swap import Patched
+from stoptome_kernels.patching.subclass import Patched
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

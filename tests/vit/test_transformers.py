@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
-from stoptome_kernels.tome.swap import Patched
+from stoptome_kernels.patching.subclass import Patched
 from torch import nn
 
 from support.vit import build

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from stoptome_kernels import MergePlan, reference
-from stoptome_kernels.tome import stream
+from stoptome_kernels.video import blocks as stream
 from torch import Tensor
 
 

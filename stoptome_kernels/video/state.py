@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import ToMeConfig
-from .report import Description, warn
-from .schedule import Schedule, parse_r
-from .stream import Plans, Stream, run_stack
-from .trace import Trace, compose
+from ..tome.config import ToMeConfig
+from ..tome.report import Description, warn
+from ..tome.schedule import Schedule, parse_r
+from ..tome.trace import Trace, exporting
+from .blocks import Plans, Stream, run_stack
+from .trace import compose
 
 
 class Merging:
@@ -131,20 +131,3 @@ class Merging:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
         plans, schedule, batch, prompts = self._last
         return compose(plans, schedule, batch, prompts, inside=prompts % 2 == 1)
-
-
-def exporting() -> bool:
-    """An exported graph has no values that could be kept. Constant in a traced graph, see docs/dev/architecture.md."""
-    # in torch 2.6 the flag alone, which torch.export sets
-    asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
-    if asked():
-        return True
-    translator = sys.modules.get("torch._dynamo.symbolic_convert")  # of strict export and of torch.compile
-    tracing = getattr(getattr(translator, "tls", None), "current_tx", None)
-    if tracing is not None:
-        return tracing.export
-    # torch 2.6's strict export takes torch's own modules as a whole and runs them once more by itself
-    return not hasattr(torch.compiler, "is_exporting") and torch._guards.detect_fake_mode() is not None
-
-
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

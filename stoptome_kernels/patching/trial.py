@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .parts import are_plain, bare_copy, is_elsewhere, tensors
+from .guards import are_plain, bare_copy, is_elsewhere, tensors
 
 _EXACT, _ROUNDED = 1e-3, 0.05
 _LOCK = threading.Lock()  # random numbers and torch's fast path are the process's

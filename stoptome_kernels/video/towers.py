@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import gc
 import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .parts import is_bare, own_forward
-from .report import warn
+from ..patching.guards import check_free, check_unsharded, is_bare, warn_of_sharing
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -129,50 +126,6 @@ def check_tower(tower: Tower) -> None:
     for block in tower.blocks:
         _check_block(block, tower.kind)
     warn_of_sharing(tower.around[0], tower.blocks)
-
-
-def check_unsharded(*modules: Any) -> None:
-    """Raise if one of these modules was given to ``fully_shard``.
-
-    Raises:
-        RuntimeError: it was.
-    """
-    for module in modules:
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise RuntimeError(f"{type(module).__name__} is already sharded: patch first, then call fully_shard")
-
-
-def check_free(module: Any, *names: str) -> None:
-    """Raise if a method of a module was replaced on the module itself.
-
-    Raises:
-        RuntimeError: it was.
-    """
-    for name in names:
-        if name in module.__dict__ and (name != "forward" or own_forward(module) is not None):
-            raise RuntimeError(
-                f"{type(module).__name__} has a {name} of its own, set by another library (accelerate?), which would "
-                "hide the patch: patch first, then pass the model to that library"
-            )
-
-
-def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
-    """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
-
-    Python knows who refers to an object; modules hold others in their ``_modules``.
-    """
-    inside = {id(module._modules) for module in model.modules()}
-    for holder in gc.get_referrers(*blocks):
-        if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
-            warn(
-                f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
-                "from now on: if this is not intended, patch a copy of the model (copy.deepcopy)"
-            )
-            return
-
-
-def _is_of_a_module(modules: dict) -> bool:
-    return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))
 
 
 def _check_block(block: Any, kind: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .parts import own_forward
+from .guards import own_forward
 
 
 class Patched:

@@ -4,7 +4,7 @@
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels import api, grouping
+from stoptome_kernels import onnx
 
 
 @pytest.fixture
@@ -14,8 +14,7 @@ def both(monkeypatch):
     def call(function):
         want = function()
         with monkeypatch.context() as patch:
-            for module in (api, grouping):
-                patch.setattr(module, "exporting", lambda: True)
+            patch.setattr(onnx, "exporting", lambda: True)
             return want, function()
 
     return call
@@ -79,7 +78,7 @@ def test_composed(both):
 
 
 def test_errors(both, monkeypatch):
-    monkeypatch.setattr(api, "exporting", lambda: True)
+    monkeypatch.setattr(onnx, "exporting", lambda: True)
     x = torch.randn(2, 10, 4)
     with pytest.raises(TypeError, match="metric"):
         stk.match(x.long(), 2)

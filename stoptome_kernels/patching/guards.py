@@ -9,6 +9,7 @@ out, so that a module is asked first, at each call, and called if anything of it
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable
 from types import MethodType
@@ -18,6 +19,8 @@ import torch.nn.modules.module as everywhere
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from ..tome.report import warn
 
 # the last two stand for plain weights while a graph is made
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -134,3 +137,47 @@ def bare_copy(module: Any) -> Any:
             if part.__dict__.get(name, part) is None:
                 del part.__dict__[name]
     return twin
+
+
+def check_unsharded(*modules: Any) -> None:
+    """Raise if one of these modules was given to ``fully_shard``.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    for module in modules:
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise RuntimeError(f"{type(module).__name__} is already sharded: patch first, then call fully_shard")
+
+
+def check_free(module: Any, *names: str) -> None:
+    """Raise if a method of a module was replaced on the module itself.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    for name in names:
+        if name in module.__dict__ and (name != "forward" or own_forward(module) is not None):
+            raise RuntimeError(
+                f"{type(module).__name__} has a {name} of its own, set by another library (accelerate?), which would "
+                "hide the patch: patch first, then pass the model to that library"
+            )
+
+
+def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
+    """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
+
+    Python knows who refers to an object; modules hold others in their ``_modules``.
+    """
+    inside = {id(module._modules) for module in model.modules()}
+    for holder in gc.get_referrers(*blocks):
+        if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
+            warn(
+                f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
+                "from now on: if this is not intended, patch a copy of the model (copy.deepcopy)"
+            )
+            return
+
+
+def _is_of_a_module(modules: dict) -> bool:
+    return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .config import ToMeConfig
-from .merging import Merging
-from .report import Description
-from .schedule import Schedule, Step
-from .stream import Plans, Stream, run_block
-from .swap import Patched, original
+from ..patching.subclass import Patched, original
+from ..patching.trial import try_blocks
+from ..tome.config import ToMeConfig
+from ..tome.report import Description
+from ..tome.schedule import Schedule, Step
+from .blocks import Plans, Stream, run_block
+from .state import Merging
 from .towers import Tower, own_embedding
-from .trial import try_blocks
 from .weights import ReadBlock, known_classes
 
 _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import merge_norm as fused
-from .parts import are_plain, bare_copy, is_bare, is_plain
-from .swap import Patched
+from ..ops import merge_norm
+from ..patching.guards import are_plain, bare_copy, is_bare, is_plain
+from ..patching.subclass import Patched
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return what the norm computes, in x's dtype, whatever that of its parameters."""
-    return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return merge_norm.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 class ReadBlock(Patched):

@@ -9,29 +9,18 @@ travels through its arguments, so that checkpointing and several forwards before
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import fields, replace
+from collections.abc import Iterable, Sized
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from .. import checks, vit
-from . import tempme, upstream
-from .config import ToMeConfig, nothing_said
-from .merging import Merging
-from .report import Description, family_of, logger, warn, warn_capped
-from .schedule import Rate, Schedule
-from .swap import Patched, check_unswap, patched, swap, unswap
-from .towers import Tower, check_tower, find_tower
-from .trace import Trace
-from .weights import known_classes
-
-# what becomes of the module that calls the blocks, and of a block
-_MIXINS: dict[str, tuple[type, type]] = {
-    "prompted": (upstream.PromptedTower, upstream.StreamBlock),
-    "sequence": (upstream.SequenceTransformer, upstream.StreamBlock),
-    "tempme": (tempme.TempMeTransformer, tempme.TempMeBlock),
-}
+from . import video, vit
+from .patching.subclass import check_unswap, patched, unswap
+from .tome.config import ToMeConfig, nothing_said
+from .tome.report import Description, logger, warn
+from .tome.schedule import Rate
+from .tome.trace import Trace
 
 
 def apply_tome_patch(
@@ -105,74 +94,12 @@ def apply_tome_patch(
         merge_frame_nums=merge_frame_nums, merge_token_proportions=merge_token_proportions, frame_pos=frame_pos,
     )  # fmt: skip
     found = vit.find(_module(model))
-    if found is not None:
-        if frames is not None:
-            raise ValueError(
-                f"frames is for STOP, DGL, CLIP4Clip and TempMe, not for {type(model).__name__}: leave it out"
-            )
-        vit.apply(found, settings, unmerge, protected)
-        return _said(model, found.runner)
-    tower = find_tower(model)
-    check_tower(tower)
-    if unmerge:
-        raise ValueError(
-            "unmerge is not for STOP, DGL, CLIP4Clip and TempMe, which read class tokens alone: leave it out"
-        )
-    if protected is not None and protected != tower.protected:
-        raise ValueError(
-            f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "
-            "not be merged (class token, prompts): leave it out"
-        )
-    if frames is not None:
-        frames = checks.count(frames, "frames", "frames of a video", least=1)
-    if frames not in (None, tower.frames) and tower.kind != "sequence" and tower.frames is not None:
-        raise ValueError(f"frames is {frames}, but the model is made for videos of {tower.frames} frames; leave it out")
-    clips, video = bool(settings.merge_layers), frames or tower.frames or 1
-    if clips and not (frames or tower.frames):
-        raise ValueError(
-            "merge_layers joins frames, but this model does not define the number of frames of a video: give frames=…"
-        )
-
-    def schedule(count: int) -> Schedule:
-        return settings.schedule(len(tower.blocks), tower.tokens, count, tower.protected, tower.width)
-
-    # the frames of a plain sequence of images have nothing to do with each other until they are joined
-    chosen = schedule(video if clips or tower.kind != "sequence" else 1)
-    joined = [step.items * step.join if step.join > 1 else 0 for step in chosen.steps]
-    if tower.kind == "tempme":
-        tempme.clip_of(tower)
-        if own_prop_attn:
-            settings = replace(settings, prop_attn=tempme.own_prop_attn(tower))
-        joined = tempme.missing_embeddings(tower, joined) if settings.frame_pos else joined
-    _check_embeddings(tower, joined, settings.frame_pos)
-    if tower.kind in _MIXINS:
-        fresh = {index: block for index, block in enumerate(tower.blocks) if not isinstance(block, Patched)}
-        if tower.kind == "tempme":
-            tempme.try_out(tower, fresh)
-        else:
-            upstream.try_out(tower, fresh)
-            if not isinstance(tower.runner, Patched):
-                upstream.try_runner(tower)
-        for_runner, for_block = _MIXINS[tower.kind]
-        swap(tower.runner, for_runner)
-        for block in fresh.values():
-            swap(block, for_block)
-            block.tome_classes = known_classes(block)
-        for block, step in zip(tower.blocks, chosen.steps, strict=True):
-            block.tome_step = step if tower.kind != "tempme" or scheduled else None
-    _set_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
-    family = family_of(tower.runner)
-    if tower.kind == "tempme":
-        tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames, family)
+    if found is None:
+        runner = video.apply(model, settings, scheduled, own_prop_attn, frames, unmerge, protected)
+    elif frames is None:
+        runner = vit.apply(found, settings, unmerge, protected)
     else:
-        tower.runner.tome = Merging(settings, chosen, schedule(video), family, tower.protected)
-    if tower.kind != "tempme" or scheduled:
-        warn_capped(tower.runner.tome.asked, chosen, settings.merge_token_proportions)
-    return _said(model, tower.runner)
-
-
-def _said(model: nn.Module, runner: nn.Module) -> nn.Module:
-    """Log what was patched just now, whatever else in the model is."""
+        raise ValueError(f"frames is for STOP, DGL, CLIP4Clip and TempMe, not for {type(model).__name__}: leave it out")
     merging = _held(runner)
     if merging is not None and logger.isEnabledFor(logging.INFO):
         logger.info("%s", merging.describe(_name(model)).line)
@@ -221,13 +148,10 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
     vit.tidy(model)
     for module in modules:
         check_unswap(module)
-    tempme.take(model)
+    video.take(model)
     for module in model.modules():
-        if hasattr(module, "reset_merging"):
-            own: Any = module
-            _set_embeddings(own.transformer.resblocks, [0] * len(own.transformer.resblocks))
-            own.reset_merging()
-        elif isinstance(module.__dict__.get("tome"), (vit.Merging, Merging)):  # a runner that kept its class
+        kept = not hasattr(module, "reset_merging") and module.__dict__.get("tome")
+        if isinstance(kept, (vit.Merging, video.Merging)):  # of a runner that kept its class
             del module.tome
     for module in modules:
         unswap(module)
@@ -275,7 +199,7 @@ def _held(module: nn.Module) -> Any:
     """Return the settings and schedule that a module holds; None without, and for what others call ``tome``."""
     tome = module.__dict__.get("tome")
     tome = getattr(tome, "merging", tome)  # of a block
-    return tome if isinstance(tome, (vit.Merging, Merging)) and tome.family else None
+    return tome if isinstance(tome, (vit.Merging, video.Merging)) and tome.family else None
 
 
 def _mergings(model: nn.Module) -> list[Any]:
@@ -314,29 +238,3 @@ def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
             "to merge nothing without this warning"
         )
     return model if config.off else apply_tome_patch(model, config=config)
-
-
-def _check_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
-    """A parameter that comes or goes after the wrapping would not be kept the same in all processes."""
-    parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in tower.around)
-    changes = any(
-        (_embedding(block) is None) == bool(wanted and n) for block, n in zip(tower.blocks, rows, strict=True)
-    )
-    if parallel and changes:
-        raise RuntimeError("frame_pos adds or removes parameters: patch first, then wrap in DistributedDataParallel")
-
-
-def _embedding(block: nn.Module) -> nn.Parameter | None:
-    return block._parameters.get("tome_frame_embedding")
-
-
-def _set_embeddings(blocks: Sequence[Any], rows: Sequence[int]) -> None:
-    """Give each block that joins items its embedding, keeping one that fits, and take it from all others."""
-    for block, count in zip(blocks, rows, strict=True):
-        have = _embedding(block)
-        if not count:
-            if have is not None:
-                del block.tome_frame_embedding
-        elif have is None or have.shape[1] != count:
-            like = block.attn.in_proj_weight
-            block.tome_frame_embedding = nn.Parameter(like.new_zeros(1, count, 1, like.shape[1]))

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..api import attention, match, merge, merge_norm
+from ..patching.guards import is_plain
 from ..plan import MergePlan
-from .parts import is_plain
-from .schedule import Schedule, Step
+from ..tome.schedule import Schedule, Step
 from .weights import check_attention, is_read, normalise
 
 _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702

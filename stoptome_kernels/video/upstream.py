@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .merging import Merging
-from .parts import has_own, is_elsewhere
-from .schedule import Step, plan_layers
-from .stream import Stream, run_block
-from .swap import Patched
+from ..patching.guards import has_own, is_elsewhere
+from ..patching.subclass import Patched
+from ..patching.trial import try_blocks
+from ..tome.schedule import Step, plan_layers
+from .blocks import Stream, run_block
+from .state import Merging
 from .towers import Tower
-from .trial import try_blocks
 from .weights import ReadBlock, known_classes
 
 
