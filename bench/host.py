@@ -106,7 +106,7 @@ def stop_block(cast: Callable, r: int) -> Sides:
     """A STOP block in the middle of its stack, one video of 12 frames, narrow."""
     from stoptome_kernels.stop import StopConfig, StopModel
     from stoptome_kernels.tome.schedule import plan_layers
-    from stoptome_kernels.video.blocks import Stream, run_block
+    from stoptome_kernels.video.blocks import VideoTokens, run_block
 
     config = StopConfig(
         temporal_prompt="DGL", layers=1, prompt_layers=1, text_layers=1, vocab_size=64, width=64, image_size=96
@@ -119,7 +119,7 @@ def stop_block(cast: Callable, r: int) -> Sides:
     def call() -> tuple[Tensor, Tensor]:
         with cast():
             grown = x if torch.is_grad_enabled() else x.detach()
-            stream, _ = run_block(block, Stream(grown, shared), step, frame_prompts=own)
+            stream, _ = run_block(block, VideoTokens(grown, shared), step, frame_prompts=own)
         return stream.x, stream.prompts
 
     return block_directions(f"STOP block, r = {r}", call, [x, *block.parameters()])

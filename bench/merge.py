@@ -62,7 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command.settle(args)
     args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
     wanted = args.backend or (BACKENDS[:2] if args.quick else BACKENDS)
-    reasons = {name: peers.why_not(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
+    reasons = {name: peers.unavailable_reason(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
     args.skipped = {backend: reason for backend, reason in reasons.items() if reason}
     args.backends = [backend for backend, reason in reasons.items() if not reason]
     if args.backend and args.skipped:

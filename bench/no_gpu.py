@@ -81,10 +81,10 @@ def install(results: bool = True) -> Gpu:
     driver.set_active(_driver(gpu))
     backend = dispatch.triton
     backend._on = lambda tensor: nullcontext()
-    backend.why_not = lambda device, dtype, explicit: None if dtype in backend._DTYPES else f"no {dtype}"
+    backend.unavailable_reason = lambda device, dtype, explicit: None if dtype in backend._DTYPES else f"no {dtype}"
     # what a GPU runs though its test is for a device: the question is asked of a tensor that says it is there
-    pays = stream._columns_pay
-    stream._columns_pay = lambda attn, x: pays(attn, SimpleNamespace(is_cuda=True, numel=x.numel))
+    pays = stream._metric_columns_cheaper
+    stream._metric_columns_cheaper = lambda attn, x: pays(attn, SimpleNamespace(is_cuda=True, numel=x.numel))
     for name in READING if results else ():
         setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), gpu))
     for name in ENTRIES if results else ():

@@ -20,7 +20,7 @@ import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.tome.schedule import Schedule
-from stoptome_kernels.video.blocks import Stream, run_block
+from stoptome_kernels.video.blocks import VideoTokens, run_block
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,7 +119,7 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
         def blocks(visual=visual) -> Tensor:
             with cast:
                 shared = visual.prompt_embeddings.expand(args.videos, -1, -1)
-                stream = visual.tome.run(visual.transformer.resblocks, Stream(frames, shared), prompts)
+                stream = visual.tome.run(visual.transformer.resblocks, VideoTokens(frames, shared), prompts)
                 return visual.ln_post(torch.cat([stream.prompts, stream.x.reshape(args.videos, c.frames, -1)], 1))
 
         def whole(visual=visual) -> Tensor:
@@ -161,7 +161,7 @@ def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, schedule: Sche
         with cast:
             shared = model.visual.prompt_embeddings.expand(args.videos, -1, -1)
             x = frames if torch.is_grad_enabled() else frames.detach()
-            stream, _ = run_block(block, Stream(x, shared), schedule.steps[0], frame_prompts=prompts)
+            stream, _ = run_block(block, VideoTokens(x, shared), schedule.steps[0], frame_prompts=prompts)
             rows = stream.x.unflatten(0, (args.videos, c.frames))
             return torch.cat([stream.prompts, rows.flatten(1, 2)], 1)
 

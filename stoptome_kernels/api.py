@@ -63,7 +63,7 @@ def match(
         return _match_sets(metric, r, protected, backend, sets)
     protected = checks.count(1 if protected is None else protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
-    checks.plain(metric, "metric")
+    checks.no_vmap_or_jvp(metric, "metric")
     if onnx.exporting():
         checks.match(metric, r, protected, backend)
         return MergePlan(*onnx.match(metric, r, protected), protected)
@@ -79,7 +79,7 @@ def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, set
     if not isinstance(sets, (tuple, list)) or len(sets) != 2:
         raise TypeError(f"sets must be a pair (sources, destinations), got {type(sets).__name__}")
     checks.choice(backend, "backend", checks.BACKENDS)
-    checks.plain(metric, "metric")
+    checks.no_vmap_or_jvp(metric, "metric")
     src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
     if onnx.exporting():
         raise NotImplementedError("match with sets can't be exported to ONNX: leave that layer out of the export")
@@ -127,7 +127,7 @@ def merge(
     """
     checks.tensor(x, "x", "(N, T, D)")
     _check_plan(plan)
-    checks.plain(x, "x")
+    checks.no_vmap_or_jvp(x, "x")
     if size is not None:
         checks.tensor(size, "size", "(N, T)")
     checks.choice(mode, "mode", checks.MODES)
@@ -182,7 +182,7 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     """
     checks.tensor(y, "y", "(N, tokens_out, D)")
     _check_plan(plan)
-    checks.plain(y, "y")
+    checks.no_vmap_or_jvp(y, "y")
     if plan.r == 0:
         ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
         _check_backend(backend, y)
@@ -250,11 +250,11 @@ def merge_norm(
             checks.tensor(value, name, shape)
     for value, name in ((x, "x"), (residual, "residual"), (weight, "weight"), (bias, "bias")):
         if value is not None:
-            checks.plain(value, name)
+            checks.no_vmap_or_jvp(value, name)
     eps = checks.number(eps, "eps", "added to the variance")
     if plan.r == 0:
         ops.merge_norm.check_merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)
-        _check_backend(backend, ops.merge_norm.wider(x, residual))
+        _check_backend(backend, ops.merge_norm.dispatch_tensor(x, residual))
         y = x + residual
         size = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
         return y, ops.merge_norm.layer_norm(y, weight, bias, eps), size
@@ -324,12 +324,12 @@ def attention(
             checks.tensor(value, name, shape)
     for value, name in ((q, "q"), (k, "k"), (v, "v"), (prefix_k, "prefix_k"), (prefix_v, "prefix_v")):
         if value is not None:
-            checks.plain(value, name)
+            checks.no_vmap_or_jvp(value, name)
     scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
     q, k, v, prefix_k, prefix_v = ops.attention.as_autocast(q, k, v, prefix_k, prefix_v)
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     size = None if size is None else size.detach()
-    how = dispatch.attends(
+    how = dispatch.choose_attention(
         backend, q.device.type, q.dtype, ops.attention.limit(q, k, prefix_k) is None, size is None and prefix_k is None
     )
     if how == "sdpa" or onnx.exporting():

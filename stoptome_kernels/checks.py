@@ -68,7 +68,7 @@ def count(value: object, name: str, what: str, least: int = 0) -> int:
     return min(number, 2**63 - 1) if isinstance(number, int) else number
 
 
-def plain(value: Tensor, name: str) -> None:
+def no_vmap_or_jvp(value: Tensor, name: str) -> None:
     """Refuse what torch.library can't differentiate or batch for us: it would give zeros or a wrong plan silently."""
     if torch.compiler.is_compiling():
         return
@@ -277,7 +277,7 @@ def no_overlap(outputs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> 
         taken.append((name, (begin, end)))
 
 
-def extremes(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:
+def max_backward_inputs(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:
     """The gradient of a maximum needs input and output of the merge."""
     if mode != "max":
         return
@@ -323,7 +323,9 @@ def number(value: object, name: str, what: str) -> float:
     return float(value)
 
 
-def exactly(value: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def saved_tensor(
+    value: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     """What one operator saved for another."""
     if value is None:
         return

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     """``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides as they
     are, and this is the one case that copies."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def joined(prefix: Tensor | None, x: Tensor) -> Tensor:
+def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
     """Keys or values ``x (N, H, T, d)`` with those of the prefix ``(M, H, G, d)`` in front, for kernels that can't read
     them where they are: ``(N, H, G + T, d)``, with the heads of a token next to each other in memory, as in x."""
     if prefix is None:
@@ -34,7 +34,7 @@ def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
     return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
 
 
-def log_size(size: Tensor | None, keys: Tensor) -> Tensor | None:
+def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:
     """Sizes ``(N, T)`` as an additive mask ``(N, 1, 1, K)`` for K keys, of which those before the last T count once;
     float32 (float64 for float64). No mask for each query, and no gradient, with which torch has no fused kernel."""
     if size is None:

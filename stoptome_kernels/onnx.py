@@ -22,7 +22,7 @@ def exporting() -> bool:
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it is False whenever torch.compile traces
 
 
-def group(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Tensor, Tensor]:
+def group_tokens(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Tensor, Tensor]:
     """Return ``members (N, T)`` and ``offsets (N, tokens_out + 1)`` of a plan, see ``reference.build_groups``; in
     operations that ONNX has where it is asked for.
 
@@ -44,7 +44,7 @@ def group(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Tensor, Te
 
 def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dest``, ``members`` and ``offsets``, see ``stoptome_kernels.match``."""
-    m = metric.detach().to(_accumulator(metric.dtype))
+    m = metric.detach().to(_accumulator_dtype(metric.dtype))
     m = m.mean(1) if m.dim() == 4 else m
     n, tokens, _ = m.shape
     r = min(r, (tokens - protected) // 2)
@@ -73,18 +73,18 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     lost = torch.cat(
         [nothing.expand(-1, protected), merged & (best == -torch.inf), nothing.expand(-1, tail.shape[1])], 1
     )
-    return dest.int(), *group(dest, lost[:, back], tokens - r)
+    return dest.int(), *group_tokens(dest, lost[:, back], tokens - r)
 
 
 def merge(
     x: Tensor, dest: Tensor, weightless: Tensor, tokens_out: int, size: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor]:
-    """Return merged tokens and sizes, see ``stoptome_kernels.merge``; ``weightless`` as in ``group``."""
+    """Return merged tokens and sizes, see ``stoptome_kernels.merge``; ``weightless`` as in ``group_tokens``."""
     counts = torch.ones_like(dest, dtype=torch.float32) if size is None else size
     counts = counts.masked_fill(weightless, 0.0)
     into = dest.long()
     total = counts.new_zeros(x.shape[0], tokens_out).scatter_add(1, into, counts)
-    rows, weight = x.to(_accumulator(x.dtype)), counts[..., None].to(_accumulator(x.dtype))
+    rows, weight = x.to(_accumulator_dtype(x.dtype)), counts[..., None].to(_accumulator_dtype(x.dtype))
     into = into[..., None].expand(-1, -1, x.shape[2])
     empty = rows.new_zeros(x.shape[0], tokens_out, x.shape[2])
     if mode == "mean":
@@ -118,5 +118,5 @@ def merge_norm(
     return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps), total
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from . import video, vit
-from .patching.subclass import check_unswap, patched, unswap
-from .tome.config import ToMeConfig, nothing_said
+from .patching.subclass import check_unpatchable, patched_modules, unpatch_class
+from .tome.config import ToMeConfig, describe_missing_flags
 from .tome.report import Description, logger, warn
 from .tome.schedule import Rate
 from .tome.trace import Trace
@@ -74,7 +74,8 @@ def apply_tome_patch(
     Copies of the blocks are tried on random tokens first; a block is refused if it computes something else than its
     class is known for. With ``tome_r=0`` the model computes the same as before, bit for bit. Class tokens, prompts and
     the text tower are never merged; ``encode_image`` returns the same shapes. Forward hooks on the blocks of video
-    models see ``stream.Stream`` (TempMe: ``tempme.Course``), on those of image models ``vit.tokens.Tokens``.
+    models see ``video.blocks.VideoTokens`` (TempMe: ``video.tempme.TempMeTokens``), on those of image models
+    ``vit.tokens.Tokens``.
 
     TempMe's model merges by its own published schedule unless one of ``tome_r``, ``merge_layers``,
     ``merge_frame_nums``, ``merge_token_proportions``, ``frame_pos`` or ``config`` is given, which then replace it. The
@@ -144,17 +145,17 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
         RuntimeError: a module was given another class or forward after the patch (by ``fully_shard``, accelerate); then
             nothing is changed.
     """
-    modules = patched(_module(model))
-    vit.tidy(model)
+    modules = patched_modules(_module(model))
+    vit.remove_stale_recorders(model)
     for module in modules:
-        check_unswap(module)
-    video.take(model)
+        check_unpatchable(module)
+    video.remove_additions(model)
     for module in model.modules():
         kept = not hasattr(module, "reset_merging") and module.__dict__.get("tome")
-        if isinstance(kept, (vit.Merging, video.Merging)):  # of a runner that kept its class
+        if isinstance(kept, (vit.VitMergeState, video.VideoMergeState)):  # of a runner that kept its class
             del module.tome
     for module in modules:
-        unswap(module)
+        unpatch_class(module)
     return model
 
 
@@ -199,7 +200,7 @@ def _held(module: nn.Module) -> Any:
     """Return the settings and schedule that a module holds; None without, and for what others call ``tome``."""
     tome = module.__dict__.get("tome")
     tome = getattr(tome, "merging", tome)  # of a block
-    return tome if isinstance(tome, (vit.Merging, video.Merging)) and tome.family else None
+    return tome if isinstance(tome, (vit.VitMergeState, video.VideoMergeState)) and tome.family else None
 
 
 def _mergings(model: nn.Module) -> list[Any]:
@@ -232,7 +233,7 @@ def apply_from_config(model: nn.Module, task_config: object) -> nn.Module:
         TypeError, ValueError, RuntimeError: as ``apply_tome_patch``.
     """
     config = ToMeConfig.from_args(task_config)
-    if lacks := nothing_said(task_config):
+    if lacks := describe_missing_flags(task_config):
         warn(
             f"{type(model).__name__} is not patched: task_config ({type(task_config).__name__}) {lacks}; set tome_r=0 "
             "to merge nothing without this warning"

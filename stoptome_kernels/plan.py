@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .onnx import group
+from .onnx import group_tokens
 from .reference.merging import group_of, read
 
 
@@ -86,7 +86,7 @@ class MergePlan:
         step = step.long()
         dest = dest.gather(1, step)
         weightless = weightless | more.gather(1, step)
-        members, offsets = group(dest, weightless, following.tokens_out)
+        members, offsets = group_tokens(dest, weightless, following.tokens_out)
         return MergePlan(dest, members, offsets, min(self.protected, following.protected))
 
     def to(self, device: torch.device | str) -> MergePlan:

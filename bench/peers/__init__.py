@@ -250,7 +250,7 @@ def tome(inputs: Inputs) -> Peer | None:
     )
 
 
-def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
+def unavailable_reason(backend: str, device: str, dtype: torch.dtype) -> str | None:
     """The reason why a backend of the package is not measured here, or None."""
     if backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "TRITON_INTERPRET is set: the interpreter's times mean nothing"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import heads_last, joined, log_size, unit
+from ..layout import heads_last, log_size_bias, unit_stride, with_prefix
 
 _missing: str | None = None
 try:
@@ -22,7 +22,7 @@ _MODES = {"mean": 0, "sum": 1, "max": 2, "all": 3}
 _NOTHING = (0, 0, 0)
 
 
-def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
+def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     """The reason why the native kernels can't run on such tensors here, or None."""
     if _missing:
         return _missing
@@ -43,7 +43,7 @@ def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``stoptome_kernels.reference.match``."""
-    metric = unit(metric)
+    metric = unit_stride(metric)
     n, heads, tokens, channels = metric.shape
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
     members = metric.new_empty((n, tokens), dtype=torch.int32)
@@ -65,7 +65,7 @@ def reduce(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``stoptome_kernels.reference.reduce``; ``out`` is where to write, contiguous."""
-    x, members, offsets = unit(x), members.contiguous(), offsets.contiguous()
+    x, members, offsets = unit_stride(x), members.contiguous(), offsets.contiguous()
     n, tokens, dim = x.shape
     tokens_out = offsets.shape[1] - 1
     y = x.new_empty((n, tokens_out, dim)) if out is None else out[0]
@@ -88,10 +88,10 @@ def spread(
     y: Tensor | None = None,
 ) -> Tensor:
     """See ``stoptome_kernels.reference.spread``."""
-    grad, members, offsets = unit(grad), members.contiguous(), offsets.contiguous()
+    grad, members, offsets = unit_stride(grad), members.contiguous(), offsets.contiguous()
     n, tokens_out, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
-    x, y = (None if t is None else unit(t) for t in (x, y))
+    x, y = (None if t is None else unit_stride(t) for t in (x, y))
     _native.spread(
         _rows(grad), _rows(out), _DTYPES[grad.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n,
         members.shape[1], tokens_out, dim, _NOTHING if size is None else _rows(size),
@@ -113,7 +113,7 @@ def merge_norm(
     """See ``stoptome_kernels.reference.merge_norm``."""
     stream = torch.promote_types(x.dtype, residual.dtype)
     wide = torch.float64 if stream == torch.float64 else torch.float32
-    x, residual = unit(x.to(stream)), unit(residual.to(stream))
+    x, residual = unit_stride(x.to(stream)), unit_stride(residual.to(stream))
     members, offsets = members.contiguous(), offsets.contiguous()
     weight, bias = (None if t is None else t.to(wide).contiguous() for t in (weight, bias))
     n, tokens, dim = x.shape
@@ -141,8 +141,13 @@ def merge_norm_backward(
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
     """See ``stoptome_kernels.reference.merge_norm_backward``."""
-    grad_normed, y, members, offsets = unit(grad_normed), unit(y), members.contiguous(), offsets.contiguous()
-    grad_y = None if grad_y is None else unit(grad_y)
+    grad_normed, y, members, offsets = (
+        unit_stride(grad_normed),
+        unit_stride(y),
+        members.contiguous(),
+        offsets.contiguous(),
+    )
+    grad_y = None if grad_y is None else unit_stride(grad_y)
     weight = None if weight is None else weight.to(mean.dtype).contiguous()
     mean, rstd = mean.contiguous(), rstd.contiguous()
     n, tokens_out, dim = grad_normed.shape
@@ -167,9 +172,9 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ``stoptome_kernels.reference.attention``: torch's own fused kernel, with the prefix concatenated."""
-    keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
+    keys, values = unit_stride(with_prefix(prefix_k, k)), unit_stride(with_prefix(prefix_v, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        unit(q), keys, values, attn_mask=log_size(size, keys), scale=scale
+        unit_stride(q), keys, values, attn_mask=log_size_bias(size, keys), scale=scale
     )
     return heads_last(out), lse.contiguous()
 
@@ -187,9 +192,18 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``stoptome_kernels.reference.attention_backward``."""
-    keys, values = unit(joined(prefix_k, k)), unit(joined(prefix_v, v))
+    keys, values = unit_stride(with_prefix(prefix_k, k)), unit_stride(with_prefix(prefix_v, v))
     dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        unit(grad), unit(q), keys, values, out, lse, 0.0, False, attn_mask=log_size(size, keys), scale=scale
+        unit_stride(grad),
+        unit_stride(q),
+        keys,
+        values,
+        out,
+        lse,
+        0.0,
+        False,
+        attn_mask=log_size_bias(size, keys),
+        scale=scale,
     )
     if prefix_k is None:
         return heads_last(dq), heads_last(dkeys), heads_last(dvalues), None, None

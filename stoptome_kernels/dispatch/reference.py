@@ -17,11 +17,11 @@ __all__ = [
     "merge_norm_backward",
     "reduce",
     "spread",
-    "why_not",
+    "unavailable_reason",
 ]
 
 
-def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
+def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     """It always can."""
     return None
 

@@ -40,7 +40,7 @@ def _no_gpu() -> str | None:
     return None
 
 
-def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
+def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     """The reason why the Triton kernels can't run on such tensors here, or None.
 
     CPU tensors are taken only when asked for and under Triton's interpreter, which is thousands of times slower.
@@ -57,7 +57,7 @@ def why_not(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
     return _no_triton() or (_no_gpu() if device == "cuda" else None)
 
 
-def too_much_attention(keys: int, channels: int) -> str | None:
+def unsupported_attention(keys: int, channels: int) -> str | None:
     """The reason why the Triton kernels can't attend to so many keys with heads so wide, or None."""
     if keys > _MOST_KEYS:
         return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_heads_last, unit
+from ..layout import empty_heads_last, unit_stride
 from . import config
 from .merge import _narrowed
 from .similarity import _dot_thirds
@@ -352,7 +352,21 @@ def attention_backward(
     shape = None if prefix_k is None else (q.shape[0], *prefix_k.shape[1:])
     part_k, part_v = (None if shape is None else q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     for kernel, grid, arguments, meta in grad_launches(
-        unit(grad), q, k, v, size, prefix_k, prefix_v, lse.contiguous(), dq, dk, dv, part_k, part_v, unit(out), scale
+        unit_stride(grad),
+        q,
+        k,
+        v,
+        size,
+        prefix_k,
+        prefix_v,
+        lse.contiguous(),
+        dq,
+        dk,
+        dv,
+        part_k,
+        part_v,
+        unit_stride(out),
+        scale,
     ):
         kernel[grid](*arguments, **meta)
     if part_k is None or part_v is None:
@@ -365,4 +379,10 @@ def attention_backward(
 def _laid_out(q, k, v, size, prefix_k, prefix_v) -> tuple:
     """As the kernels ask for them; for a prefix of no keys there is none."""
     size = None if size is None else size.contiguous()
-    return unit(q), unit(k), unit(v), size, *(None if t is None else unit(t) for t in (prefix_k, prefix_v))
+    return (
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        size,
+        *(None if t is None else unit_stride(t) for t in (prefix_k, prefix_v)),
+    )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit
+from ..layout import unit_stride
 from . import config
 from .similarity import nearest, token_of
 
@@ -330,7 +330,7 @@ def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dest, members, offsets)`` of metric (N, H, T, C); see ``stoptome_kernels.reference.match``."""
-    metric = unit(metric)
+    metric = unit_stride(metric)
     n, _, tokens, _ = metric.shape
     before = None
     if order is not None:

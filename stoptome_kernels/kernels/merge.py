@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit
+from ..layout import unit_stride
 from . import config
 
 
@@ -296,7 +296,7 @@ def reduce(
     if n * groups > 0:
         size = None if size is None else size.contiguous()
         kernel, grid, arguments, meta = reduce_launch(
-            unit(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
+            unit_stride(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
         )
         kernel[grid](*arguments, **meta)
     return y, size_out
@@ -316,12 +316,12 @@ def spread(
     out = grad.new_empty((n, members.shape[1], dim))
     if n * groups * dim > 0:
         if mode == "max":
-            x, y = unit(x), unit(y)  # type: ignore[arg-type]
+            x, y = unit_stride(x), unit_stride(y)  # type: ignore[arg-type]
         if mode != "mean":
             size = None
         kernel, grid, arguments, meta = spread_launch(
-            unit(grad), members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous(), out,
-            mode, x, y,
+            unit_stride(grad), members.contiguous(), offsets.contiguous(),
+            None if size is None else size.contiguous(), out, mode, x, y,
         )  # fmt: skip
         kernel[grid](*arguments, **meta)
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit
+from ..layout import unit_stride
 from . import config
 from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
 
@@ -252,7 +252,15 @@ def merge_norm(
     if n * groups > 0:
         size, weight, bias = (None if t is None else t.contiguous() for t in (size, weight, bias))
         kernel, grid, arguments, meta = norm_launch(
-            unit(x), unit(residual), members.contiguous(), offsets.contiguous(), size, weight, bias, outputs, eps
+            unit_stride(x),
+            unit_stride(residual),
+            members.contiguous(),
+            offsets.contiguous(),
+            size,
+            weight,
+            bias,
+            outputs,
+            eps,
         )
         kernel[grid](*arguments, **meta)
     return outputs
@@ -276,9 +284,9 @@ def merge_norm_backward(
     if n * groups == 0:
         return out, mean.new_zeros((2 if affine else 0, dim))
     size, weight = (None if t is None else t.contiguous() for t in (size, weight))
-    grad_y = None if grad_y is None else unit(grad_y)
+    grad_y = None if grad_y is None else unit_stride(grad_y)
     kernel, grid, arguments, meta = norm_grad_launch(
-        unit(grad_normed), grad_y, y.contiguous(), mean.contiguous(), rstd.contiguous(), members.contiguous(),
+        unit_stride(grad_normed), grad_y, y.contiguous(), mean.contiguous(), rstd.contiguous(), members.contiguous(),
         offsets.contiguous(), size, weight, out, affine,
     )  # fmt: skip
     kernel[grid](*arguments, **meta)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..layout import empty_heads_last, heads_last, joined, log_size, unit
+from ..layout import empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from .library import define, gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
@@ -27,14 +27,16 @@ def sdpa(
     scale: float | None,
 ) -> Tensor:
     """Attention by ``F.scaled_dot_product_attention``: the prefix concatenated, the sizes as an additive mask."""
-    k, v = joined(prefix_k, k), joined(prefix_v, v)
-    bias = log_size(size, k)
+    k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
+    bias = log_size_bias(size, k)
     if bias is not None and q.device.type != "cpu":
         bias = bias.to(q.dtype)  # the fused kernels for GPUs take a mask in q's dtype alone
     # autocast would round the logarithms to 8 bits
     exact = torch.autocast(q.device.type, enabled=False) if _autocasts(q.device.type) else nullcontext()
     with exact:
-        out = F.scaled_dot_product_attention(unit(q), unit(k), unit(v), attn_mask=bias, scale=scale)
+        out = F.scaled_dot_product_attention(
+            unit_stride(q), unit_stride(k), unit_stride(v), attn_mask=bias, scale=scale
+        )
     return heads_last(out)
 
 
@@ -58,7 +60,9 @@ def default_scale(q: Tensor) -> float:
 
 def limit(q: Tensor, k: Tensor, prefix_k: Tensor | None) -> str | None:
     """Why the Triton kernels can't take tensors of this shape, or None."""
-    return dispatch.triton.too_much_attention(k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]), q.shape[3])
+    return dispatch.triton.unsupported_attention(
+        k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]), q.shape[3]
+    )
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
@@ -74,7 +78,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _wide(q: Tensor) -> torch.dtype:
+def _accumulator_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -107,7 +111,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     n, heads, queries, _ = q.shape
-    return empty_heads_last(q, n, heads, queries), q.new_empty((n, heads, queries), dtype=_wide(q))
+    return empty_heads_last(q, n, heads, queries), q.new_empty((n, heads, queries), dtype=_accumulator_dtype(q))
 
 
 define(
@@ -159,9 +163,9 @@ def _like(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Te
 
 def _check_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend) -> None:
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
-    checks.exactly(grad, "grad", tuple(q.shape), q.dtype, q.device)
-    checks.exactly(out, "out", tuple(q.shape), q.dtype, q.device)
-    checks.exactly(lse, "lse", tuple(q.shape[:3]), _wide(q), q.device)
+    checks.saved_tensor(grad, "grad", tuple(q.shape), q.dtype, q.device)
+    checks.saved_tensor(out, "out", tuple(q.shape), q.dtype, q.device)
+    checks.saved_tensor(lse, "lse", tuple(q.shape[:3]), _accumulator_dtype(q), q.device)
 
 
 # the gradients of a prefix that is not there are empty: an operator returns the same number of tensors in any case

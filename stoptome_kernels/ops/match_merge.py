@@ -134,7 +134,7 @@ def _merge_backward(
     checks.rows(grad, "grad", offsets.shape[1] - 1, members, offsets, backend)
     checks.size(size, members)
     checks.choice(mode, "mode", checks.MODES)
-    checks.extremes(x, y, grad, members, mode)
+    checks.max_backward_inputs(x, y, grad, members, mode)
     return dispatch.choose(backend, grad).spread(grad, members, offsets, size, mode, x, y)
 
 

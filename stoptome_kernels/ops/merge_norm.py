@@ -29,17 +29,17 @@ def check_merge_norm(
     checks.merge_norm(x, residual, weight, bias, eps)
 
 
-def stream(x: Tensor, residual: Tensor) -> torch.dtype:
+def stream_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
     """The dtype of x + residual: under autocast x is float32 and what a layer adds to it is not."""
     return torch.promote_types(x.dtype, residual.dtype)
 
 
-def wider(x: Tensor, residual: Tensor) -> Tensor:
+def dispatch_tensor(x: Tensor, residual: Tensor) -> Tensor:
     """The one of the two that decides which backends can run."""
     return residual if residual.dtype == torch.float64 else x
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -55,7 +55,7 @@ def _merge_norm(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_merge_norm(x, residual, members, offsets, size, weight, bias, eps, backend)
-    run = dispatch.choose(backend, wider(x, residual))
+    run = dispatch.choose(backend, dispatch_tensor(x, residual))
     return run.merge_norm(x, residual, members, offsets, size, weight, bias, eps)
 
 
@@ -71,9 +71,12 @@ def _merge_norm_fake(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_merge_norm(x, residual, members, offsets, size, weight, bias, eps, backend)
-    n, out, dim, dtype = x.shape[0], offsets.shape[1] - 1, x.shape[2], stream(x, residual)
+    n, out, dim, dtype = x.shape[0], offsets.shape[1] - 1, x.shape[2], stream_dtype(x, residual)
     rows = (x.new_empty(n, out, dim, dtype=dtype) for _ in range(2))
-    numbers = (x.new_empty(n, out, dtype=kind) for kind in (torch.float32, _wide(dtype), _wide(dtype)))
+    numbers = (
+        x.new_empty(n, out, dtype=kind)
+        for kind in (torch.float32, _accumulator_dtype(dtype), _accumulator_dtype(dtype))
+    )
     return (*rows, *numbers)  # type: ignore[return-value]
 
 
@@ -90,7 +93,7 @@ def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     dtypes, as PyTorch's own is in any case."""
     rows = y
     if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
-        wide = _wide(y.dtype)
+        wide = _accumulator_dtype(y.dtype)
         rows, weight, bias = y.to(wide), *(None if t is None else t.to(wide) for t in (weight, bias))
     # autocast may compute it in another dtype
     return torch.nn.functional.layer_norm(rows, y.shape[-1:], weight, bias, eps).to(y.dtype)
@@ -102,10 +105,10 @@ def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def _check_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, backend: str) -> None:
     checks.rows(grad_normed, "grad_normed", offsets.shape[1] - 1, members, offsets, backend)
     shape, dtype, device = tuple(grad_normed.shape), grad_normed.dtype, grad_normed.device
-    checks.exactly(grad_y, "grad_y", shape, dtype, device)
-    checks.exactly(y, "y", shape, dtype, device)
-    checks.exactly(mean, "mean", shape[:2], _wide(dtype), device)
-    checks.exactly(rstd, "rstd", shape[:2], _wide(dtype), device)
+    checks.saved_tensor(grad_y, "grad_y", shape, dtype, device)
+    checks.saved_tensor(y, "y", shape, dtype, device)
+    checks.saved_tensor(mean, "mean", shape[:2], _accumulator_dtype(dtype), device)
+    checks.saved_tensor(rstd, "rstd", shape[:2], _accumulator_dtype(dtype), device)
     checks.size(size, members)
     checks.affine(weight, "weight", grad_normed)
 
@@ -133,7 +136,7 @@ def _backward_fake(grad_normed, grad_y, y, mean, rstd, members, offsets, size, w
     n, tokens, dim = grad_normed.shape[0], members.shape[1], grad_normed.shape[2]
     return (
         grad_normed.new_empty(n, tokens, dim),
-        grad_normed.new_empty(2 if affine else 0, dim, dtype=_wide(grad_normed.dtype)),
+        grad_normed.new_empty(2 if affine else 0, dim, dtype=_accumulator_dtype(grad_normed.dtype)),
     )
 
 

@@ -29,13 +29,13 @@ _EVERY_MODULE = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(name for name in _EVERY_MODULE if name.endswith("_hooks"))  # those of state_dict, too
 
 
-def is_plain(*modules: Any) -> bool:
+def may_read_weights(*modules: Any) -> bool:
     """Return whether calling each of these modules is its class's forward on weights that are there, and nothing else.
 
     Modules inside them are not looked at.
     """
     for module in modules:
-        if not is_bare(module):
+        if not has_no_hooks(module):
             return False
         for weight in module._parameters.values():
             if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
@@ -47,10 +47,10 @@ def is_plain(*modules: Any) -> bool:
     return True
 
 
-def is_bare(module: Any) -> bool:
+def has_no_hooks(module: Any) -> bool:
     """Return whether calling a module is its class's forward and nothing else, whatever its weights are."""
     return not (
-        has_own(module)
+        has_own_hooks(module)
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
@@ -58,7 +58,7 @@ def is_bare(module: Any) -> bool:
     )
 
 
-def has_own(module: Any) -> bool:
+def has_own_hooks(module: Any) -> bool:
     """Return whether hooks or a forward were put on this very module."""
     return bool(
         module._forward_hooks
@@ -69,7 +69,7 @@ def has_own(module: Any) -> bool:
     )
 
 
-def own_forward(module: Any) -> Any:
+def instance_forward(module: Any) -> Any:
     """Return the forward that somebody put on a module itself, which hides its class's; None if there is none.
 
     The module's own method, which some libraries leave there when they go, is nobody's: it is taken away.
@@ -82,24 +82,24 @@ def own_forward(module: Any) -> Any:
     return forward
 
 
-def is_elsewhere(tensor: Tensor) -> bool:
+def has_no_data(tensor: Tensor) -> bool:
     """Return whether a tensor has no numbers to compute with: it is on meta, or fake."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def tensors(module: nn.Module) -> Iterable[Tensor]:
+def parameters_and_buffers(module: nn.Module) -> Iterable[Tensor]:
     """Yield parameters and buffers of a module and of all modules in it."""
     yield from module.parameters()
     yield from module.buffers()
 
 
-def are_plain(module: nn.Module) -> bool:
+def has_plain_float_weights(module: nn.Module) -> bool:
     """Return whether a module and all in it have floating weights of torch's own kind alone, none quantised or fake."""
     own = (nn.Parameter, Tensor)
     return all(type(weight) in own and weight.is_floating_point() for weight in module.parameters())
 
 
-def _copied(value: Any) -> Any:
+def _copy_if_possible(value: Any) -> Any:
     """Return a copy where there can be one: not of a lock, a stream, or of tensors of a class that can't be copied."""
     if type(value) is nn.Parameter:
         return nn.Parameter(value.detach().clone(), value.requires_grad)
@@ -111,7 +111,7 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def bare_copy(module: Any) -> Any:
+def copy_without_hooks(module: Any) -> Any:
     """Return a deep copy of a module, weights included, without hooks and without forwards put on instances.
 
     Whatever is done to the copy, and whatever its modules keep or count, leaves no trace in the original.
@@ -130,7 +130,7 @@ def bare_copy(module: Any) -> Any:
             own = [value for name, value in part.__dict__.items() if name not in _EVERY_MODULE]
             for value in (*own, *part._parameters.values(), *part._buffers.values()):
                 if id(value) not in memo:
-                    memo[id(value)] = _copied(value)
+                    memo[id(value)] = _copy_if_possible(value)
         twin = copy.deepcopy(module, memo)
     for part in twin.modules():
         for name in ("forward", "_old_forward", "_hf_hook"):
@@ -150,28 +150,28 @@ def check_unsharded(*modules: Any) -> None:
             raise RuntimeError(f"{type(module).__name__} is already sharded: patch first, then call fully_shard")
 
 
-def check_free(module: Any, *names: str) -> None:
+def check_method_not_replaced(module: Any, *names: str) -> None:
     """Raise if a method of a module was replaced on the module itself.
 
     Raises:
         RuntimeError: it was.
     """
     for name in names:
-        if name in module.__dict__ and (name != "forward" or own_forward(module) is not None):
+        if name in module.__dict__ and (name != "forward" or instance_forward(module) is not None):
             raise RuntimeError(
                 f"{type(module).__name__} has a {name} of its own, set by another library (accelerate?), which would "
                 "hide the patch: patch first, then pass the model to that library"
             )
 
 
-def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
+def warn_of_shared_blocks(model: nn.Module, blocks: Iterable[Any]) -> None:
     """Warn if a module outside of the model holds some of its blocks: another model, say, that was made of them.
 
     Python knows who refers to an object; modules hold others in their ``_modules``.
     """
     inside = {id(module._modules) for module in model.modules()}
     for holder in gc.get_referrers(*blocks):
-        if isinstance(holder, dict) and id(holder) not in inside and _is_of_a_module(holder):
+        if isinstance(holder, dict) and id(holder) not in inside and _is_modules_of_a_module(holder):
             warn(
                 f"some blocks of {type(model).__name__} are also in another module, which gets merged tokens from them "
                 "from now on: if this is not intended, patch a copy of the model (copy.deepcopy)"
@@ -179,5 +179,5 @@ def warn_of_sharing(model: nn.Module, blocks: Iterable[Any]) -> None:
             return
 
 
-def _is_of_a_module(modules: dict) -> bool:
+def _is_modules_of_a_module(modules: dict) -> bool:
     return any(isinstance(owner, dict) and owner.get("_modules") is modules for owner in gc.get_referrers(modules))

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from .guards import own_forward
+from .guards import instance_forward
 
 
-class Patched:
+class PatchedModule:
     """First of the bases of a patched class; what it does not define is the original's."""
 
     tome_parts: tuple[type, type]  # the mixin and the original class
@@ -25,7 +25,7 @@ class Patched:
 
     def __reduce_ex__(self, protocol):
         # the class was made at run time: pickle and deepcopy make it again from the two that can be imported
-        return restore, self.tome_parts, self.__getstate__()  # type: ignore[attr-defined]
+        return rebuild, self.tome_parts, self.__getstate__()  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self):
         raise RuntimeError(
@@ -37,7 +37,7 @@ class Patched:
         """Take away what the patch put on the module beside its class and ``tome``."""
 
 
-def restore(mixin: type, original: type):
+def rebuild(mixin: type, original: type):
     """An empty module of the patched class, for pickle."""
     return object.__new__(_subclass(mixin, original))
 
@@ -65,9 +65,9 @@ def _with_signature(method: FunctionType, like: FunctionType) -> FunctionType:
     return new
 
 
-def original(module: Any) -> type:
+def original_class(module: Any) -> type:
     """A module's class before it was patched."""
-    if isinstance(module, Patched):
+    if isinstance(module, PatchedModule):
         return module.tome_parts[1]
     # fully_shard, too, gives a module a subclass of its own class; that it came too early is said later, by its name
     return next(
@@ -75,18 +75,18 @@ def original(module: Any) -> type:
     )
 
 
-def swap(module: nn.Module, mixin: type) -> None:
+def patch_class(module: nn.Module, mixin: type) -> None:
     """Give a module the mixin's methods; one that is patched already stays as it is."""
-    if not isinstance(module, Patched):
+    if not isinstance(module, PatchedModule):
         module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
 
 
-def patched(root: nn.Module) -> list[Any]:
+def patched_modules(root: nn.Module) -> list[Any]:
     """All patched modules in a module, itself included, wherever wrappers have put them."""
-    return [module for module in root.modules() if isinstance(module, Patched)]
+    return [module for module in root.modules() if isinstance(module, PatchedModule)]
 
 
-def check_unswap(module: Any) -> None:
+def check_unpatchable(module: Any) -> None:
     """Raise what keeps a patched module from getting its class back.
 
     Raises:
@@ -98,16 +98,16 @@ def check_unswap(module: Any) -> None:
             f"{name} was given another class after it was patched (for example by fully_shard or a parametrization): "
             "undo that first"
         )
-    if own_forward(module) is not None:
+    if instance_forward(module) is not None:
         raise RuntimeError(
             f"{name} was given a forward of its own after it was patched, which calls the patched one: remove it first "
             "(accelerate: accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
 
 
-def unswap(module: Any) -> None:
+def unpatch_class(module: Any) -> None:
     """Give a patched module its own class back, and take from it what the patch added."""
-    if isinstance(module, Patched):
+    if isinstance(module, PatchedModule):
         module.tome_undo()
         module.__class__ = module.tome_parts[1]
         module.__dict__.pop("tome", None)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .guards import are_plain, bare_copy, is_elsewhere, tensors
+from .guards import copy_without_hooks, has_no_data, has_plain_float_weights, parameters_and_buffers
 
 _EXACT, _ROUNDED = 1e-3, 0.05
 _LOCK = threading.Lock()  # random numbers and torch's fast path are the process's
 
 
-def try_blocks(
+def check_blocks_match(
     blocks: Mapping[int, nn.Module],
     shape: tuple[int, ...],
     theirs: Callable[[Any, Tensor], Tensor | None],
@@ -40,26 +40,26 @@ def try_blocks(
         ValueError: the results differ by more than rounding, or a block fails by itself.
     """
     for index, block in blocks.items():
-        if not any(map(is_elsewhere, tensors(block))):
+        if not any(map(has_no_data, parameters_and_buffers(block))):
             with _LOCK:
-                _try(index, block, shape, theirs, ours)
+                _check_block(index, block, shape, theirs, ours)
 
 
-def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
+def _check_block(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
     what = f"block {index}, a {type(block).__name__},"
-    twin = bare_copy(block).eval()
-    plain = are_plain(twin)
+    twin = copy_without_hooks(block).eval()
+    plain = has_plain_float_weights(twin)
     rng = torch.Generator().manual_seed(index)
     if plain:
         twin.float()  # a CPU may not compute in float16, and a block may mix it with float32 outside of autocast
-        _fill(twin, rng)
-    weight = next((w for w in tensors(twin) if w.is_floating_point()), torch.empty((), device="cpu"))
+        _randomise_unset(twin, rng)
+    weight = next((w for w in parameters_and_buffers(twin) if w.is_floating_point()), torch.empty((), device="cpu"))
     x = torch.randn(shape, generator=rng, device="cpu").to(weight.device, weight.dtype)
     devices = [weight.device] if weight.device.type == "cuda" else []
     # by the weights' dtype, whatever the caller's autocast
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
-            with torch.random.fork_rng(devices), _slow_path():
+            with torch.random.fork_rng(devices), _without_fast_path():
                 want = theirs(twin, x)
         except Exception as error:
             raise ValueError(
@@ -75,8 +75,8 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
                 f"{what} does not have the parts of its class in the supported versions ({error}): install another "
                 "version of its library"
             ) from error
-    rounded = not plain or any(_rounds(module) for module in twin.modules())
-    gap = off_by(got, want, x, _ROUNDED if rounded else _EXACT)
+    rounded = not plain or any(_is_quantised(module) for module in twin.modules())
+    gap = error_beyond_rounding(got, want, x, _ROUNDED if rounded else _EXACT)
     if gap is not None:
         raise ValueError(
             f"{what} computes something else than its class does in the supported versions (relative error "
@@ -85,7 +85,7 @@ def _try(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours
 
 
 @torch.no_grad()
-def _fill(twin: nn.Module, rng: torch.Generator) -> None:
+def _randomise_unset(twin: nn.Module, rng: torch.Generator) -> None:
     """Give parameters that say nothing yet (zero, next to it, or never set) random values: a branch that adds nothing
     would hide what it computes."""
     for weight in twin.parameters():
@@ -97,7 +97,7 @@ def _fill(twin: nn.Module, rng: torch.Generator) -> None:
 
 
 @contextmanager
-def _slow_path() -> Iterator[None]:
+def _without_fast_path() -> Iterator[None]:
     """Keep torch from reading weights in inference, past adapters and methods that its training calls."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -107,14 +107,14 @@ def _slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _rounds(module: nn.Module) -> bool:
+def _is_quantised(module: nn.Module) -> bool:
     """Return whether a module, by its name, computes with few bits: one step more or less is no fault."""
     kind = type(module)
     named = f"{kind.__module__}.{kind.__qualname__}".lower()
     return "quant" in named and kind is not nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-def off_by(got: Tensor, want: Tensor, x: Tensor, tolerance: float) -> float | None:
+def error_beyond_rounding(got: Tensor, want: Tensor, x: Tensor, tolerance: float) -> float | None:
     """Return how far two results are apart, as a share of what was added to ``x``, if by more than the tolerance."""
     got, want, x = got.double(), want.double(), x.double()
     added = (want - x).norm().item()

@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
     left_over: tuple[str, ...]
 
 
-def read(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Return the weights in a file: a state_dict, a dictionary that holds one, or a TorchScript archive.
 
     Nothing in the file is run, see ``archive``; OpenAI's files of CLIP are TorchScript archives.
@@ -44,10 +44,10 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
     for name in weights:
         if not isinstance(name, str):
             raise ValueError(f"{path} holds no state_dict: a key is {name!r:.80}, not a string")
-    return own_names(weights)
+    return strip_wrapper_prefixes(weights)
 
 
-def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights by their names without those of wrappers (``module.``, ``_orig_mod.``, ``clip.``), and without
     what is no weight of CLIP's."""
     found = {}
@@ -59,7 +59,7 @@ def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
+def infer_config(state: Mapping[str, Tensor], **changes) -> StopConfig:
     """Return the configuration that weights were made with; ``changes`` take precedence.
 
     Raises:
@@ -123,7 +123,7 @@ def config_of(state: Mapping[str, Tensor], **changes) -> StopConfig:
 
 def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     """Load what the model has; see ``StopModel.load_clip``."""
-    state, own = own_names(state), model.state_dict()
+    state, own = strip_wrapper_prefixes(state), model.state_dict()
     for name, value in state.items():
         if name in own and own[name].shape != value.shape:
             raise ValueError(

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..video.blocks import Plans, Stream, feed_forward, run_block
-from ..video.blocks import heads as projections
+from ..video.blocks import BlockPlans, VideoTokens, feed_forward, run_block
+from ..video.blocks import project_qkv as projections
 from ..video.weights import check_attention, layer_norm
 
 
@@ -46,9 +46,9 @@ class Block(nn.Module):
 
 
 class VisualBlock(Block):
-    """A block of the visual tower, see ``stoptome_kernels.tome.stream.run_block``."""
+    """A block of the visual tower, see ``stoptome_kernels.video.blocks.run_block``."""
 
-    def forward(self, stream: Stream, step, **options) -> tuple[Stream, Plans]:
+    def forward(self, stream: VideoTokens, step, **options) -> tuple[VideoTokens, BlockPlans]:
         return run_block(self, stream, step, **options)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..patch import apply_tome_patch
-from ..patching.guards import is_plain
+from ..patching.guards import may_read_weights
 from ..tome.config import ToMeConfig
 from . import checkpoint
 from .archive import one_line
@@ -93,7 +93,7 @@ class StopModel(nn.Module):
             return torch.cat(sides, 1), visual[:, None, None]
         embedding = self.unified_prompt_embedding
         rows = embedding.weight  # the whole table: a call, which adapters and hooks want, would copy it
-        if type(embedding) is not nn.Embedding or not is_plain(embedding):
+        if type(embedding) is not nn.Embedding or not may_read_weights(embedding):
             rows = embedding(torch.arange(c.text_prompts + c.frames * c.frame_prompts, device=rows.device))
         table = rows.to(dtype).view(-1, c.deep, c.width).transpose(0, 1)
         mixed = self.PromptTransformer.resblocks[0](table, causal=False)
@@ -202,7 +202,7 @@ class StopModel(nn.Module):
             strict: as in ``nn.Module.load_state_dict``.
             assign: as in ``nn.Module.load_state_dict``.
         """
-        return super().load_state_dict(checkpoint.own_names(state_dict), strict, assign)
+        return super().load_state_dict(checkpoint.strip_wrapper_prefixes(state_dict), strict, assign)
 
     def load_clip(self, state_dict: Mapping[str, Tensor]) -> checkpoint.Loaded:
         """Load the weights whose names the model has.
@@ -239,9 +239,9 @@ class StopModel(nn.Module):
         Raises:
             FileNotFoundError, ValueError: no such file, or no such weights in it; the message includes the path.
         """
-        state = checkpoint.read(path)
+        state = checkpoint.read_state_dict(path)
         try:
-            model = cls(checkpoint.config_of(state, **changes))
+            model = cls(checkpoint.infer_config(state, **changes))
             if tome is not None:
                 apply_tome_patch(model, config=tome)
             model.loaded = model.load_clip(state)

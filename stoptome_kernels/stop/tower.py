@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tome.config import ToMeConfig
-from ..video.blocks import Stream
-from ..video.state import Merging
+from ..video.blocks import VideoTokens
+from ..video.state import VideoMergeState
 from .config import StopConfig
 from .layers import LayerNorm, Transformer, VisualBlock
 from .temporal import TemporalPrompt
@@ -61,7 +61,7 @@ class VisualTransformer(nn.Module):
         deep_prompts = deep_prompts.to(x.dtype).expand(-1, batch, frames, -1, -1)
         prompts = self.prompt_embeddings.to(x.dtype).expand(batch, -1, -1)
         stream = self.tome.run(
-            self.transformer.resblocks, Stream(x, prompts), deep_prompts, checkpointing=self.gradient_checkpointing
+            self.transformer.resblocks, VideoTokens(x, prompts), deep_prompts, checkpointing=self.gradient_checkpointing
         )  # fmt: skip
         assert stream.prompts is not None  # they went in
         seen = torch.cat([stream.prompts, stream.x.reshape(batch, frames, -1)], 1)
@@ -71,7 +71,7 @@ class VisualTransformer(nn.Module):
         """Merge nothing."""
         c, off = self.config, ToMeConfig()
         protected = 1 + c.frame_prompts
-        self.tome = Merging(off, off.schedule(c.layers, protected + c.patches, c.frames, protected, c.width))
+        self.tome = VideoMergeState(off, off.schedule(c.layers, protected + c.patches, c.frames, protected, c.width))
 
     def extra_repr(self) -> str:
         """With what is merged, once that was asked for."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .. import checks
-from .schedule import Rate, Schedule, as_rate, integers, plan_layers, proportions_of
+from .schedule import Rate, Schedule, as_integers, as_proportions, as_rate, plan_layers
 
 _PRESETS: dict[str, dict] = {
     "training": {"tome_r": 2},
@@ -70,9 +70,11 @@ class ToMeConfig:
                 raise TypeError(f"{name} must be a sequence of numbers, got {value!r}")
         # a tuple of two would be a pair (r, inflection): as_rate says of a list that it is none
         self._hold("tome_r", as_rate(self.tome_r))
-        self._hold("merge_layers", integers(self.merge_layers, "merge_layers", "layers from 0"))
-        self._hold("merge_frame_nums", integers(self.merge_frame_nums, "merge_frame_nums", "how many items are joined"))
-        self._hold("merge_token_proportions", proportions_of(self.merge_token_proportions))
+        self._hold("merge_layers", as_integers(self.merge_layers, "merge_layers", "layers from 0"))
+        self._hold(
+            "merge_frame_nums", as_integers(self.merge_frame_nums, "merge_frame_nums", "how many items are joined")
+        )
+        self._hold("merge_token_proportions", as_proportions(self.merge_token_proportions))
         self._hold("frame_pos", checks.integer(self.frame_pos, "frame_pos", "0 or 1"))
         if self.frame_pos not in (0, 1):
             raise ValueError(f"frame_pos must be 0 or 1, got {self.frame_pos!r}")
@@ -85,7 +87,7 @@ class ToMeConfig:
             if getattr(self, name) not in (True, False):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
             self._hold(name, bool(getattr(self, name)))
-        self._somewhere()  # whatever else is wrong with the numbers shows at once
+        self._example_schedule()  # whatever else is wrong with the numbers shows at once
         if self.merge_layers and isinstance(self.tome_r, int) and self.tome_r == 0:
             raise ValueError(
                 "tome_r=0 turns all merging off, but merge_layers is set: give tome_r=1 or more, or in Python a list "
@@ -113,7 +115,7 @@ class ToMeConfig:
             merge_frame_nums=self.merge_frame_nums, merge_token_proportions=self.merge_token_proportions, width=width,
         )  # fmt: skip
 
-    def _somewhere(self) -> Schedule:
+    def _example_schedule(self) -> Schedule:
         """The schedule of a stack just high enough, of frames and videos large enough for these numbers."""
         at = [layer + 1 for layer in self.merge_layers]
         layers = max([1, len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *at])
@@ -123,7 +125,7 @@ class ToMeConfig:
     @property
     def off(self) -> bool:
         """Whether nothing would be merged: the model then computes the same as without a patch."""
-        return self._somewhere().idle
+        return self._example_schedule().idle
 
     @classmethod
     def preset(cls, name: str) -> ToMeConfig:
@@ -161,7 +163,7 @@ class ToMeConfig:
                     found[field.name] = value
         for name in ("merge_layers", "merge_frame_nums", "merge_token_proportions"):
             if isinstance(found.get(name), str):
-                found[name] = _dashed(found[name], name)
+                found[name] = _parse_dashed(found[name], name)
         for name in ("trace_source", "prop_attn"):
             if name in found and found[name] in (0, 1):
                 found[name] = bool(found[name])
@@ -173,7 +175,7 @@ def _names(setting: str) -> tuple[str, ...]:
     return (_TEMPME.get(setting, setting), f"tome_{setting}", setting)
 
 
-def nothing_said(args: object) -> str:
+def describe_missing_flags(args: object) -> str:
     """Say what arguments lack that have none of the names that ``ToMeConfig.from_args`` reads, or no tome_r but a
     name that is like it; else nothing.
 
@@ -208,7 +210,7 @@ def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:
     return best if best is not None and likeness(best) > 0.75 else None
 
 
-def _dashed(text: str, name: str) -> tuple:
+def _parse_dashed(text: str, name: str) -> tuple:
     """Numbers with dashes between them, ``3-6-9``; an empty string is none."""
     try:
         numbers = [float(part) for part in text.split("-")] if text.strip() else []
@@ -219,7 +221,7 @@ def _dashed(text: str, name: str) -> tuple:
 
 def _numbers(text: str) -> tuple:
     try:
-        return _dashed(text, "it")
+        return _parse_dashed(text, "it")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -85,12 +85,12 @@ def _linear(r: int, inflection: float, layers: int) -> tuple[int, ...]:
     return tuple((first * steps + 2 * (r - first) * i) // steps for i in range(layers))
 
 
-def integers(values: Iterable[int], name: str, what: str) -> tuple[int, ...]:
+def as_integers(values: Iterable[int], name: str, what: str) -> tuple[int, ...]:
     """Numbers of a setting as Python's ints; the error of a wrong one says which."""
     return tuple(checks.integer(value, f"{name}[{i}]", what) for i, value in enumerate(values))
 
 
-def proportions_of(values: Iterable[float]) -> tuple[float, ...]:
+def as_proportions(values: Iterable[float]) -> tuple[float, ...]:
     """``merge_token_proportions`` as Python's ints and floats."""
     return tuple(_real(value, f"merge_token_proportions[{i}]", "per cent") for i, value in enumerate(values))
 
@@ -298,9 +298,9 @@ def _share(tokens: int, per_cent: Fraction) -> int:
 def _groups(
     layers_at: Sequence[int], frame_nums: Sequence[int], proportions: Sequence[float], layers: int
 ) -> tuple[dict[int, int], tuple[Fraction, Fraction]]:
-    layers_at = integers(layers_at, "merge_layers", "layers from 0")
-    frame_nums = integers(frame_nums, "merge_frame_nums", "how many items are joined")
-    proportions = proportions_of(proportions)
+    layers_at = as_integers(layers_at, "merge_layers", "layers from 0")
+    frame_nums = as_integers(frame_nums, "merge_frame_nums", "how many items are joined")
+    proportions = as_proportions(proportions)
     if len(layers_at) != len(frame_nums):
         raise ValueError(
             f"merge_layers has {len(layers_at)} layers and merge_frame_nums {len(frame_nums)} group sizes; give one "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..onnx import group
+from ..onnx import group_tokens
 from .table import table
 
 
@@ -47,7 +47,9 @@ class Trace:
 
     def _counts(self, layer: int) -> Tensor:
         dest = self.layers[layer].flatten(1)
-        _, offsets = group(dest, torch.zeros_like(dest, dtype=torch.bool), self.items[layer] * self.tokens[layer])
+        _, offsets = group_tokens(
+            dest, torch.zeros_like(dest, dtype=torch.bool), self.items[layer] * self.tokens[layer]
+        )
         return offsets.diff(dim=1)  # by a sort: a sum by index would be in no order on a GPU, bincount wait for it
 
     @property
@@ -68,7 +70,7 @@ class Trace:
         return "\n".join([head, *table({"layer": range(len(largest)), **columns})])
 
 
-def exporting() -> bool:
+def is_torch_exporting() -> bool:
     """An exported graph has no values that could be kept. Constant in a traced graph, see docs/dev/architecture.md."""
     # in torch 2.6 the flag alone, which torch.export sets
     asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
@@ -82,4 +84,4 @@ def exporting() -> bool:
     return not hasattr(torch.compiler, "is_exporting") and torch._guards.detect_fake_mode() is not None
 
 
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_torch_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

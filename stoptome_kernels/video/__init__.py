@@ -5,7 +5,7 @@
 ``upstream`` and ``tempme`` are the models as they are published.
 """
 
-from .patch import apply, take
-from .state import Merging
+from .patch import apply, remove_additions
+from .state import VideoMergeState
 
-__all__ = ["Merging", "apply", "take"]
+__all__ = ["VideoMergeState", "apply", "remove_additions"]

@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..api import attention, match, merge, merge_norm
-from ..patching.guards import is_plain
+from ..patching.guards import may_read_weights
 from ..plan import MergePlan
 from ..tome.schedule import Schedule, Step
-from .weights import check_attention, is_read, normalise
+from .weights import apply_norm, check_attention, reads_norm_weights
 
 _QUICK = 1.702  # QuickGELU(x) = x·σ(1.702 x) = SiLU(1.702 x) / 1.702
 
 
-class Stream(NamedTuple):
+class VideoTokens(NamedTuple):
     """Tokens of B videos of I items each, the output of a block of a patched video model and the input of the next.
 
     An item is one frame or several joined ones: class tokens of its frames, optionally prompts, then patches.
@@ -52,14 +52,14 @@ class Stream(NamedTuple):
     size: Tensor | None = None
 
 
-class Plans(NamedTuple):
+class BlockPlans(NamedTuple):
     """Plans of one block: between the frames that it joined, and within each item."""
 
     inter: MergePlan | None = None
     intra: MergePlan | None = None
 
 
-def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
+def join_adjacent(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
     """Make ``count`` adjacent items one: ``(N, L, …) → (N / count, count·L, …)``.
 
     ``segments`` are the lengths of an item's leading parts (class tokens, prompts); each part of the joined item holds
@@ -70,7 +70,7 @@ def join(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
     return torch.cat([part.flatten(1, 2) for part in groups.split(lengths, 2)], 1)
 
 
-def heads(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+def project_qkv(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Of q, k, v (0, 1, 2) those from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one projection."""
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     up = getattr(attn, "TVPt_LoRA_b", None)  # TempMe adds the product of two narrow matrices to the weight
@@ -93,7 +93,7 @@ def _summed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype))
 
 
-def heads_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def project_qkv_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the mean over heads of the keys ``(N, L, d)``, from one projection.
 
     The mean is linear in x: it is the keys' projection with the mean over heads of its rows, d more columns of the
@@ -113,7 +113,7 @@ def heads_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), packed[..., 3 * width :]
 
 
-def _columns_pay(attn: Any, x: Tensor) -> bool:
+def _metric_columns_cheaper(attn: Any, x: Tensor) -> bool:
     """Whether reading the keys for the matching costs more than making d more columns.
 
     On a GPU, where the product is not what bounds a block, once the keys are several times the weights that have to be
@@ -135,31 +135,31 @@ def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
     """
     # a compiler fuses such passes by itself; torch 2.13's leaves out the alpha of an addition to a product (its issues
     # 167313, 196577)
-    quick = _is_quick(block) and not torch.compiler.is_compiling()
-    out = _quick(block.mlp, x, normed) if quick else x + block.mlp(normed)
+    quick = _is_quick_gelu(block) and not torch.compiler.is_compiling()
+    out = _quick_gelu(block.mlp, x, normed) if quick else x + block.mlp(normed)
     if not hasattr(block, "LoRA"):
         return out
-    return out + 0.1 * (_low_rank(block.LoRA, x) if _is_low_rank(block.LoRA) else block.LoRA(x))
+    return out + 0.1 * (_low_rank_branch(block.LoRA, x) if _is_low_rank(block.LoRA) else block.LoRA(x))
 
 
-def _is_quick(block: Any) -> bool:
+def _is_quick_gelu(block: Any) -> bool:
     mlp = block.mlp
     if type(mlp) is not nn.Sequential or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
         return False
     fc, gelu, proj = mlp
     linear = all(type(m) is nn.Linear and m.bias is not None for m in (fc, proj))
     known = type(gelu).__name__ == "QuickGELU" and type(gelu) in block.tome_classes
-    return linear and known and is_plain(mlp, fc, gelu, proj)
+    return linear and known and may_read_weights(mlp, fc, gelu, proj)
 
 
 def _is_low_rank(branch: Any) -> bool:
     """Whether the branch is one whose gate alone has to be read: its dtype may differ from the others'."""
     if type(branch) is not nn.Sequential or len(branch) != 3:
         return False
-    return type(branch[1]) is nn.PReLU and is_plain(branch, branch[1])
+    return type(branch[1]) is nn.PReLU and may_read_weights(branch, branch[1])
 
 
-def _quick(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
+def _quick_gelu(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
     fc, proj = mlp.c_fc, mlp.c_proj
     hidden = torch.addmm(fc.bias * _QUICK, normed.flatten(0, -2), fc.weight.t(), alpha=_QUICK)
     hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
@@ -168,7 +168,7 @@ def _quick(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
-def _low_rank(branch: Any, x: Tensor) -> Tensor:
+def _low_rank_branch(branch: Any, x: Tensor) -> Tensor:
     down, gate, up = branch
     hidden = down(x)
     # with float16 matrices the gate's one weight is still float32
@@ -177,16 +177,16 @@ def _low_rank(branch: Any, x: Tensor) -> Tensor:
 
 def run_block(
     block: Any,
-    stream: Stream,
+    stream: VideoTokens,
     step: Step,
     *,
     prop_attn: bool = True,
-    inside: int = 0,
+    inline_prompts: int = 0,
     frame_prompts: Tensor | None = None,
     frame_embedding: Tensor | None = None,
-    last: bool = False,
+    is_last: bool = False,
     trace: bool = False,
-) -> tuple[Stream, Plans]:
+) -> tuple[VideoTokens, BlockPlans]:
     """One block: join items, attention inside each item and of the global prompts over the video, merging, MLP.
 
     Args:
@@ -194,10 +194,10 @@ def run_block(
         stream: what the layer before gave.
         step: of the schedule.
         prop_attn: keys count as often as the tokens that they stand for.
-        inside: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
+        inline_prompts: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
         frame_prompts: ``(B, T, P, D)``, the prompts of this layer that stand outside of it: keys and values alone.
         frame_embedding: ``(1, items before joining, 1, D)``, added to the tokens of each item that is joined here.
-        last: only class tokens and global prompts are wanted: x comes back as ``(B·I, class tokens, D)``.
+        is_last: whether only class tokens and global prompts are wanted: x comes back as ``(B·I, class tokens, D)``.
         trace: match even where only the trace needs it.
 
     Returns:
@@ -211,70 +211,70 @@ def run_block(
             "use use_reentrant=False; for inference run the whole model under torch.no_grad()"
         )
     batch, inter = x.shape[0] // (step.items * step.join), None
-    protected = step.frames * (1 + inside)
+    protected = step.frames * (1 + inline_prompts)
     if step.join > 1:
-        x, size, inter = _join_items(x, size, step, inside, frame_embedding)
+        x, size, inter = _join_items(x, size, step, inline_prompts, frame_embedding)
         if frame_embedding is not None and frame_prompts is not None:  # they too are tokens of their item
             each = frame_embedding.repeat_interleave(step.frames // step.join, 1)
             frame_prompts = frame_prompts + each.to(frame_prompts.dtype)
     check_attention(block)
     attn = block.attn
 
-    normed = normalise(block, block.ln_1, x)
+    normed = apply_norm(block, block.ln_1, x)
     metric = None  # the keys
-    if last:  # the class tokens alone ask
-        (q,) = heads(attn, normed[:, : step.frames], 0, 1)
-        k, v = heads(attn, normed, 1, 3)
-    elif step.r and _columns_pay(attn, x):
-        q, k, v, metric = heads_and_metric(attn, normed)
+    if is_last:  # the class tokens alone ask
+        (q,) = project_qkv(attn, normed[:, : step.frames], 0, 1)
+        k, v = project_qkv(attn, normed, 1, 3)
+    elif step.r and _metric_columns_cheaper(attn, x):
+        q, k, v, metric = project_qkv_and_metric(attn, normed)
     else:
-        q, k, v = heads(attn, normed, 0, 3)
+        q, k, v = project_qkv(attn, normed, 0, 3)
     weights = size if prop_attn else None
     context = _context(block, prompts, frame_prompts)  # (B, G + T·P, D), normalised
     if context is None:
         attended = _project(attn, attention(q, k, v, weights))
     else:
         globals_ = 0 if prompts is None else prompts.shape[1]
-        prefix_k, prefix_v = heads(attn, context, 1, 3)
+        prefix_k, prefix_v = project_qkv(attn, context, 1, 3)
         own_k, own_v = prefix_k, prefix_v
         if frame_prompts is not None:
             own_k, own_v = (_per_item(part, globals_, step.items) for part in (prefix_k, prefix_v))
         attended = _project(attn, attention(q, k, v, weights, own_k, own_v))
         if prompts is not None:
-            (prompt_q,) = heads(attn, context[:, :globals_], 0, 1)
+            (prompt_q,) = project_qkv(attn, context[:, :globals_], 0, 1)
             over = None if weights is None else weights.view(batch, -1)
             answer = attention(prompt_q, _per_video(k, batch), _per_video(v, batch), over, prefix_k, prefix_v)
             prompts = prompts + _project(attn, answer)
-            prompts = feed_forward(block, prompts, normalise(block, block.ln_2, prompts))
+            prompts = feed_forward(block, prompts, apply_norm(block, block.ln_2, prompts))
 
     plan = None
-    if step.r and (trace or not last):
+    if step.r and (trace or not is_last):
         plan = match(k if metric is None else metric, step.r, protected)
-    if last:
+    if is_last:
         x, size = x[:, : step.frames], None
     ln = block.ln_2
-    if plan is None or last:
+    if plan is None or is_last:
         x = x + attended
-        normed = normalise(block, ln, x)
-    elif is_read(block, ln):
+        normed = apply_norm(block, ln, x)
+    elif reads_norm_weights(block, ln):
         x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
     else:
         x, size = merge(x + attended, plan, size)
         normed = ln(x)
-    return Stream(feed_forward(block, x, normed), prompts, size), Plans(inter, plan)
+    return VideoTokens(feed_forward(block, x, normed), prompts, size), BlockPlans(inter, plan)
 
 
 def run_stack(
     blocks: Iterable[Any],
-    stream: Stream,
+    stream: VideoTokens,
     schedule: Schedule,
     *,
     prop_attn: bool = True,
     frame_prompts: Tensor | None = None,
-    whole: bool = False,
+    return_all_tokens: bool = False,
     trace: bool = False,
     checkpointing: bool = False,
-) -> tuple[Stream, tuple[Plans, ...]]:
+) -> tuple[VideoTokens, tuple[BlockPlans, ...]]:
     """All blocks of a tower, each called as ``block(stream, step, ...)`` so that hooks and wrappers on it work.
 
     Args:
@@ -283,27 +283,29 @@ def run_stack(
         schedule: of as many steps as there are blocks.
         prop_attn, trace: see ``run_block``.
         frame_prompts: ``(layers, B, T, P, D)``, the deep prompts of each layer.
-        whole: all tokens are wanted behind the last layer, not class tokens and global prompts alone.
+        return_all_tokens: whether all tokens are wanted after the last layer, not class tokens and global prompts
+            alone.
         checkpointing: keep only what stands between the blocks, and compute the rest again in backward.
 
     Returns:
         The stream behind the last block, and what each block merged.
     """
     # A and B are even and odd indices counted with the prompts: outside of the items they may only be an even number
-    inside = 0 if frame_prompts is None or frame_prompts.shape[3] % 2 == 0 else frame_prompts.shape[3]
+    inline_prompts = 0 if frame_prompts is None or frame_prompts.shape[3] % 2 == 0 else frame_prompts.shape[3]
     if not torch.is_grad_enabled():  # a block that is asked for gradients now is inside a reentrant checkpoint
         x, prompts, size = stream
-        stream = Stream(x.detach(), None if prompts is None else prompts.detach(), size)
+        stream = VideoTokens(x.detach(), None if prompts is None else prompts.detach(), size)
     plans = []
     layers = len(schedule.steps)
     for layer, (block, step) in enumerate(zip(blocks, schedule.steps, strict=True)):
         deep = None if frame_prompts is None else frame_prompts[layer]
-        if inside and deep is not None:
-            x = _overwrite(stream.x, deep, step, fresh=layer == 0)
-            stream, deep = Stream(x, stream.prompts, stream.size), None
+        if inline_prompts and deep is not None:
+            x = _replace_prompts(stream.x, deep, step, fresh=layer == 0)
+            stream, deep = VideoTokens(x, stream.prompts, stream.size), None
         options: dict[str, Any] = {
-            "prop_attn": prop_attn, "inside": inside, "frame_prompts": deep, "trace": trace,
-            "frame_embedding": getattr(block, "tome_frame_embedding", None), "last": layer == layers - 1 and not whole,
+            "prop_attn": prop_attn, "inline_prompts": inline_prompts, "frame_prompts": deep, "trace": trace,
+            "frame_embedding": getattr(block, "tome_frame_embedding", None),
+            "is_last": layer == layers - 1 and not return_all_tokens,
         }  # fmt: skip
         if checkpointing and torch.is_grad_enabled():
             stream, merged = checkpoint(block, stream, step, use_reentrant=False, **options)
@@ -313,7 +315,7 @@ def run_stack(
     return stream, tuple(plans)
 
 
-def _overwrite(x: Tensor, deep: Tensor, step: Step, fresh: bool) -> Tensor:
+def _replace_prompts(x: Tensor, deep: Tensor, step: Step, fresh: bool) -> Tensor:
     """Put a layer's prompts ``(B, T, P, D)`` behind the class tokens of each item, for the first time if ``fresh``."""
     frames, items = step.frames // step.join, step.items * step.join  # before this layer joins any
     rows = deep.unflatten(1, (items, frames)).flatten(0, 1).flatten(1, 2)
@@ -322,17 +324,17 @@ def _overwrite(x: Tensor, deep: Tensor, step: Step, fresh: bool) -> Tensor:
 
 
 def _join_items(
-    x: Tensor, size: Tensor | None, step: Step, inside: int, frame_embedding: Tensor | None
+    x: Tensor, size: Tensor | None, step: Step, inline_prompts: int, frame_embedding: Tensor | None
 ) -> tuple[Tensor, Tensor | None, MergePlan | None]:
     """Join adjacent items and merge between them, compared by the tokens themselves (TempMe, "cross-clip merging")."""
     frames = step.frames // step.join  # of each item before
-    segments = (frames, frames * inside)
-    bare = join(x, step.join, segments)
-    size = None if size is None else join(size, step.join, segments)
-    plan = match(bare, step.inter, step.frames * (1 + inside)) if step.inter else None
+    segments = (frames, frames * inline_prompts)
+    bare = join_adjacent(x, step.join, segments)
+    size = None if size is None else join_adjacent(size, step.join, segments)
+    plan = match(bare, step.inter, step.frames * (1 + inline_prompts)) if step.inter else None
     if frame_embedding is not None:  # after the matching was computed, before the tokens are merged
         named = x.unflatten(0, (-1, frame_embedding.shape[1])) + frame_embedding.to(x.dtype)
-        bare = join(named.flatten(0, 1), step.join, segments)
+        bare = join_adjacent(named.flatten(0, 1), step.join, segments)
     if plan is None:
         return bare, size, None
     return *merge(bare, plan, size), plan
@@ -343,7 +345,7 @@ def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -
     rows = [] if prompts is None else [prompts]
     if frame_prompts is not None:
         rows.append(frame_prompts.flatten(1, 2))
-    return normalise(block, block.ln_1, torch.cat(rows, 1)) if rows else None
+    return apply_norm(block, block.ln_1, torch.cat(rows, 1)) if rows else None
 
 
 def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:

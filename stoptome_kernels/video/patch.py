@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..patching.subclass import Patched, swap
+from ..patching.subclass import PatchedModule, patch_class
 from ..tome.config import ToMeConfig
 from ..tome.report import family_of, warn_capped
 from ..tome.schedule import Schedule
 from . import tempme, upstream
-from .state import Merging
+from .state import VideoMergeState
 from .towers import Tower, check_tower, find_tower
-from .weights import known_classes
+from .weights import part_classes
 
 # what becomes of the module that calls the blocks, and of a block
 _MIXINS: dict[str, tuple[type, type]] = {
-    "prompted": (upstream.PromptedTower, upstream.StreamBlock),
-    "sequence": (upstream.SequenceTransformer, upstream.StreamBlock),
+    "prompted": (upstream.PromptedTower, upstream.VideoBlock),
+    "sequence": (upstream.SequenceTransformer, upstream.VideoBlock),
     "tempme": (tempme.TempMeTransformer, tempme.TempMeBlock),
 }
 
@@ -81,66 +81,66 @@ def apply(
     chosen = schedule(video if clips or tower.kind != "sequence" else 1)
     joined = [step.items * step.join if step.join > 1 else 0 for step in chosen.steps]
     if tower.kind == "tempme":
-        tempme.clip_of(tower)
+        tempme.find_clip(tower)
         if own_prop_attn:
-            settings = replace(settings, prop_attn=tempme.own_prop_attn(tower))
+            settings = replace(settings, prop_attn=tempme.model_prop_attn(tower))
         joined = tempme.missing_embeddings(tower, joined) if settings.frame_pos else joined
-    _check_embeddings(tower, joined, settings.frame_pos)
+    _check_frame_embeddings(tower, joined, settings.frame_pos)
     if tower.kind in _MIXINS:
-        fresh = {index: block for index, block in enumerate(tower.blocks) if not isinstance(block, Patched)}
+        fresh = {index: block for index, block in enumerate(tower.blocks) if not isinstance(block, PatchedModule)}
         if tower.kind == "tempme":
-            tempme.try_out(tower, fresh)
+            tempme.check_blocks(tower, fresh)
         else:
-            upstream.try_out(tower, fresh)
-            if not isinstance(tower.runner, Patched):
-                upstream.try_runner(tower)
+            upstream.check_blocks(tower, fresh)
+            if not isinstance(tower.runner, PatchedModule):
+                upstream.check_runner(tower)
         for_runner, for_block = _MIXINS[tower.kind]
-        swap(tower.runner, for_runner)
+        patch_class(tower.runner, for_runner)
         for block in fresh.values():
-            swap(block, for_block)
-            block.tome_classes = known_classes(block)
+            patch_class(block, for_block)
+            block.tome_classes = part_classes(block)
         for block, step in zip(tower.blocks, chosen.steps, strict=True):
             block.tome_step = step if tower.kind != "tempme" or scheduled else None
-    _set_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
+    _set_frame_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
     family = family_of(tower.runner)
     if tower.kind == "tempme":
-        tempme.put(tower, settings, chosen if scheduled else None, frames or tower.frames, family)
+        tempme.install(tower, settings, chosen if scheduled else None, frames or tower.frames, family)
     else:
-        tower.runner.tome = Merging(settings, chosen, schedule(video), family, tower.protected)
+        tower.runner.tome = VideoMergeState(settings, chosen, schedule(video), family, tower.protected)
     if tower.kind != "tempme" or scheduled:
         warn_capped(tower.runner.tome.asked, chosen, settings.merge_token_proportions)
     return tower.runner
 
 
-def take(model: nn.Module) -> None:
+def remove_additions(model: nn.Module) -> None:
     """Take from a model what its patch put on modules beside their classes: TempMe's schedule, frame embeddings, and
     the settings of a tower of ours, which has a class of its own."""
-    tempme.take(model)
+    tempme.uninstall(model)
     for module in model.modules():
         if hasattr(module, "reset_merging"):
             own: Any = module
-            _set_embeddings(own.transformer.resblocks, [0] * len(own.transformer.resblocks))
+            _set_frame_embeddings(own.transformer.resblocks, [0] * len(own.transformer.resblocks))
             own.reset_merging()
 
 
-def _check_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
+def _check_frame_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
     """A parameter that comes or goes after the wrapping would not be kept the same in all processes."""
     parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in tower.around)
     changes = any(
-        (_embedding(block) is None) == bool(wanted and n) for block, n in zip(tower.blocks, rows, strict=True)
+        (_frame_embedding(block) is None) == bool(wanted and n) for block, n in zip(tower.blocks, rows, strict=True)
     )
     if parallel and changes:
         raise RuntimeError("frame_pos adds or removes parameters: patch first, then wrap in DistributedDataParallel")
 
 
-def _embedding(block: nn.Module) -> nn.Parameter | None:
+def _frame_embedding(block: nn.Module) -> nn.Parameter | None:
     return block._parameters.get("tome_frame_embedding")
 
 
-def _set_embeddings(blocks: Sequence[Any], rows: Sequence[int]) -> None:
+def _set_frame_embeddings(blocks: Sequence[Any], rows: Sequence[int]) -> None:
     """Give each block that joins items its embedding, keeping one that fits, and take it from all others."""
     for block, count in zip(blocks, rows, strict=True):
-        have = _embedding(block)
+        have = _frame_embedding(block)
         if not count:
             if have is not None:
                 del block.tome_frame_embedding

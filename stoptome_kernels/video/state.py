@@ -12,12 +12,12 @@ from torch import Tensor
 from ..tome.config import ToMeConfig
 from ..tome.report import Description, warn
 from ..tome.schedule import Schedule, parse_r
-from ..tome.trace import Trace, exporting
-from .blocks import Plans, Stream, run_stack
-from .trace import compose
+from ..tome.trace import Trace, is_torch_exporting
+from .blocks import BlockPlans, VideoTokens, run_stack
+from .trace import compose_trace
 
 
-class Merging:
+class VideoMergeState:
     """What a visual tower is to merge. Nothing of a forward is kept in it but the plans, if a trace was asked for.
 
     Attributes:
@@ -39,7 +39,7 @@ class Merging:
         self.config, self.schedule, self.video = config, schedule, video or schedule
         self.family, self.protected = family, protected
         self._frozen_seen = False
-        self._last: tuple[tuple[Plans, ...], Schedule, int, int] | None = None
+        self._last: tuple[tuple[BlockPlans, ...], Schedule, int, int] | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_last": None}  # a copy of the model has run nothing yet
@@ -66,13 +66,13 @@ class Merging:
     def run(
         self,
         blocks: Iterable[Any],
-        stream: Stream,
+        stream: VideoTokens,
         frame_prompts: Tensor | None = None,
         *,
-        whole: bool = False,
+        return_all_tokens: bool = False,
         checkpointing: bool = False,
-    ) -> Stream:
-        """Send a stream through the blocks, see ``stream.run_stack``."""
+    ) -> VideoTokens:
+        """Send a stream through the blocks, see ``blocks.run_stack``."""
         prompts = 0 if frame_prompts is None else frame_prompts.shape[3]
         items, tokens = self.schedule.frames, stream.x.shape[1] + prompts
         if tokens != self.schedule.tokens_in or stream.x.shape[0] % items:
@@ -85,10 +85,10 @@ class Merging:
         blocks = list(blocks)
         self.warn_of_frozen(blocks)
         stream, plans = run_stack(
-            blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts, whole=whole,
-            trace=self.config.trace_source, checkpointing=checkpointing,
+            blocks, stream, self.schedule, prop_attn=self.config.prop_attn, frame_prompts=frame_prompts,
+            return_all_tokens=return_all_tokens, trace=self.config.trace_source, checkpointing=checkpointing,
         )  # fmt: skip
-        self._keep(plans, batch, prompts)
+        self._record_batch(plans, batch, prompts)
         return stream
 
     def warn_of_frozen(self, blocks: Iterable[Any]) -> None:
@@ -104,19 +104,19 @@ class Merging:
                 "modules: add tome_frame_embedding to it"
             )
 
-    def rest(self, batch: int, prompts: int) -> None:
+    def record_no_merge(self, batch: int, prompts: int) -> None:
         """Note that a forward merged nothing."""
-        self._keep((Plans(),) * len(self.schedule.steps), batch, prompts)
+        self._record_batch((BlockPlans(),) * len(self.schedule.steps), batch, prompts)
 
-    def _keep(self, plans: tuple[Plans, ...], batch: int, prompts: int) -> None:
+    def _record_batch(self, plans: tuple[BlockPlans, ...], batch: int, prompts: int) -> None:
         schedule, together = self.schedule, self.video.frames // self.schedule.frames
         if batch % together == 0:
             schedule, batch = self.video, batch // together
-        self.remember(plans, schedule, batch, prompts)
+        self.record(plans, schedule, batch, prompts)
 
-    def remember(self, plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int = 0) -> None:
+    def record(self, plans: tuple[BlockPlans, ...], schedule: Schedule, batch: int, prompts: int = 0) -> None:
         """Keep what a forward of ``batch`` videos merged by this schedule, if a trace is wanted."""
-        if self.config.trace_source and not exporting():
+        if self.config.trace_source and not is_torch_exporting():
             self._last = plans, schedule, batch, prompts
 
     def trace(self) -> Trace:
@@ -130,4 +130,4 @@ class Merging:
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
         plans, schedule, batch, prompts = self._last
-        return compose(plans, schedule, batch, prompts, inside=prompts % 2 == 1)
+        return compose_trace(plans, schedule, batch, prompts, inline_prompts=prompts % 2 == 1)

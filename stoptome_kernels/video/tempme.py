@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..patching.subclass import Patched, original
-from ..patching.trial import try_blocks
+from ..patching.subclass import PatchedModule, original_class
+from ..patching.trial import check_blocks_match
 from ..tome.config import ToMeConfig
 from ..tome.report import Description
 from ..tome.schedule import Schedule, Step
-from .blocks import Plans, Stream, run_block
-from .state import Merging
-from .towers import Tower, own_embedding
-from .weights import ReadBlock, known_classes
+from .blocks import BlockPlans, VideoTokens, run_block
+from .state import VideoMergeState
+from .towers import Tower, tempme_embedding
+from .weights import WeightReadingBlock, part_classes
 
 _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing
 
 
-class Course(NamedTuple):
+class TempMeTokens(NamedTuple):
     """Output of a block of a patched TempMe model and input of the next.
 
     Attributes:
@@ -41,11 +41,11 @@ class Course(NamedTuple):
         plans: plans of the blocks so far, if a trace is kept.
     """
 
-    stream: Stream
+    stream: VideoTokens
     tokens: int
     items: int
     steps: tuple[Step, ...] = ()
-    plans: tuple[Plans, ...] = ()
+    plans: tuple[BlockPlans, ...] = ()
 
     def step(self, join: int, inter: int, r: int) -> Step:
         """Return the step of the next block, asked to join ``join`` items and to merge ``inter`` and ``r`` tokens."""
@@ -62,7 +62,7 @@ class Course(NamedTuple):
         return Step(join, inter, r, items, frames, attended, attended - r)
 
 
-class TempMeMerging(Merging):
+class TempMeMergeState(VideoMergeState):
     """What TempMe's tower is to merge.
 
     Attributes:
@@ -98,26 +98,26 @@ class TempMeMerging(Merging):
 
 
 @dataclass(frozen=True)
-class Place:
+class TempMeBlockContext:
     """A block's place in its tower: its number, and whether its own forward can be called as the model calls it."""
 
-    merging: TempMeMerging
+    merging: TempMeMergeState
     index: int
     merges: bool
 
 
-class TempMeBlock(ReadBlock):
+class TempMeBlock(WeightReadingBlock):
     """A block that the model calls with ``M_frame_num`` and ``M_token_num``; called otherwise it does as before."""
 
-    tome: Place
+    tome: TempMeBlockContext
 
     def forward(self, x, *args, **call):
         if args or "M_frame_num" not in call:
             return super().forward(x, *args, **call)  # type: ignore[misc]
         place, merging = self.tome, self.tome.merging
-        course = _start(x, place)
+        course = _unpack_input(x, place)
         if merging.schedule is None:
-            join, inter, r, embedding = _told(self, **call)
+            join, inter, r, embedding = _parse_call(self, **call)
         else:
             call, planned = _CALL, merging.schedule.steps[place.index]
             join, inter, r = planned.join, planned.inter, planned.r
@@ -126,7 +126,7 @@ class TempMeBlock(ReadBlock):
         step = course.step(join, inter, r)
         if place.merges and step.frames == 1 and not inter and not r and course.stream.size is None:
             out = super().forward(course.stream.x, **call)  # type: ignore[misc]
-            return _finish(course, Stream(out), step, Plans(), place)
+            return _pack_output(course, VideoTokens(out), step, BlockPlans(), place)
         if join == 1 and len(call["M_token_num"]) > 1:
             raise ValueError(
                 f"layer {place.index}: merge_frame_num is 1, which joins nothing; leave that layer out of merge_layer, "
@@ -141,13 +141,13 @@ class TempMeBlock(ReadBlock):
             self, course.stream, step, prop_attn=merging.config.prop_attn, frame_embedding=embedding,
             trace=merging.config.trace_source,
         )  # fmt: skip
-        return _finish(course, stream, step, plans, place)
+        return _pack_output(course, stream, step, plans, place)
 
 
-class TempMeTransformer(Patched):
+class TempMeTransformer(PatchedModule):
     """The stack as ``encode_image`` of the published CLIP calls it, which the model never does."""
 
-    tome: TempMeMerging
+    tome: TempMeMergeState
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tome.schedule is None or not self.tome.schedule.idle:
@@ -158,14 +158,14 @@ class TempMeTransformer(Patched):
         return super().forward(x)  # type: ignore[misc]
 
 
-def _start(x: Any, place: Place) -> Course:
+def _unpack_input(x: Any, place: TempMeBlockContext) -> TempMeTokens:
     merging = place.merging
-    if isinstance(x, Course):
+    if isinstance(x, TempMeTokens):
         return x
     if place.index:
         raise TypeError(
-            f"block {place.index} got {type(x).__name__} instead of the previous block's output (Course): call the "
-            "patched blocks one after the other, without changing the tokens in between"
+            f"block {place.index} got {type(x).__name__} instead of the previous block's output (TempMeTokens): call "
+            "the patched blocks one after the other, without changing the tokens in between"
         )
     items = merging.frames or merging.counts["frame_num"]
     if x.shape[0] % items:
@@ -173,12 +173,12 @@ def _start(x: Any, place: Place) -> Course:
     planned = merging.schedule
     if planned is not None and not planned.idle and x.shape[1] != planned.tokens_in:
         raise ValueError(f"the schedule is for frames of {planned.tokens_in} tokens, but got {x.shape[1]}: patch again")
-    return Course(Stream(x), x.shape[1], items)
+    return TempMeTokens(VideoTokens(x), x.shape[1], items)
 
 
-def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int = 0):
+def _parse_call(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int = 0):
     """What the model tells a block: items to join, tokens to merge between and within them, embedding to add."""
-    embedding = own_embedding(block) if frame_pos else None
+    embedding = tempme_embedding(block) if frame_pos else None
     if frame_pos and embedding is None:
         raise ValueError(
             f"{type(block).__name__} got frame_pos=1, but has no frame embedding (TVPt_Video_Positional_embedding): "
@@ -187,21 +187,25 @@ def _told(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int =
     return M_frame_num, M_token_num[0] if len(M_token_num) > 1 else 0, M_token_num[-1], embedding
 
 
-def _finish(course: Course, stream: Stream, step: Step, plans: Plans, place: Place) -> Course | Tensor:
+def _pack_output(
+    course: TempMeTokens, stream: VideoTokens, step: Step, plans: BlockPlans, place: TempMeBlockContext
+) -> TempMeTokens | Tensor:
     merging = place.merging
     merging.counts.update(frame_num=step.items, token_num=step.tokens, cls_num=step.frames)
     kept = (*course.plans, plans) if merging.config.trace_source else course.plans
-    course = Course(stream, course.tokens, course.items, (*course.steps, step), kept)  # torch 2.6 traces no _replace
+    course = TempMeTokens(
+        stream, course.tokens, course.items, (*course.steps, step), kept
+    )  # torch 2.6 traces no _replace
     if place.index < merging.layers - 1:
         return course
     schedule = Schedule(course.steps, course.tokens, stream.x.shape[2])
-    merging.remember(course.plans, schedule, stream.x.shape[0] // step.items)
+    merging.record(course.plans, schedule, stream.x.shape[0] // step.items)
     return stream.x
 
 
 def embedding_of(block: Any) -> nn.Parameter | None:
     """The embedding that a block adds by a schedule of the user's: the model's own, else the patch's."""
-    own = own_embedding(block)
+    own = tempme_embedding(block)
     return getattr(block, "tome_frame_embedding", None) if own is None else own
 
 
@@ -213,7 +217,7 @@ def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
     """
     missing = []
     for layer, (block, count) in enumerate(zip(tower.blocks, joined, strict=True)):
-        own = own_embedding(block)
+        own = tempme_embedding(block)
         if count and own is not None and own.shape[1] != count:
             raise ValueError(
                 f"layer {layer} would join {count} items of a video, but its frame embedding is for {own.shape[1]}: "
@@ -223,34 +227,34 @@ def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
     return missing
 
 
-def put(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None, family: str) -> None:
+def install(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None, family: str) -> None:
     """Give a tower whose classes are patched its settings; without a schedule it follows the model's own."""
-    clip = clip_of(tower)
+    clip = find_clip(tower)
     counts = clip.__dict__.get("_tome_info")
     before = tower.runner.__dict__.get("tome")
     made = counts is None if before is None else before.made_counts
     if counts is None:  # as the model sets them before each forward
         counts = {"size": None, "source": None, "cls_num": 1, "frame_num": frames or 1, "token_num": tower.tokens}
         clip._tome_info = counts
-    merging = TempMeMerging(config, schedule, counts, frames, len(tower.blocks), made, family)
+    merging = TempMeMergeState(config, schedule, counts, frames, len(tower.blocks), made, family)
     tower.runner.tome = merging
     for index, block in enumerate(tower.blocks):
-        block.tome = Place(merging, index, _merges(block))
+        block.tome = TempMeBlockContext(merging, index, _has_tempme_patch(block))
 
 
-def take(model: nn.Module) -> None:
+def uninstall(model: nn.Module) -> None:
     """Take away what ``put`` gave to other modules than the patched ones."""
     made = [
         merging.counts
         for module in model.modules()
-        if isinstance(merging := module.__dict__.get("tome"), TempMeMerging) and merging.made_counts
+        if isinstance(merging := module.__dict__.get("tome"), TempMeMergeState) and merging.made_counts
     ]
     for module in model.modules():
         if any(module.__dict__.get("_tome_info") is counts for counts in made):
             del module._tome_info
 
 
-def clip_of(tower: Tower) -> Any:
+def find_clip(tower: Tower) -> Any:
     """TempMe's CLIP, which keeps the counts of a forward.
 
     Raises:
@@ -265,33 +269,33 @@ def clip_of(tower: Tower) -> Any:
     return clip
 
 
-def own_prop_attn(tower: Tower) -> bool:
+def model_prop_attn(tower: Tower) -> bool:
     """Whether the model itself wants proportional attention; a CLIP alone does not say."""
     return all(module.__dict__.get("tome_propattn", True) for module in tower.around)
 
 
-def _merges(block: nn.Module) -> bool:
+def _has_tempme_patch(block: nn.Module) -> bool:
     """Whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
-    taken = inspect.signature(original(block).forward).parameters  # type: ignore[attr-defined]
+    taken = inspect.signature(original_class(block).forward).parameters  # type: ignore[attr-defined]
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+def check_blocks(tower: Tower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on a frame, ``(L, 1, D)``.
 
     Raises:
-        TypeError, ValueError: see ``try_blocks``.
+        TypeError, ValueError: see ``check_blocks_match``.
     """
-    try_blocks(blocks, (4, 1, tower.width), _theirs, _ours)
+    check_blocks_match(blocks, (4, 1, tower.width), _original_output, _patched_output)
 
 
-def _theirs(block: Any, x: Tensor) -> Tensor | None:
+def _original_output(block: Any, x: Tensor) -> Tensor | None:
     """Return what a block of upstream's makes of ``(L, 1, D)`` by itself, without merging.
 
     None where it can't do without what the model around it prepares: then there is nothing to compare with.
     """
     x = x.transpose(0, 1)
-    if not _merges(block):
+    if not _has_tempme_patch(block):
         return block.forward(x).transpose(0, 1)
     counts = block.__dict__.get("_tome_info")
     if counts is None:
@@ -300,10 +304,10 @@ def _theirs(block: Any, x: Tensor) -> Tensor | None:
     return block.forward(x, **_CALL).transpose(0, 1)
 
 
-def _ours(block: Any, x: Tensor) -> Tensor:
+def _patched_output(block: Any, x: Tensor) -> Tensor:
     """Return the same computed our way: a block without TempMe's patch leaves its low-rank update out."""
-    block.tome_classes = known_classes(block)
-    if not _merges(block):
+    block.tome_classes = part_classes(block)
+    if not _has_tempme_patch(block):
         block.attn.TVPt_LoRA_b.data.zero_()  # of a copy
-    stream = Stream(x.transpose(0, 1))
-    return run_block(block, stream, Course(stream, len(x), 1).step(1, 0, 0))[0].x.transpose(0, 1)
+    stream = VideoTokens(x.transpose(0, 1))
+    return run_block(block, stream, TempMeTokens(stream, len(x), 1).step(1, 0, 0))[0].x.transpose(0, 1)

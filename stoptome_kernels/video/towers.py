@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..patching.guards import check_free, check_unsharded, is_bare, warn_of_sharing
+from ..patching.guards import check_method_not_replaced, check_unsharded, has_no_hooks, warn_of_shared_blocks
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
@@ -57,14 +57,14 @@ def find_tower(model: nn.Module) -> Tower:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     tower: Any = model
-    around, frames = [tower], _frames(tower)
+    around, frames = [tower], _frames_of_video(tower)
     for _ in range(8):  # wrappers inside wrappers
         inner = next((tower._modules[name] for name in _WRAPPERS if tower._modules.get(name) is not None), None)
         if inner is None:
             break
         tower = inner
         around.append(tower)
-        frames = frames or _frames(tower)
+        frames = frames or _frames_of_video(tower)
     transformer = getattr(tower, "transformer", None)
     blocks = getattr(transformer, "resblocks", None)
     position: Any = getattr(tower, "positional_embedding", None)
@@ -90,7 +90,7 @@ def find_tower(model: nn.Module) -> Tower:
     elif hasattr(getattr(blocks[0], "attn", None), "TVPt_LoRA_a"):
         kind, prompts = "tempme", 0
         # all frames come to the first layer that joins any
-        frames = frames or next((e.shape[1] for e in map(own_embedding, blocks) if e is not None), None)
+        frames = frames or next((e.shape[1] for e in map(tempme_embedding, blocks) if e is not None), None)
     else:
         kind, prompts = "sequence", 0
     runner = transformer if kind in ("sequence", "tempme") else tower
@@ -98,12 +98,12 @@ def find_tower(model: nn.Module) -> Tower:
     return Tower(kind, runner, tuple(blocks), tuple(around), tokens, 1 + prompts, frames, width)
 
 
-def own_embedding(block: Any) -> Any:
+def tempme_embedding(block: Any) -> Any:
     """TempMe's learnt embedding of the items that a block joins, ``(1, items, 1, D)``; None if it has none."""
     return getattr(block, "TVPt_Video_Positional_embedding", None)
 
 
-def _frames(model: Any) -> int | None:
+def _frames_of_video(model: Any) -> int | None:
     configs = (getattr(model, name, None) for name in ("task_config", "config"))
     for owner, name in ((model, "video_frames"), *((config, "max_frames") for config in configs)):
         value: Any = getattr(owner, name, None)
@@ -116,16 +116,16 @@ def check_tower(tower: Tower) -> None:
     """Raise what keeps a tower from being patched.
 
     Raises:
-        TypeError, ValueError: a block computes something else than what ``stream.run_block`` does.
+        TypeError, ValueError: a block computes something else than what ``blocks.run_block`` does.
         RuntimeError: sharded already, or a module's forward was replaced.
     """
     check_unsharded(*tower.around, *tower.blocks)
     names = {"own": (), "prompted": ("forward_deep_prompt",)}.get(tower.kind, ("forward",))
     for module, own in ((tower.runner, names), *((block, ("forward",)) for block in tower.blocks)):
-        check_free(module, *own)
+        check_method_not_replaced(module, *own)
     for block in tower.blocks:
         _check_block(block, tower.kind)
-    warn_of_sharing(tower.around[0], tower.blocks)
+    warn_of_shared_blocks(tower.around[0], tower.blocks)
 
 
 def _check_block(block: Any, kind: str) -> None:
@@ -143,7 +143,7 @@ def _check_block(block: Any, kind: str) -> None:
     for name in ("ln_1", "ln_2"):
         if not isinstance(getattr(block, name), nn.LayerNorm):
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
-    if not is_bare(block.attn) or not is_bare(block.attn.out_proj):
+    if not has_no_hooks(block.attn) or not has_no_hooks(block.attn.out_proj):
         raise ValueError(
             f"{what}.attn has hooks or a forward of its own, which would have no effect, since its weights are read "
             "instead of calling it: remove that (hooks of torch.nn.utils.prune by prune.remove) before patching"

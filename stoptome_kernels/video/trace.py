@@ -9,10 +9,12 @@ from torch import Tensor
 from ..plan import MergePlan
 from ..tome.schedule import Schedule
 from ..tome.trace import Trace
-from .blocks import Plans
+from .blocks import BlockPlans
 
 
-def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: int, inside: bool) -> Trace:
+def compose_trace(
+    plans: tuple[BlockPlans, ...], schedule: Schedule, batch: int, prompts: int, inline_prompts: bool
+) -> Trace:
     """The trace of a stack from what its blocks merged.
 
     Args:
@@ -20,12 +22,12 @@ def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: i
         schedule: by which they ran.
         batch: videos B.
         prompts: frame prompts P of each frame.
-        inside: the plans index the prompts too (otherwise they index class tokens and patches alone).
+        inline_prompts: the plans index the prompts too (otherwise they index class tokens and patches alone).
     """
     first = schedule.steps[0]
     frames = first.items * first.frames
     patches = schedule.tokens_in - 1 - prompts
-    carried = prompts if inside else 0
+    carried = prompts if inline_prompts else 0
     device = next((plan.dest.device for pair in plans for plan in pair if plan is not None), torch.device("cpu"))
     length = 1 + carried + patches
     place = torch.arange(frames * length, device=device).view(1, frames, length).repeat(batch, 1, 1)
@@ -33,18 +35,18 @@ def compose(plans: tuple[Plans, ...], schedule: Schedule, batch: int, prompts: i
     classes = 1  # class tokens of an item
     for step, (inter, intra) in zip(schedule.steps, plans, strict=True):
         if step.join > 1:
-            place = _joined(place, length, classes, carried, step.join)
+            place = _join_places(place, length, classes, carried, step.join)
             classes, length = classes * step.join, length * step.join
         for plan in (inter, intra):
             if plan is not None:
-                place = _moved(place, plan, length)
+                place = _follow_plan(place, plan, length)
                 length = plan.tokens_out
-        layers.append(_with_prompts(place, length, classes, prompts, bool(inside)).int())
+        layers.append(_with_prompts(place, length, classes, prompts, bool(inline_prompts)).int())
     return Trace(tuple(layers), schedule.tokens, schedule.items, 1 + prompts)
 
 
-def _joined(place: Tensor, length: int, classes: int, carried: int, count: int) -> Tensor:
-    """Where tokens go when ``count`` adjacent items become one: part by part, see ``stream.join``."""
+def _join_places(place: Tensor, length: int, classes: int, carried: int, count: int) -> Tensor:
+    """Where tokens go when ``count`` adjacent items become one: part by part, see ``blocks.join_adjacent``."""
     item, local = place // length, place % length
     start = 0
     out = local
@@ -55,7 +57,7 @@ def _joined(place: Tensor, length: int, classes: int, carried: int, count: int) 
     return (item // count) * (length * count) + out
 
 
-def _moved(place: Tensor, plan: MergePlan, length: int) -> Tensor:
+def _follow_plan(place: Tensor, plan: MergePlan, length: int) -> Tensor:
     """Follow a plan whose items are ``(B · items, length)``."""
     batch, frames, tokens = place.shape
     dest = plan.dest.long().view(batch, -1, length)
@@ -64,9 +66,9 @@ def _moved(place: Tensor, plan: MergePlan, length: int) -> Tensor:
     return table.gather(1, place.flatten(1)).view(batch, frames, tokens)
 
 
-def _with_prompts(place: Tensor, length: int, classes: int, prompts: int, inside: bool) -> Tensor:
+def _with_prompts(place: Tensor, length: int, classes: int, prompts: int, inline_prompts: bool) -> Tensor:
     """Put the prompt rows in, where the plans did not know them."""
-    if inside or not prompts:
+    if inline_prompts or not prompts:
         return place
     item, local = place // length, place % length
     added = classes * prompts

@@ -10,61 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching.guards import has_own, is_elsewhere
-from ..patching.subclass import Patched
-from ..patching.trial import try_blocks
+from ..patching.guards import has_no_data, has_own_hooks
+from ..patching.subclass import PatchedModule
+from ..patching.trial import check_blocks_match
 from ..tome.schedule import Step, plan_layers
-from .blocks import Stream, run_block
-from .state import Merging
+from .blocks import VideoTokens, run_block
+from .state import VideoMergeState
 from .towers import Tower
-from .weights import ReadBlock, known_classes
+from .weights import WeightReadingBlock, part_classes
 
 
-class StreamBlock(ReadBlock):
-    """A block that takes a ``stream.Stream``; called as before it does as before."""
+class VideoBlock(WeightReadingBlock):
+    """A block that takes a ``blocks.VideoTokens``; called as before it does as before."""
 
     def forward(self, x, *args, **options):
-        if isinstance(x, Stream):
+        if isinstance(x, VideoTokens):
             return run_block(self, x, *args, **options)  # type: ignore[arg-type]
         if args and isinstance(args[0], Step):
             raise TypeError(
-                f"{type(self).__name__} got {type(x).__name__} instead of a Stream: a hook made for upstream's tuples "
-                "has changed the output of the previous block; let it change Stream.x, or remove_tome_patch() first"
+                f"{type(self).__name__} got {type(x).__name__} instead of VideoTokens: a hook made for upstream's "
+                "tuples has changed the output of the previous block; let it change VideoTokens.x, or "
+                "remove_tome_patch() first"
             )
         return super().forward(x, *args, **options)  # type: ignore[misc]
 
 
-class PromptedTower(Patched):
+class PromptedTower(PatchedModule):
     """The visual tower of STOP and DGL, whose ``forward_deep_prompt`` runs the blocks one by one."""
 
     def forward_deep_prompt(self, x: Tensor, unified_visual_prompt: Tensor) -> Tensor:
         """``x (G + (1 + P + n)·T, B, D)``, tokens of all frames side by side → ``(G + T, B, D)``: the global prompts
         and the class token of each frame, which is all that ``encode_image`` reads."""
-        tome: Merging = self.tome  # type: ignore[attr-defined]
+        tome: VideoMergeState = self.tome  # type: ignore[attr-defined]
         shared, frames = self.num_tokens, self.video_frames  # type: ignore[attr-defined]
         batch, width = x.shape[1:]
         prompts = shared  # upstream has one number for both
         if tome.schedule.idle:
-            tome.rest(batch, prompts)
+            tome.record_no_merge(batch, prompts)
             return super().forward_deep_prompt(x, unified_visual_prompt)  # type: ignore[misc]
         rows = x[shared:].unflatten(0, (-1, frames)).permute(2, 1, 0, 3)  # (B, T, 1 + P + n, D)
         own = torch.cat([rows[:, :, :1], rows[:, :, 1 + prompts :]], 2).flatten(0, 1)
         deep = unified_visual_prompt.to(x.dtype).unflatten(2, (-1, prompts))  # (layers, B, T or 1, P, D)
         deep = deep.expand(-1, batch, frames, -1, width)
-        stream = tome.run(self.transformer.resblocks, Stream(own, x[:shared].transpose(0, 1)), deep)  # type: ignore
+        stream = tome.run(self.transformer.resblocks, VideoTokens(own, x[:shared].transpose(0, 1)), deep)  # type: ignore
         classes = stream.x.reshape(batch, frames, width)
         return torch.cat([stream.prompts, classes], 1).transpose(0, 1)  # type: ignore[list-item]
 
 
-class SequenceTransformer(Patched):
+class SequenceTransformer(PatchedModule):
     """The block stack of CLIP4Clip's visual tower, ``(L, B·T, D)`` in and out."""
 
     def forward(self, x: Tensor, video_frame: int = -1, **options) -> Tensor:
-        tome: Merging = self.tome  # type: ignore[attr-defined]
+        tome: VideoMergeState = self.tome  # type: ignore[attr-defined]
         if tome.schedule.idle:
-            tome.rest(x.shape[1], 0)
+            tome.record_no_merge(x.shape[1], 0)
             return super().forward(x, video_frame, **options)  # type: ignore[misc]
-        if has_own(self.resblocks):  # type: ignore[attr-defined]
+        if has_own_hooks(self.resblocks):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"resblocks of {type(self).__name__} have hooks or a forward of their own, which would not be called, "
                 "since merging calls the blocks one by one: put them on the blocks, or remove_tome_patch() first"
@@ -75,7 +76,7 @@ class SequenceTransformer(Patched):
                 f"video_frame is {video_frame}, but the model was patched to join the frames of videos of "
                 f"{tome.schedule.frames} frames: patch again with frames={video_frame}"
             )
-        stream = tome.run(self.resblocks, Stream(x.transpose(0, 1)), whole=not clips)  # type: ignore[attr-defined]
+        stream = tome.run(self.resblocks, VideoTokens(x.transpose(0, 1)), return_all_tokens=not clips)  # type: ignore[attr-defined]
         # joined frames have no rows of their own but the class tokens, the only ones that the model reads
         out = stream.x.reshape(x.shape[1], 1, -1) if clips else stream.x
         return out.transpose(0, 1)
@@ -84,11 +85,11 @@ class SequenceTransformer(Patched):
 _TRIED = 3  # frames of a video
 
 
-def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+def check_blocks(tower: Tower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on two videos, ``(G + L·T, B, D)`` or ``(L, B·T, D)``, as upstream calls it and our way.
 
     Raises:
-        TypeError, ValueError: see ``try_blocks``.
+        TypeError, ValueError: see ``check_blocks_match``.
     """
     shared, frames, length = tower.prompts, _TRIED, tower.prompts + 4  # as many global prompts as frame prompts
     prompted = tower.kind == "prompted"
@@ -97,21 +98,21 @@ def try_out(tower: Tower, blocks: dict[int, nn.Module]) -> None:
         return block.forward((x, frames, True) if prompted else (x, frames))[0]
 
     def ours(block: nn.Module, x: Tensor) -> Tensor:
-        block.tome_classes = known_classes(block)  # type: ignore[assignment]
+        block.tome_classes = part_classes(block)  # type: ignore[assignment]
         if not prompted:
             step = plan_layers(0, 1, length).steps[0]
-            return run_block(block, Stream(x.transpose(0, 1)), step)[0].x.transpose(0, 1)
+            return run_block(block, VideoTokens(x.transpose(0, 1)), step)[0].x.transpose(0, 1)
         step = plan_layers(0, 1, length, frames, 1 + shared).steps[0]
         rows = x[shared:].unflatten(0, (-1, frames)).permute(2, 1, 0, 3).flatten(0, 1)  # (B·T, L, D)
-        stream, _ = run_block(block, Stream(rows, x[:shared].transpose(0, 1)), step, inside=shared)
+        stream, _ = run_block(block, VideoTokens(rows, x[:shared].transpose(0, 1)), step, inline_prompts=shared)
         rows = stream.x.unflatten(0, (-1, frames)).permute(2, 1, 0, 3).flatten(0, 1)  # (L·T, B, D)
         return torch.cat([stream.prompts.transpose(0, 1), rows])  # type: ignore[union-attr]
 
     shape = (shared + length * frames, 2, tower.width) if prompted else (length, 2 * frames, tower.width)
-    try_blocks(blocks, shape, theirs, ours)
+    check_blocks_match(blocks, shape, theirs, ours)
 
 
-class _Factor(nn.Module):
+class _Scale(nn.Module):
     """In the place of a block: multiplies."""
 
     def __init__(self, factor: float):
@@ -123,26 +124,26 @@ class _Factor(nn.Module):
 
 
 @torch.no_grad()
-def try_runner(tower: Tower) -> None:
+def check_runner(tower: Tower) -> None:
     """Refuse a tower whose own loop does more to global prompts and class tokens than to call one block after another.
 
     Raises:
         ValueError: it does.
     """
     weight = tower.around[-2].positional_embedding
-    if is_elsewhere(weight):
+    if has_no_data(weight):
         return
     factors = [1 + 0.125 * (layer + 1) for layer in range(len(tower.blocks))]
     stack = tower.around[-1]
-    blocks = _with(stack.resblocks, dict(zip(stack.resblocks._modules, map(_Factor, factors), strict=True)))
-    transformer = _with(stack, {"resblocks": blocks})
+    blocks = _with_children(stack.resblocks, dict(zip(stack.resblocks._modules, map(_Scale, factors), strict=True)))
+    transformer = _with_children(stack, {"resblocks": blocks})
     rng, prompts, frames = torch.Generator().manual_seed(0), tower.prompts, _TRIED
     try:
         if tower.kind == "prompted":
             frames = tower.frames or 1
             x = torch.randn(prompts + tower.tokens * frames, 2, tower.width, generator=rng, device="cpu").to(weight)
             deep = x.new_zeros(len(factors), 2, frames * prompts, tower.width)
-            runner = _with(tower.runner, {"transformer": transformer})
+            runner = _with_children(tower.runner, {"transformer": transformer})
             got, read = runner.forward_deep_prompt(x, deep), prompts + frames  # global prompts and class tokens
         else:
             x = torch.randn(tower.tokens, 2 * frames, tower.width, generator=rng, device="cpu").to(weight)
@@ -157,7 +158,7 @@ def try_runner(tower: Tower) -> None:
         )
 
 
-def _with(module: nn.Module, children: dict[str, nn.Module]) -> Any:
+def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
     """A shallow copy of a module with other children under these names."""
     twin: Any = copy.copy(module)
     twin.__dict__["_modules"] = module._modules | children

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import merge_norm
-from ..patching.guards import are_plain, bare_copy, is_bare, is_plain
-from ..patching.subclass import Patched
+from ..patching.guards import copy_without_hooks, has_no_hooks, has_plain_float_weights, may_read_weights
+from ..patching.subclass import PatchedModule
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -18,11 +18,11 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return merge_norm.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-class ReadBlock(Patched):
+class WeightReadingBlock(PatchedModule):
     """A block of upstream's kind, whose attention's weights are read.
 
     Attributes:
-        tome_classes: of the parts whose weights are read, see ``known_classes``.
+        tome_classes: of the parts whose weights are read, see ``part_classes``.
         tome_step: what it does by a schedule, for whoever prints the model; not there by the model's own.
     """
 
@@ -41,7 +41,7 @@ class ReadBlock(Patched):
         self._parameters.pop("tome_frame_embedding", None)  # type: ignore[attr-defined]
 
 
-def known_classes(block: Any) -> tuple[type, ...]:
+def part_classes(block: Any) -> tuple[type, ...]:
     """Return the classes of a block's attention, activation and norms.
 
     Their weights are read, or they are fused, for as long as they have these classes.
@@ -54,9 +54,9 @@ def known_classes(block: Any) -> tuple[type, ...]:
 
 @torch.no_grad()
 def _is_layer_norm(norm: nn.LayerNorm) -> bool:
-    if type(norm) is nn.LayerNorm or norm.weight is None or not are_plain(norm):
+    if type(norm) is nn.LayerNorm or norm.weight is None or not has_plain_float_weights(norm):
         return type(norm) is nn.LayerNorm
-    twin = bare_copy(norm)
+    twin = copy_without_hooks(norm)
     twin = twin.to_empty(device="cpu").float() if norm.weight.is_meta else twin.float()  # whose numbers don't matter
     x = torch.linspace(-2, 3, 2 * norm.weight.numel(), device="cpu").sin().view(2, -1).to(twin.weight)
     for part, low in ((twin.weight, 0.5), (twin.bias, -0.5)):
@@ -65,16 +65,16 @@ def _is_layer_norm(norm: nn.LayerNorm) -> bool:
     return torch.allclose(twin(x), layer_norm(twin, x), rtol=1e-4, atol=1e-5)
 
 
-def is_read(block: Any, norm: Any) -> bool:
+def reads_norm_weights(block: Any, norm: Any) -> bool:
     """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
     if type(norm) is not nn.LayerNorm and (
-        type(norm) not in block.tome_classes or (isinstance(block, Patched) and _keeps_more(norm))
+        type(norm) not in block.tome_classes or (isinstance(block, PatchedModule) and _has_state(norm))
     ):
         return False
-    return is_plain(norm) and nn.LayerNorm.forward.__module__ == nn.LayerNorm.__module__
+    return may_read_weights(norm) and nn.LayerNorm.forward.__module__ == nn.LayerNorm.__module__
 
 
-def _keeps_more(norm: Any) -> bool:
+def _has_state(norm: Any) -> bool:
     """Whether a norm of somebody's own keeps something in itself, which may change what it computes."""
     if torch.compiler.is_compiling() and _OLD:
         return True  # it can't be asked there, and is called
@@ -85,8 +85,8 @@ _OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 _NORM = frozenset(nn.LayerNorm(1).__dict__) | {"weight", "bias"}
 
 
-def normalise(block: Any, norm: Any, x: Tensor) -> Tensor:
-    return layer_norm(norm, x) if is_read(block, norm) else norm(x)
+def apply_norm(block: Any, norm: Any, x: Tensor) -> Tensor:
+    return layer_norm(norm, x) if reads_norm_weights(block, norm) else norm(x)
 
 
 def check_attention(block: Any) -> None:
@@ -96,13 +96,13 @@ def check_attention(block: Any) -> None:
         RuntimeError: it, or its projection of the output, has hooks, another class, a forward of its own, other
             settings, or weights that are elsewhere; the message says which.
     """
-    attn, theirs = block.attn, isinstance(block, Patched)
+    attn, theirs = block.attn, isinstance(block, PatchedModule)
     found = ""
     if type(attn) not in block.tome_classes:
         found = f"is now a {type(attn).__name__} of {type(attn).__module__}"
-    elif not is_bare(attn):
+    elif not has_no_hooks(attn):
         found = "has hooks or a forward of its own"
-    elif not is_plain(attn):
+    elif not may_read_weights(attn):
         found = "has weights that are offloaded or not plain tensors"
     elif isinstance(attn, nn.MultiheadAttention) and (
         attn.dropout or attn.bias_k is not None or attn.add_zero_attn or attn.batch_first
@@ -123,7 +123,7 @@ def check_attention(block: Any) -> None:
 
 
 def _is_linear(out: Any) -> bool:
-    return isinstance(out, nn.Linear) and type(out) in _LINEAR and is_bare(out)
+    return isinstance(out, nn.Linear) and type(out) in _LINEAR and has_no_hooks(out)
 
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)

@@ -7,8 +7,8 @@ a model; one module for each library says what its blocks are made of.
 
 from .apply import apply
 from .families import find
-from .recording import tidy
-from .state import Merging
-from .towers import Vit
+from .recording import remove_stale_recorders
+from .state import VitMergeState
+from .towers import VisionTower
 
-__all__ = ["Merging", "Vit", "apply", "find", "tidy"]
+__all__ = ["VisionTower", "VitMergeState", "apply", "find", "remove_stale_recorders"]

@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
-from ..patching.guards import check_free, check_unsharded, warn_of_sharing
-from ..patching.subclass import Patched, swap, unswap
-from ..patching.trial import try_blocks
+from ..patching.guards import check_method_not_replaced, check_unsharded, warn_of_shared_blocks
+from ..patching.subclass import PatchedModule, patch_class, unpatch_class
+from ..patching.trial import check_blocks_match
 from ..tome.config import ToMeConfig
 from ..tome.report import family_of
 from ..tome.schedule import parse_r
-from .block import Attention, Block
-from .recording import Encoder
-from .state import Layer, Merging, Shape
+from .block import AttentionMixin, BlockMixin
+from .recording import RecordingEncoder
+from .state import TowerShape, VitBlockContext, VitMergeState
 from .tokens import Tokens
-from .towers import Vit
+from .towers import VisionTower
 
 
-def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> nn.Module:
+def apply(vit: VisionTower, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> nn.Module:
     """Patch the blocks of a vision transformer.
 
     Args:
@@ -43,7 +43,7 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
             f"merge_layers is for STOP, DGL, CLIP4Clip and TempMe, not for {type(vit.runner).__name__}, which has no "
             "frames to join: leave it out"
         )
-    vit = _protecting(vit, protected)
+    vit = _with_protected(vit, protected)
     if len(set(map(id, vit.blocks))) < len(vit.blocks):
         raise ValueError(f"{type(vit.runner).__name__} runs the same block several times: make copies (copy.deepcopy)")
     rates = parse_r(config.tome_r, len(vit.blocks))
@@ -55,47 +55,47 @@ def apply(vit: Vit, config: ToMeConfig, unmerge: bool, protected: int | None = N
     check_unsharded(*vit.around, *vit.blocks)
     before = vit.runner.__dict__.get("tome")
     before = getattr(before, "merging", before)  # of a layer alone, which runs itself
-    if any(isinstance(block, Patched) and block.tome.merging is not before for block in vit.blocks):
+    if any(isinstance(block, PatchedModule) and block.tome.merging is not before for block in vit.blocks):
         raise ValueError(
             f"blocks of {type(vit.runner).__name__} belong to another model, which is already patched, or are copies "
             "of its blocks: remove_tome_patch() from the blocks and patch again, or patch a copy of the model "
             "(copy.deepcopy)"
         )
-    warn_of_sharing(vit.around[0], vit.blocks)
-    fresh = {index: block for index, block in enumerate(vit.blocks) if not isinstance(block, Patched)}
+    warn_of_shared_blocks(vit.around[0], vit.blocks)
+    fresh = {index: block for index, block in enumerate(vit.blocks) if not isinstance(block, PatchedModule)}
     parts = [(block, vit.mixins[index]) for index, block in fresh.items()]
     parts += [part for index in fresh for part in vit.attentions[index]]
     for module, _ in parts:
-        check_free(module, "forward")
-    if vit.runner_mixin is not None and issubclass(vit.runner_mixin, Encoder):  # which needs its forward
-        check_free(vit.runner, "forward")
+        check_method_not_replaced(module, "forward")
+    if vit.runner_mixin is not None and issubclass(vit.runner_mixin, RecordingEncoder):  # which needs its forward
+        check_method_not_replaced(vit.runner, "forward")
     try:
         for module, mixin in parts:
-            swap(module, mixin)
-            if isinstance(module, Attention):
+            patch_class(module, mixin)
+            if isinstance(module, AttentionMixin):
                 module.tome_settle()
-        _try(vit, fresh)
+        _check_blocks(vit, fresh)
     except BaseException:  # Ctrl-C, too
         for module, _ in parts:
-            unswap(module)
+            unpatch_class(module)
         raise
     if vit.runner_mixin is not None:
-        swap(vit.runner, vit.runner_mixin)
+        patch_class(vit.runner, vit.runner_mixin)
     shape = _shape(vit)
-    merging = Merging(config, rates, shape, unmerge or vit.dense, unmerge)
+    merging = VitMergeState(config, rates, shape, unmerge or vit.dense_output, unmerge)
     vit.runner.tome = merging  # type: ignore[assignment]
     for index, block in enumerate(vit.blocks):
-        block.tome = Layer(merging, index)
+        block.tome = VitBlockContext(merging, index)
     if shape.tokens is not None:
         merging.warn(shape.tokens)
     return vit.runner
 
 
-def _protecting(vit: Vit, protected: int | None) -> Vit:
+def _with_protected(vit: VisionTower, protected: int | None) -> VisionTower:
     if protected is None:
         return vit
     protected = checks.count(protected, "protected", "leading tokens")
-    if not vit.guess and protected != vit.protected:
+    if not vit.protected_is_default and protected != vit.protected:
         raise ValueError(
             f"protected is {protected}, but {type(vit.runner).__name__} defines {vit.protected} leading tokens (class "
             "token, registers) that must not be merged: leave it out"
@@ -103,26 +103,26 @@ def _protecting(vit: Vit, protected: int | None) -> Vit:
     return replace(vit, protected=protected)
 
 
-def _shape(vit: Vit) -> Shape:
-    return Shape(family_of(vit.runner), vit.protected, vit.width, vit.tokens, vit.positions)
+def _shape(vit: VisionTower) -> TowerShape:
+    return TowerShape(family_of(vit.runner), vit.protected, vit.width, vit.tokens, vit.needs_positions)
 
 
-def _try(vit: Vit, blocks: dict[int, Any]) -> None:
+def _check_blocks(vit: VisionTower, blocks: dict[int, Any]) -> None:
     """Refuse a block that computes something else than its library's did when this was written.
 
     Raises:
-        TypeError, ValueError: see ``try_blocks``.
+        TypeError, ValueError: see ``check_blocks_match``.
     """
-    nothing = Merging(ToMeConfig(), (0,) * len(vit.blocks), _shape(vit), False)
+    nothing = VitMergeState(ToMeConfig(), (0,) * len(vit.blocks), _shape(vit), False)
 
-    def theirs(block: Block, x: Tensor) -> Tensor:
-        args, options = block.tome_sample(x.shape[1])
-        given = super(Block, block).forward(x, *args, **options)  # type: ignore[misc]
+    def theirs(block: BlockMixin, x: Tensor) -> Tensor:
+        args, options = block.tome_example_inputs(x.shape[1])
+        given = super(BlockMixin, block).forward(x, *args, **options)  # type: ignore[misc]
         return given[0] if isinstance(given, tuple) else given
 
-    def ours(block: Block, x: Tensor) -> Tensor:
-        args, options = block.tome_sample(x.shape[1])
-        block.tome = Layer(nothing, 0)
-        return block.tome_run(Tokens(x, x.new_ones(x.shape[:2]).float()), *args, **options).x
+    def ours(block: BlockMixin, x: Tensor) -> Tensor:
+        args, options = block.tome_example_inputs(x.shape[1])
+        block.tome = VitBlockContext(nothing, 0)
+        return block.tome_forward(Tokens(x, x.new_ones(x.shape[:2]).float()), *args, **options).x
 
-    try_blocks(blocks, (2, vit.protected + 6, vit.width), theirs, ours)
+    check_blocks_match(blocks, (2, vit.protected + 6, vit.width), theirs, ours)

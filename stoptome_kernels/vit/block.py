@@ -11,36 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
-from ..patching.guards import is_bare
-from ..patching.subclass import Patched
-from .state import Layer, Merging
-from .tokens import Tokens, spread
+from ..patching.guards import has_no_hooks
+from ..patching.subclass import PatchedModule
+from .state import VitBlockContext, VitMergeState
+from .tokens import Tokens, unmerge_tokens
 
 
-class Block(Patched):
+class BlockMixin(PatchedModule):
     """A block that takes and gives ``tokens.Tokens`` between the first and the last block of its tower.
 
     Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says by
-    ``tome_run`` what its blocks compute, and by ``tome_sample`` what they want beside tokens. All parts are called as
-    the block's own forward calls them, its attention with ``Ask`` in place of a mask; only a norm that is nothing
-    but a LayerNorm is fused with the merge before it.
+    ``tome_forward`` what its blocks compute, and by ``tome_example_inputs`` what they want beside tokens. All parts are
+    called as the block's own forward calls them, its attention with ``KeyRequest`` in place of a mask; only a norm that
+    is nothing but a LayerNorm is fused with the merge before it.
     """
 
-    tome: Layer
+    tome: VitBlockContext
 
     def forward(self, x: Any, *args, **options):
         layer = self.tome
-        tokens = layer.start(x)
+        tokens = layer.unpack_input(x)
         if tokens.size is None and not layer.merging.rates[layer.index]:
             out = super().forward(tokens.x, *args, **options)  # type: ignore[misc]
-            return layer.finish(tokens.but(x=out)) if layer.merging.carries else out
-        return layer.finish(self.tome_run(tokens, *args, **options))
+            return layer.pack_output(tokens.but(x=out)) if layer.merging.passes_tokens else out
+        return layer.pack_output(self.tome_forward(tokens, *args, **options))
 
-    def tome_run(self, tokens: Tokens, *args, **options) -> Tokens:
+    def tome_forward(self, tokens: Tokens, *args, **options) -> Tokens:
         """The block's work on merged tokens: attention, merging, MLP."""
         raise NotImplementedError
 
-    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+    def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         """Arguments beside ``tokens`` tokens with which the block can be tried out."""
         return (), {}
 
@@ -51,7 +51,7 @@ class Block(Patched):
         return ", ".join(part for part in (own, merges) if part)
 
 
-class Ask:
+class KeyRequest:
     """Request of a block to its attention, passed instead of a mask; the attention returns its keys in it.
 
     Attributes:
@@ -59,13 +59,13 @@ class Ask:
         keys: ``(N, H, T, d)``, keys by which tokens are compared; None before the attention has run.
     """
 
-    def __init__(self, block: Block, attn: Any, tokens: Tokens):
-        if not isinstance(attn, Attention) and not torch.compiler.is_compiling():
+    def __init__(self, block: BlockMixin, attn: Any, tokens: Tokens):
+        if not isinstance(attn, AttentionMixin) and not torch.compiler.is_compiling():
             _check_wrapped(block, attn)
-        self.size = sizes(block, tokens)
+        self.size = key_weights(block, tokens)
         self.keys: Tensor | None = None
 
-    def take(self, block: Block, attn: Any) -> Tensor:
+    def take(self, block: BlockMixin, attn: Any) -> Tensor:
         """Return the keys and drop them, since a checkpoint may keep this object alive.
 
         Args:
@@ -84,21 +84,21 @@ class Ask:
         return keys
 
 
-class Attention(Patched):
-    """A block's attention. Called with ``Ask`` it attends by sizes and tells its keys; else it does as before.
+class AttentionMixin(PatchedModule):
+    """A block's attention. Called with ``KeyRequest`` it attends by sizes and tells its keys; else it does as before.
 
     Attributes:
-        tome_mask: the argument that ``Ask`` stands in for.
+        tome_mask: the argument that ``KeyRequest`` stands in for.
     """
 
     tome_mask = "attn_mask"
 
     def forward(self, *args, **options):
-        if not isinstance(options.get(self.tome_mask), Ask):
+        if not isinstance(options.get(self.tome_mask), KeyRequest):
             return super().forward(*args, **options)  # type: ignore[misc]
         return self.tome_attend(options.pop(self.tome_mask), *args, **options)
 
-    def tome_attend(self, ask: Ask, *args, **options):
+    def tome_attend(self, ask: KeyRequest, *args, **options):
         """Attend by sizes, and give the keys to ``ask``."""
         raise NotImplementedError
 
@@ -106,40 +106,40 @@ class Attention(Patched):
         """Note what the module was like when it was tried out."""
 
 
-def _check_wrapped(block: Block, attn: Any) -> None:
+def _check_wrapped(block: BlockMixin, attn: Any) -> None:
     """Raise if a module that took the place of a block's attention does not hold the attention that was patched.
 
     Raises:
         TypeError: it doesn't.
     """
-    if not any(isinstance(module, Attention) for module in attn.modules()):
+    if not any(isinstance(module, AttentionMixin) for module in attn.modules()):
         raise TypeError(
             f"the attention of {type(block).__name__} was replaced by a {type(attn).__name__} after the model was "
             "patched: remove_tome_patch() first, then replace the attention and patch again"
         )
 
 
-class Watching(Patched):
+class TowerMixin(PatchedModule):
     """A tower that says when it begins to read more of its last block's tokens, or fewer, than it did at the patch.
 
     Attributes:
         tome_watched: the settings and methods by which it does.
     """
 
-    tome: Merging
+    tome: VitMergeState
     tome_watched: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         merging = self.__dict__.get("tome")
         if merging is not None and name in self.tome_watched:
-            merging.dense = merging.asked or self.tome_reads_all()
+            merging.dense_output = merging.user_unmerge or self.tome_needs_dense_output()
 
-    def tome_reads_all(self) -> bool:
+    def tome_needs_dense_output(self) -> bool:
         """Whether the tower, or its caller, reads more than the class token of what its last block gives."""
         raise NotImplementedError
 
-    def tome_check(self, blocks: Any, protected: int | None = None) -> None:
+    def tome_check_unchanged(self, blocks: Any, protected: int | None = None) -> None:
         """Raise if the tower has other blocks, or other leading tokens, than it was patched with.
 
         Raises:
@@ -154,27 +154,27 @@ class Watching(Patched):
             )
 
 
-class Reader(Watching):
+class IntermediatesMixin(TowerMixin):
     """A tower whose intermediate layers can be read, as timm's and open_clip's can."""
 
-    def tome_checkpoints(self) -> bool:
+    def tome_is_checkpointing(self) -> bool:
         """Whether the tower checkpoints its blocks."""
         raise NotImplementedError
 
-    def tome_read(self, *args, **options):
+    def tome_forward_intermediates(self, *args, **options):
         """The class's own forward_intermediates with ``reading`` in place of the blocks."""
         raise NotImplementedError
 
     def forward_intermediates(self, *args, **options):
         """As before: every layer's tokens stand for themselves on the grid."""
-        if not self.tome.carries:
+        if not self.tome.passes_tokens:
             return super().forward_intermediates(*args, **options)  # type: ignore[misc]
-        if self.tome_checkpoints() and torch.is_grad_enabled():
+        if self.tome_is_checkpointing() and torch.is_grad_enabled():
             raise RuntimeError(
                 "forward_intermediates of merged tokens does not work with checkpointing: "
                 "set_grad_checkpointing(False), or call it under torch.no_grad()"
             )
-        return self.tome_read(*args, **options)
+        return self.tome_forward_intermediates(*args, **options)
 
     def prune_intermediate_layers(self, *args, **options):
         """Would leave the patch with blocks that are not there."""
@@ -183,7 +183,7 @@ class Reader(Watching):
         )
 
 
-class Instead:
+class Substitute:
     """A module with something else under one of its names, for one call of one of its methods.
 
     Nothing is put on the module itself, so that other threads see nothing of it.
@@ -214,7 +214,7 @@ def reading(blocks: Iterable[Any]) -> list[Callable]:
                 )
             given = Tokens(x, kept=True) if carried.tokens is None else carried.tokens
             carried.tokens = block(given, *args, **options)
-            dense = spread(carried.tokens)
+            dense = unmerge_tokens(carried.tokens)
             carried.dense = dense.view_as(dense) if dense is carried.tokens.x else dense
             return carried.dense
 
@@ -231,7 +231,7 @@ class _Carried:
         self.dense: Tensor | None = None
 
 
-def sizes(block: Block, tokens: Tokens) -> Tensor | None:
+def key_weights(block: BlockMixin, tokens: Tokens) -> Tensor | None:
     """Return the key weights for the block's attention (0 for padding); None means all ones."""
     size = tokens.size
     proportional = block.tome.merging.config.prop_attn
@@ -240,7 +240,7 @@ def sizes(block: Block, tokens: Tokens) -> Tensor | None:
     return size if proportional else None
 
 
-def attend(
+def proportional_attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Proportional attention ``(N, H, T, d) → (N, T, H·d)``; with dropout of the weights by torch's own function."""
@@ -252,13 +252,13 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_as(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+def attend_like_library(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
     """Attend ``(N, H, T, d) → (N, T, H·d)`` as an attention of timm's or open_clip's does: fused, with the
     probability of its ``attn_drop``; or with its ``scale``, and ``attn_drop`` called on weights ``(N, H, T, T)``."""
     if fused:
-        return attend(q, k, v, size, dropout=attn.attn_drop.p if attn.training else 0.0)
+        return proportional_attention(q, k, v, size, dropout=attn.attn_drop.p if attn.training else 0.0)
     if _is_identity(attn.attn_drop):
-        return attend(q, k, v, size, attn.scale)
+        return proportional_attention(q, k, v, size, attn.scale)
     weights = (q * attn.scale) @ k.mT
     if size is not None:
         weights = weights + size.log()[:, None, None].to(weights.dtype)
@@ -268,10 +268,12 @@ def attend_as(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor, size: Ten
 def _is_identity(dropout: nn.Module) -> bool:
     """Whether calling a module on attention weights does nothing."""
     kind = type(dropout)
-    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and is_bare(dropout)
+    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and has_no_hooks(
+        dropout
+    )
 
 
-def no_more(attn: Any, args: tuple, options: dict) -> None:
+def reject_other_arguments(attn: Any, args: tuple, options: dict) -> None:
     """Raise if somebody, a hook say, asks more of an attention than its block does.
 
     Raises:
@@ -282,7 +284,7 @@ def no_more(attn: Any, args: tuple, options: dict) -> None:
     _refuse(attn, options, f"which is not supported while tokens are merged: {_TAKE_OFF}")
 
 
-def no_own(block: Any, method: str) -> None:
+def reject_replaced_method(block: Any, method: str) -> None:
     """Raise if a method of a block's class, which merging has its own code for, was replaced on the block itself.
 
     Raises:
@@ -298,7 +300,7 @@ def no_own(block: Any, method: str) -> None:
 _TAKE_OFF = "remove that, or remove_tome_patch() first"
 
 
-def no_mask(block: Any, **given) -> None:
+def reject_masks(block: Any, **given) -> None:
     """Raise if a mask is given: mask positions do not exist after merging.
 
     Raises:

@@ -9,15 +9,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching.guards import check_free
-from .block import Ask, Attention, Block, attend, no_more
+from ..patching.guards import check_method_not_replaced
+from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention, reject_other_arguments
 from .tokens import Tokens
-from .towers import is_a, overrides
+from .towers import has_overridden_method, is_instance_of
 
 _HOME = "torch.nn.modules.activation"
 
 
-def check(block: Any, attn: Any) -> None:
+def check_attention(block: Any, attn: Any) -> None:
     """Raise what keeps a block's attention from counting merged tokens by their sizes.
 
     Raises:
@@ -25,9 +25,9 @@ def check(block: Any, attn: Any) -> None:
         ValueError: one with a setting that adds keys, or keys of another width.
         RuntimeError: one with a forward of its own.
     """
-    check_free(attn, "forward")
+    check_method_not_replaced(attn, "forward")
     what = f"{type(block).__name__} with the attention {type(attn).__name__}"
-    if not is_a(attn, _HOME, "MultiheadAttention") or overrides(attn, _HOME, "forward"):
+    if not is_instance_of(attn, _HOME, "MultiheadAttention") or has_overridden_method(attn, _HOME, "forward"):
         raise TypeError(
             f"can't merge tokens in {what} of {type(attn).__module__}: supported is torch.nn.MultiheadAttention; patch "
             "before another library replaces it (PEFT: merge_and_unload)"
@@ -41,38 +41,40 @@ def check(block: Any, attn: Any) -> None:
             raise ValueError(f"can't merge tokens in {what} with {setting} set: build it with {allowed}")
 
 
-class Multihead(Attention):
-    """``nn.MultiheadAttention``, which takes ``block.Ask`` for an ``attn_mask``."""
+class MultiheadMixin(AttentionMixin):
+    """``nn.MultiheadAttention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: Ask, query: Tensor, *args, **options):
+    def tome_attend(self, ask: KeyRequest, query: Tensor, *args, **options):
         """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""
         attn: Any = self
         inputs = {**dict(zip(("key", "value"), args, strict=False)), **options}
         key, value = (inputs.pop(name, None) for name in ("key", "value"))
-        no_more(self, args[2:], inputs)
+        reject_other_arguments(self, args[2:], inputs)
         if attn.bias_k is not None or attn.add_zero_attn:
             raise ValueError(
                 f"{type(self).__name__} was given additional keys after it was patched (bias_k, add_zero_attn): remove "
                 "that, or remove_tome_patch() first"
             )
         given = (query,) if (key is None or key is query) and (value is None or value is query) else (query, key, value)
-        q, k, v = heads(attn, *(x if attn.batch_first else x.transpose(0, 1) for x in given))
-        out = attend(q, k, v, ask.size, dropout=attn.dropout if attn.training else 0.0)
+        q, k, v = packed_qkv(attn, *(x if attn.batch_first else x.transpose(0, 1) for x in given))
+        out = proportional_attention(q, k, v, ask.size, dropout=attn.dropout if attn.training else 0.0)
         ask.keys = k
         # its weights, since torch doesn't call out_proj either
         out = F.linear(out, attn.out_proj.weight, attn.out_proj.bias)
         return (out if attn.batch_first else out.transpose(0, 1)), None
 
 
-def attention(block: Block, attn: Any, x: Tensor, tokens: Tokens, batch_first: bool = True) -> tuple[Tensor, Tensor]:
+def call_attention(
+    block: BlockMixin, attn: Any, x: Tensor, tokens: Tokens, batch_first: bool = True
+) -> tuple[Tensor, Tensor]:
     """What a block's attention makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
-    ask = Ask(block, attn, tokens)
+    ask = KeyRequest(block, attn, tokens)
     x = x if batch_first else x.transpose(0, 1)
     out = attn(x, x, x, need_weights=False, attn_mask=ask)[0]
     return (out if batch_first else out.transpose(0, 1)), ask.take(block, attn)
 
 
-def heads(attn: Any, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def packed_qkv(attn: Any, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """q, k, v, each ``(N, H, T, d)``, of an in-projection whose weights are packed into one: of x, or of x and two
     others where a hook has made keys and values of something else."""
     weight, bias = attn.in_proj_weight, attn.in_proj_bias

@@ -8,35 +8,53 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..patching.subclass import Patched, original
+from ..patching.subclass import PatchedModule, original_class
 from . import multihead
-from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_own, reading
+from .block import (
+    AttentionMixin,
+    BlockMixin,
+    IntermediatesMixin,
+    KeyRequest,
+    Substitute,
+    attend_like_library,
+    reading,
+    reject_masks,
+    reject_replaced_method,
+)
 from .tokens import Tokens
-from .towers import Vit, check_own_method, name_of, overrides, require, the_only, within
+from .towers import (
+    VisionTower,
+    check_own_method,
+    class_path,
+    exactly_one,
+    find_submodules,
+    has_overridden_method,
+    require_version,
+)
 
 _HOME = "open_clip.transformer"
 _LEAST = (3, 0)
 
 
-class _Residual(Block):
+class _ResidualBlock(BlockMixin):
     """``ResidualAttentionBlock``, around torch's attention."""
 
-    def tome_run(
+    def tome_forward(
         self, tokens: Tokens, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tokens:
         block: Any = self
-        no_mask(block, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
-        no_own(block, "attention")
-        residual, keys = multihead.attention(block, block.attn, block.ln_1(tokens.x), tokens)
+        reject_masks(block, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        reject_replaced_method(block, "attention")
+        residual, keys = multihead.call_attention(block, block.attn, block.ln_1(tokens.x), tokens)
         return _rest(block, tokens, block.ls_1(residual), keys)
 
 
-class _Custom(Block):
+class _CustomBlock(BlockMixin):
     """``CustomResidualAttentionBlock``, around open_clip's own attention."""
 
-    def tome_run(self, tokens: Tokens, attn_mask: Tensor | None = None) -> Tokens:
+    def tome_forward(self, tokens: Tokens, attn_mask: Tensor | None = None) -> Tokens:
         block: Any = self
-        no_mask(block, attn_mask=attn_mask)
+        reject_masks(block, attn_mask=attn_mask)
         residual, keys = _attention(block, block.ln_1(tokens.x), tokens)
         return _rest(block, tokens, block.ls_1(block.ln_attn(residual)), keys)
 
@@ -47,48 +65,48 @@ def _rest(block: Any, tokens: Tokens, residual: Tensor, keys: Tensor) -> Tokens:
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    ask = Ask(block, block.attn, tokens)
+    ask = KeyRequest(block, block.attn, tokens)
     return block.attn(x, attn_mask=ask), ask.take(block, block.attn)
 
 
-class _Attention(Attention):
-    """open_clip's own ``Attention``, which takes ``block.Ask`` for an ``attn_mask``."""
+class _Attention(AttentionMixin):
+    """open_clip's own ``Attention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: Ask, x: Tensor):
+    def tome_attend(self, ask: KeyRequest, x: Tensor):
         """``x (N, T, D)``."""
         attn: Any = self
-        q, k, v = multihead.heads(attn, x)
+        q, k, v = multihead.packed_qkv(attn, x)
         q, k = attn.ln_q(q), attn.ln_k(k)
         ask.keys = k
         if attn.head_scale is not None:
             v = v * attn.head_scale  # of what a head gives; attention is linear in v
-        out = attend_as(attn, attn.use_fsdpa, q, k, v, ask.size)
+        out = attend_like_library(attn, attn.use_fsdpa, q, k, v, ask.size)
         return attn.out_drop(attn.out_proj(attn.ln_inner(out)))
 
 
-class _Tower(Reader):
+class _Tower(IntermediatesMixin):
     """The tower: what reads its tokens has to know that there are fewer."""
 
     tome_watched = ("pool_type", "attn_pool", "output_tokens", "forward", "_pool", "_global_pool")
 
     def forward(self, x: Tensor):
-        self.tome_check(self.transformer.resblocks)  # type: ignore[attr-defined]
+        self.tome_check_unchanged(self.transformer.resblocks)  # type: ignore[attr-defined]
         return super().forward(x)  # type: ignore[misc]
 
-    def tome_reads_all(self) -> bool:
-        return _reads_all(self)
+    def tome_needs_dense_output(self) -> bool:
+        return _needs_dense_output(self)
 
-    def tome_checkpoints(self) -> bool:
+    def tome_is_checkpointing(self) -> bool:
         return self.transformer.grad_checkpointing  # type: ignore[attr-defined]
 
-    def tome_read(self, *args, **options):
-        self.tome_check(self.transformer.resblocks)  # type: ignore[attr-defined]
+    def tome_forward_intermediates(self, *args, **options):
+        self.tome_check_unchanged(self.transformer.resblocks)  # type: ignore[attr-defined]
         check_own_method(self, "open_clip", "forward_intermediates")
-        tower: Any = Instead(self, "transformer", _Blocks(self.transformer))  # type: ignore[arg-type, attr-defined]
-        return original(self).forward_intermediates(tower, *args, **options)  # type: ignore[attr-defined]
+        tower: Any = Substitute(self, "transformer", _Blocks(self.transformer))  # type: ignore[arg-type, attr-defined]
+        return original_class(self).forward_intermediates(tower, *args, **options)  # type: ignore[attr-defined]
 
 
-class _Blocks(Instead):
+class _Blocks(Substitute):
     """``Transformer`` while its layers are read."""
 
     def __init__(self, transformer: Any):
@@ -99,30 +117,30 @@ class _Blocks(Instead):
         return type(self._module).forward_intermediates(self, *args, **options)  # type: ignore[attr-defined]
 
 
-_KINDS: dict[type, type] = {_Residual: multihead.Multihead, _Custom: _Attention}
+_KINDS: dict[type, type] = {_ResidualBlock: multihead.MultiheadMixin, _CustomBlock: _Attention}
 
 
-def find(model: nn.Module) -> Vit | None:
+def find(model: nn.Module) -> VisionTower | None:
     """open_clip's vision transformer in a model.
 
     Raises:
         TypeError, ValueError: one with a part with which its tokens can't be merged; another model of open_clip's.
         ImportError: of an open_clip too old.
     """
-    paths = list(within(model, _HOME, "VisionTransformer"))
+    paths = list(find_submodules(model, _HOME, "VisionTransformer"))
     if not paths:
         _refuse_others(model)
         return None
-    path = the_only(paths)
+    path = exactly_one(paths)
     tower: Any = path[-1]
-    require("open_clip_torch", _LEAST, tower)
+    require_version("open_clip_torch", _LEAST, tower)
     transformer = tower.transformer
     if not transformer.batch_first:
         raise ValueError(f"{type(transformer).__name__} has batch_first=False; build it with batch_first=True")
     blocks = tuple(transformer.resblocks)
     mixins = tuple(_mixin(block) for block in blocks)
-    return Vit(
-        tower, blocks, mixins, 1, _reads_all(tower), transformer.width,
+    return VisionTower(
+        tower, blocks, mixins, 1, _needs_dense_output(tower), transformer.width,
         len(tower.positional_embedding), _Tower, around=(*path, transformer),
         attentions=tuple(((block.attn, _KINDS[mixin]),) for block, mixin in zip(blocks, mixins, strict=True)),
     )  # fmt: skip
@@ -130,7 +148,7 @@ def find(model: nn.Module) -> Vit | None:
 
 def _refuse_others(model: Any) -> None:
     """Name the models of open_clip that have no vision transformer."""
-    home, name = name_of(model)
+    home, name = class_path(model)
     if home.startswith("open_clip."):
         visual = getattr(model, "visual", model)
         visual = getattr(visual, "trunk", visual)
@@ -141,27 +159,27 @@ def _refuse_others(model: Any) -> None:
         )
 
 
-def _reads_all(tower: Any) -> bool:
+def _needs_dense_output(tower: Any) -> bool:
     """Whether more than the class token is read of what the last block gives; a class derived from the tower's may."""
-    return _hands_out(tower) or overrides(tower, _HOME, "forward", "_pool", "_global_pool")
+    return _returns_patch_tokens(tower) or has_overridden_method(tower, _HOME, "forward", "_pool", "_global_pool")
 
 
-def _hands_out(tower: Any) -> bool:
+def _returns_patch_tokens(tower: Any) -> bool:
     """Whether the tower gives all tokens to its pool or its caller."""
     return tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens
 
 
-def _mixin(block: Any) -> type[Block]:
-    if isinstance(block, Patched):
+def _mixin(block: Any) -> type[BlockMixin]:
+    if isinstance(block, PatchedModule):
         return block.tome_parts[0]
-    home, name = name_of(block)
+    home, name = class_path(block)
     what = f"open_clip's {name}"
     if home == _HOME and name == "ResidualAttentionBlock":
         if hasattr(block, "ln_1_kv"):
             raise TypeError(f"can't merge tokens in {what} with cross attention (ln_1_kv): build it without")
-        multihead.check(block, block.attn)
-        return _Residual
-    if home != _HOME or name != "CustomResidualAttentionBlock" or name_of(block.attn) != (_HOME, "Attention"):
+        multihead.check_attention(block, block.attn)
+        return _ResidualBlock
+    if home != _HOME or name != "CustomResidualAttentionBlock" or class_path(block.attn) != (_HOME, "Attention"):
         raise TypeError(
             f"can't merge tokens in {what} with the attention {type(block.attn).__name__}: supported are "
             "ResidualAttentionBlock with torch.nn.MultiheadAttention and CustomResidualAttentionBlock with Attention; "
@@ -172,4 +190,4 @@ def _mixin(block: Any) -> type[Block]:
             f"can't merge tokens in {what} with scaled_cosine_attn, with which open_clip's own forward fails: build it "
             "without, for example with qk_norm"
         )
-    return _Custom
+    return _CustomBlock

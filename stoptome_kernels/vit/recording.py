@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from ..patching.guards import own_forward
-from ..patching.subclass import Patched
-from .tokens import Tokens, spread
-from .towers import older
+from ..patching.guards import instance_forward
+from ..patching.subclass import PatchedModule
+from .tokens import Tokens, unmerge_tokens
+from .towers import installed_below
 
 _FORWARDS = os.path.join("transformers", "utils", "generic.py")  # torch.compile knows it of nested functions
 
 
-def recorded(module: Any, what: str) -> bool:
+def is_recorded(module: Any, what: str) -> bool:
     """Whether what this module gives is recorded in the present call, by the library itself.
 
     Args:
@@ -40,7 +40,7 @@ def recorded(module: Any, what: str) -> bool:
     return what in (_active_collector.get() or ())
 
 
-def tidy(root: nn.Module) -> None:
+def remove_stale_recorders(root: nn.Module) -> None:
     """Take out what recording left on modules: forwards of recorders, and modules' own methods as their attributes."""
     for module in root.modules():
         forward: Any = module.__dict__.get("forward")
@@ -49,7 +49,7 @@ def tidy(root: nn.Module) -> None:
             kept = kept.__wrapped__
         if kept is not forward:
             module.forward = kept
-        own_forward(module)
+        instance_forward(module)
 
 
 def _is_recorder(forward: Any) -> bool:
@@ -57,33 +57,33 @@ def _is_recorder(forward: Any) -> bool:
     return isinstance(forward, FunctionType) and forward.__code__.co_filename.endswith(_FORWARDS)
 
 
-class Encoder(Patched):
+class RecordingEncoder(PatchedModule):
     """An encoder of transformers 5.0 or 5.1: a call that fails leaves no recorders."""
 
     def forward(self, *args, **options):
         try:
             return super().forward(*args, **options)  # type: ignore[misc]
         except Exception:
-            tidy(self)  # type: ignore[arg-type]
+            remove_stale_recorders(self)  # type: ignore[arg-type]
             raise
 
 
-class Collecting(Encoder):
+class CollectingEncoder(RecordingEncoder):
     """``Dinov2Encoder`` and ``Dinov2WithRegistersEncoder`` before 5.4: hidden states have all tokens."""
 
     def forward(self, *args, **options):
         out = super().forward(*args, **options)
         if out.hidden_states is not None:
-            out.hidden_states = tuple(spread(x) if isinstance(x, Tokens) else x for x in out.hidden_states)
+            out.hidden_states = tuple(unmerge_tokens(x) if isinstance(x, Tokens) else x for x in out.hidden_states)
         return out
 
 
-def encoder_mixin(collects: bool) -> type[Encoder] | None:
+def encoder_mixin(collects: bool) -> type[RecordingEncoder] | None:
     """What the encoder of the installed version is patched with.
 
     Args:
         collects: it is one of those that used to collect hidden states themselves.
     """
-    if collects and older("transformers", (5, 4)):
-        return Collecting
-    return Encoder if older("transformers", (5, 2)) else None
+    if collects and installed_below("transformers", (5, 4)):
+        return CollectingEncoder
+    return RecordingEncoder if installed_below("transformers", (5, 2)) else None

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..api import match, merge, merge_norm
-from ..patching.guards import is_plain
+from ..patching.guards import may_read_weights
 from ..plan import MergePlan
 from ..reference import match_sets
 from ..tome.config import ToMeConfig
 from ..tome.report import Description, warn_capped
 from ..tome.schedule import Schedule, plan_layers
-from ..tome.trace import Trace, exporting
-from .tokens import ALONE, Tokens, spread
+from ..tome.trace import Trace, is_torch_exporting
+from .tokens import ALONE, Tokens, unmerge_tokens
 
 # Whose forward is torch's layer_norm and nothing else; their weights may be read in its place.
 _LAYER_NORMS = {
@@ -35,7 +35,7 @@ _REENTRANT = (
 )
 
 
-class Shape(NamedTuple):
+class TowerShape(NamedTuple):
     """What a tower's tokens are like.
 
     Attributes:
@@ -43,29 +43,42 @@ class Shape(NamedTuple):
         protected: leading tokens that are never merged: class token, registers.
         width: of a token.
         tokens: of an image; None if that is not known before it comes.
-        positions: attention asks where tokens come from (rotary embeddings).
+        needs_positions: whether attention asks where tokens come from (rotary embeddings).
     """
 
     family: str
     protected: int
     width: int
     tokens: int | None = None
-    positions: bool = False
+    needs_positions: bool = False
 
 
-class Merging:
+class VitMergeState:
     """What a tower is to merge. Nothing of a forward is kept in it but the trace, if one was asked for.
 
     Attributes:
         config: the settings.
         rates: tokens to merge in each block.
         shape: of the tower.
-        dense: the last block gives every original token a row again.
-        asked: the user wants ``dense``, whatever the model reads.
+        dense_output: whether the last block gives every original token a row again.
+        user_unmerge: whether the user wants ``dense_output``, whatever the model reads.
     """
 
-    def __init__(self, config: ToMeConfig, rates: tuple[int, ...], shape: Shape, dense: bool, asked: bool = False):
-        self.config, self.rates, self.shape, self.dense, self.asked = config, rates, shape, dense, asked
+    def __init__(
+        self,
+        config: ToMeConfig,
+        rates: tuple[int, ...],
+        shape: TowerShape,
+        dense_output: bool,
+        user_unmerge: bool = False,
+    ):
+        self.config, self.rates, self.shape, self.dense_output, self.user_unmerge = (
+            config,
+            rates,
+            shape,
+            dense_output,
+            user_unmerge,
+        )
         self._last: tuple[Tensor, ...] | None = None
         self._warned = False
 
@@ -83,7 +96,7 @@ class Merging:
         return not any(self.rates)
 
     @property
-    def carries(self) -> bool:
+    def passes_tokens(self) -> bool:
         """Blocks give ``Tokens`` to one another."""
         return self.config.trace_source or not self.idle
 
@@ -101,7 +114,7 @@ class Merging:
         tokens = self.shape.tokens
         given = (
             "a row for each original token"
-            if self.dense or self.idle
+            if self.dense_output or self.idle
             else "the tokens that are left (sizes: tome_trace)"
         )
         return Description(
@@ -115,9 +128,9 @@ class Merging:
             self._warned = True
             warn_capped(self.rates, self.schedule(tokens))
 
-    def keep(self, layers: tuple[Tensor, ...]) -> None:
+    def record_trace(self, layers: tuple[Tensor, ...]) -> None:
         """Remember the trace of a forward."""
-        if not exporting():
+        if not is_torch_exporting():
             self._last = layers
 
     def trace(self) -> Trace:
@@ -133,13 +146,13 @@ class Merging:
         layers = tuple(source[:, None].int() for source in self._last)
         left, tokens = self._last[0].shape[1], []
         for rate in self.rates:
-            left -= capped(rate, left, self.protected)
+            left -= cap_rate(rate, left, self.protected)
             tokens.append(left)
         return Trace(layers, tuple(tokens), (1,) * len(layers), self.protected)
 
 
 @dataclass(frozen=True)
-class Layer:
+class VitBlockContext:
     """A block's place in its tower.
 
     Attributes:
@@ -147,15 +160,15 @@ class Layer:
         index: of the block, from 0.
     """
 
-    merging: Merging
+    merging: VitMergeState
     index: int
 
     @property
-    def last(self) -> bool:
+    def is_last(self) -> bool:
         """No block follows."""
         return self.index == len(self.merging.rates) - 1
 
-    def start(self, x: Any) -> Tokens:
+    def unpack_input(self, x: Any) -> Tokens:
         """What a block was given, as tokens.
 
         Raises:
@@ -168,14 +181,14 @@ class Layer:
             return x
         if isinstance(x, tuple):  # what a reentrant checkpoint makes of them
             raise RuntimeError(_REENTRANT)
-        if not isinstance(x, Tensor) and self.merging.carries:
+        if not isinstance(x, Tensor) and self.merging.passes_tokens:
             fx = "torch.fx can't trace merging, use torch.export, torch.compile or torch.jit.trace"
             raise TypeError(
                 f"block {self.index} got {type(x).__name__} instead of a tensor: "
                 f"{fx if type(x).__name__ == 'Proxy' else 'a hook that changes Tokens must return tokens.but(x=…)'}; "
                 "or remove_tome_patch() first"
             )
-        if self.index and self.merging.carries:
+        if self.index and self.merging.passes_tokens:
             raise RuntimeError(
                 f"block {self.index} got a plain tensor instead of the previous block's merged tokens (Tokens), so "
                 f"their sizes are lost: {ALONE}"
@@ -198,7 +211,7 @@ class Layer:
         """
         x, size, source, position, *_ = tokens
         merging = self.merging
-        r = capped(merging.rates[self.index], x.shape[1], merging.protected)
+        r = cap_rate(merging.rates[self.index], x.shape[1], merging.protected)
         if r < merging.rates[self.index]:
             merging.warn(x.shape[1] if source is None else source.shape[1])
         if r == 0:
@@ -212,12 +225,12 @@ class Layer:
             x, size = merge(x + residual, plan, size)
             normed = None if norm is None else norm(x)
         dest = plan.dest.long()
-        if merging.shape.positions:
-            position = _moved(position, plan)
+        if merging.shape.needs_positions:
+            position = _follow_positions(position, plan)
         source = dest if source is None else dest.gather(1, source)
         return tokens.but(x=x, size=size, source=source, position=position), normed
 
-    def finish(self, tokens: Tokens) -> Tokens | Tensor:
+    def pack_output(self, tokens: Tokens) -> Tokens | Tensor:
         """What the block gives: tokens to the next block, a tensor to whoever follows the last."""
         merging = self.merging
         if merging.config.trace_source:
@@ -225,19 +238,19 @@ class Layer:
             if source is None:
                 source = torch.arange(tokens.x.shape[1], device=tokens.x.device).repeat(tokens.x.shape[0], 1)
             tokens = tokens.but(layers=(*tokens.layers, source))
-            if self.last:
-                merging.keep(tokens.layers)
-        if tokens.kept or not self.last:
+            if self.is_last:
+                merging.record_trace(tokens.layers)
+        if tokens.kept or not self.is_last:
             return tokens
-        return spread(tokens) if merging.dense else tokens.x
+        return unmerge_tokens(tokens) if merging.dense_output else tokens.x
 
 
-def capped(rate: int, tokens: int, protected: int) -> int:
+def cap_rate(rate: int, tokens: int, protected: int) -> int:
     """Tokens that a layer can merge of those it was asked to: at most half of the unprotected ones."""
     return min(rate, (tokens - protected) // 2)
 
 
-def _moved(position: Tensor | None, plan: MergePlan) -> Tensor:
+def _follow_positions(position: Tensor | None, plan: MergePlan) -> Tensor:
     """Where merged tokens are: where the one was into which the others were merged."""
     _, odd = match_sets(plan.tokens_in, plan.protected)
     receive = torch.arange(plan.tokens_in, device=plan.dest.device)[odd]  # the last outputs, in this order
@@ -251,4 +264,9 @@ def _is_layer_norm(norm: Any) -> bool:
     kind = type(norm)
     known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
     # the class's forward may have been replaced, too
-    return known and kind.forward.__module__ == kind.__module__ and len(norm.normalized_shape) == 1 and is_plain(norm)
+    return (
+        known
+        and kind.forward.__module__ == kind.__module__
+        and len(norm.normalized_shape) == 1
+        and may_read_weights(norm)
+    )

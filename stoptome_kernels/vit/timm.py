@@ -10,14 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patching.subclass import Patched, original
-from .block import Ask, Attention, Block, Instead, Reader, attend_as, no_mask, no_more, reading
+from ..patching.subclass import PatchedModule, original_class
+from .block import (
+    AttentionMixin,
+    BlockMixin,
+    IntermediatesMixin,
+    KeyRequest,
+    Substitute,
+    attend_like_library,
+    reading,
+    reject_masks,
+    reject_other_arguments,
+)
 from .tokens import Tokens
-from .towers import Vit, check_own_method, is_a, older, require, the_only, within
+from .towers import (
+    VisionTower,
+    check_own_method,
+    exactly_one,
+    find_submodules,
+    installed_below,
+    is_instance_of,
+    require_version,
+)
 
 _VIT, _EVA = ("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")
 _LEAST = (1, 0)
-_ROPE_BY_IMAGE = older("timm", (1, 0, 17))  # what (·, patches, 2d) rotary embeddings are for; now by head
+_ROPE_BY_IMAGE = installed_below("timm", (1, 0, 17))  # what (·, patches, 2d) rotary embeddings are for; now by head
 _ATTENTION = {
     ("timm.models.vision_transformer", "Attention"),  # where it was before timm 1.0.16
     ("timm.layers.attention", "Attention"),
@@ -26,36 +44,36 @@ _ATTENTION = {
 }
 
 
-class _PreNorm(Block):
+class _PreNorm(BlockMixin):
     """``Block``."""
 
     tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")  # beside tokens, in this order
 
-    def tome_run(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
+    def tome_forward(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
-        residual = block.drop_path1(_scaled(block, 1, residual))
+        residual = block.drop_path1(_layer_scale(block, 1, residual))
         merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
-        return merged.but(x=merged.x + block.drop_path2(_scaled(block, 2, block.mlp(normed))))
+        return merged.but(x=merged.x + block.drop_path2(_layer_scale(block, 2, block.mlp(normed))))
 
-    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+    def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
 
 
-class _PostNorm(Block):
+class _PostNorm(BlockMixin):
     """``ResPostBlock``: normalised behind each branch."""
 
     tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")
 
-    def tome_run(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
+    def tome_forward(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, tokens.x, tokens, rope)
         merged, _ = block.tome.merge(tokens, block.drop_path1(block.norm1(residual)), keys, None)
         return merged.but(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
 
-    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+    def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
 
 
@@ -82,17 +100,17 @@ def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor |
             rope = value
         else:
             masks[name] = value
-    no_mask(block, **masks)
+    reject_masks(block, **masks)
     return rope
 
 
-class _Attention(Attention):
-    """``Attention``, ``AttentionRope``, ``EvaAttention``, which take ``block.Ask`` for an ``attn_mask``."""
+class _Attention(AttentionMixin):
+    """``Attention``, ``AttentionRope``, ``EvaAttention``, which take ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: Ask, x: Tensor, *args, rope: Tensor | None = None, **options):
+    def tome_attend(self, ask: KeyRequest, x: Tensor, *args, rope: Tensor | None = None, **options):
         """``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
         attn: Any = self
-        no_more(self, args, options)
+        reject_other_arguments(self, args, options)
         gate = getattr(attn, "gate", None)
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
@@ -103,7 +121,7 @@ class _Attention(Attention):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = attend_as(attn, attn.fused_attn, q, k, v, ask.size)
+        out = attend_like_library(attn, attn.fused_attn, q, k, v, ask.size)
         if hasattr(attn, "norm"):
             out = attn.norm(out)
         if gate is not None:
@@ -111,7 +129,7 @@ class _Attention(Attention):
         return attn.proj_drop(attn.proj(out))
 
 
-_BLOCKS: dict[tuple[str, str], type[Block]] = {
+_BLOCKS: dict[tuple[str, str], type[BlockMixin]] = {
     ("timm.models.vision_transformer", "Block"): _PreNorm,
     ("timm.models.vision_transformer", "ResPostBlock"): _PostNorm,
     ("timm.models.eva", "EvaBlock"): _EvaPreNorm,
@@ -122,13 +140,13 @@ _BLOCKS: dict[tuple[str, str], type[Block]] = {
 _READERS = ("forward", "forward_features", "pool", "forward_head")  # Eva's pool: since 1.0.16
 
 
-class _Model(Reader):
+class _Model(IntermediatesMixin):
     """The model: what reads its tokens has to know that there are fewer."""
 
     tome_watched = ("global_pool", "attn_pool", *_READERS)
 
     def pool(self, x: Tensor, pool_type: str | None = None):
-        if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense:  # type: ignore[attr-defined]
+        if pool_type not in (None, "", "token", self.global_pool) and not self.tome.dense_output:  # type: ignore[attr-defined]
             raise ValueError(
                 f"pool_type={pool_type!r} weights all tokens equally, but they represent different numbers of patches: "
                 "patch with unmerge=True"
@@ -136,38 +154,39 @@ class _Model(Reader):
         return super().pool(x, pool_type)  # type: ignore[misc]
 
     def forward_features(self, *args, **options):
-        self.tome_check(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
+        self.tome_check_unchanged(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
         return super().forward_features(*args, **options)  # type: ignore[misc]
 
-    def tome_reads_all(self) -> bool:
-        return _reads_all(self)
+    def tome_needs_dense_output(self) -> bool:
+        return _needs_dense_output(self)
 
-    def tome_checkpoints(self) -> bool:
+    def tome_is_checkpointing(self) -> bool:
         return self.grad_checkpointing  # type: ignore[attr-defined]
 
-    def tome_read(self, *args, **options):
-        self.tome_check(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
+    def tome_forward_intermediates(self, *args, **options):
+        self.tome_check_unchanged(self.blocks, self.num_prefix_tokens)  # type: ignore[attr-defined]
         check_own_method(self, "timm", "forward_intermediates")
-        model: Any = Instead(self, "blocks", reading(self.blocks))  # type: ignore[arg-type, attr-defined]
-        return original(self).forward_intermediates(model, *args, **options)  # type: ignore[attr-defined]
+        model: Any = Substitute(self, "blocks", reading(self.blocks))  # type: ignore[arg-type, attr-defined]
+        return original_class(self).forward_intermediates(model, *args, **options)  # type: ignore[attr-defined]
 
 
-def find(model: nn.Module) -> Vit | None:
+def find(model: nn.Module) -> VisionTower | None:
     """timm's vision transformer in a model."""
-    paths = [path for home in (_VIT, _EVA) for path in within(model, *home)]
+    paths = [path for home in (_VIT, _EVA) for path in find_submodules(model, *home)]
     if not paths:
         _refuse_others(model)
         return None
-    path = the_only(paths)
+    path = exactly_one(paths)
     tower: Any = path[-1]
-    require("timm", _LEAST, tower)
+    require_version("timm", _LEAST, tower)
     mixins = tuple(_mixin(block) for block in tower.blocks)
     attentions = tuple(((block.attn, _Attention),) for block in tower.blocks)
     patches = tower.patch_embed.num_patches
     dynamic = getattr(tower, "dynamic_img_size", False) or patches is None
-    return Vit(
-        tower, tuple(tower.blocks), mixins, tower.num_prefix_tokens, _reads_all(tower), tower.embed_dim,
-        None if dynamic else tower.num_prefix_tokens + patches, _Model, is_a(tower, *_EVA), path, attentions=attentions,
+    return VisionTower(
+        tower, tuple(tower.blocks), mixins, tower.num_prefix_tokens, _needs_dense_output(tower), tower.embed_dim,
+        None if dynamic else tower.num_prefix_tokens + patches, _Model, is_instance_of(tower, *_EVA), path,
+        attentions=attentions,
     )  # fmt: skip
 
 
@@ -181,19 +200,19 @@ def _refuse_others(model: nn.Module) -> None:
         )
 
 
-def _reads_all(tower: Any) -> bool:
+def _needs_dense_output(tower: Any) -> bool:
     """Whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by a
     method of somebody else's."""
-    kind = original(tower)
+    kind = original_class(tower)
     foreign = any(not getattr(kind, name).__module__.startswith("timm.") for name in _READERS if hasattr(kind, name))
     foreign = foreign or any(name in tower.__dict__ for name in _READERS)
     return foreign or tower.global_pool != "token" or getattr(tower, "attn_pool", None) is not None
 
 
-def _mixin(block: Any) -> type[Block]:
-    if isinstance(block, Patched):
+def _mixin(block: Any) -> type[BlockMixin]:
+    if isinstance(block, PatchedModule):
         return block.tome_parts[0]
-    kind = original(block)
+    kind = original_class(block)
     mixin = _BLOCKS.get((kind.__module__, kind.__qualname__))
     if mixin is None:
         raise TypeError(
@@ -212,8 +231,8 @@ def _mixin(block: Any) -> type[Block]:
 
 def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the attention module makes of ``x``, and the keys."""
-    ask = Ask(block, block.attn, tokens)
-    options = {} if rope is None else {"rope": _at(rope, tokens.position, block.tome.merging.protected)}
+    ask = KeyRequest(block, block.attn, tokens)
+    options = {} if rope is None else {"rope": _rope_rows(rope, tokens.position, block.tome.merging.protected)}
     return block.attn(x, attn_mask=ask, **options), ask.take(block, block.attn)
 
 
@@ -240,7 +259,7 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _at(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
+def _rope_rows(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
     """The rows of ``([N,] [H,] patches, 2d)`` rotary embeddings that belong to the tokens."""
     if _ROPE_BY_IMAGE and rope.dim() == 3:  # some patches of each image were dropped
         rope = rope[:, None]
@@ -254,7 +273,7 @@ def _at(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
     return rope[place][:, None]
 
 
-def _scaled(block: Any, branch: int, x: Tensor) -> Tensor:
+def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
     """LayerScale, under either of its names."""
     module = getattr(block, f"ls{branch}", None)
     if module is not None:

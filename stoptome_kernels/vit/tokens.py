@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..api import unmerge
-from ..onnx import group
+from ..onnx import group_tokens
 from ..plan import MergePlan
 
 # What a padding token counts in averages: nothing beside a real token, while an average of padding alone exists; the
@@ -89,10 +89,10 @@ for _name in ("add", "sub", "mul", "truediv", "matmul"):
     setattr(Tokens, f"__r{_name}__", _arithmetic)
 
 
-def spread(tokens: Tokens) -> Tensor:
+def unmerge_tokens(tokens: Tokens) -> Tensor:
     """Give every original token the row of the token that it is part of: ``(N, T, D)``."""
     if tokens.source is None:
         return tokens.x
     nowhere = torch.zeros_like(tokens.source, dtype=torch.bool)
-    members, offsets = group(tokens.source, nowhere, tokens.x.shape[1])
+    members, offsets = group_tokens(tokens.source, nowhere, tokens.x.shape[1])
     return unmerge(tokens.x, MergePlan(tokens.source.int(), members, offsets, 0))

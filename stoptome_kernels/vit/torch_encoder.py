@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..patching.guards import check_free
-from ..patching.subclass import Patched
+from ..patching.guards import check_method_not_replaced
+from ..patching.subclass import PatchedModule
 from . import multihead
-from .block import Block, Watching, no_mask, no_own
+from .block import BlockMixin, TowerMixin, reject_masks, reject_replaced_method
 from .tokens import Tokens
-from .towers import Vit, is_a, name_of, overrides
+from .towers import VisionTower, class_path, has_overridden_method, is_instance_of
 
 _HOME = "torch.nn.modules.transformer"
 _WRAPPERS = {
@@ -26,7 +26,7 @@ _WRAPPERS = {
 }
 
 
-class _Layer(Block):
+class _TorchBlock(BlockMixin):
     """``TransformerEncoderLayer``, pre-norm or post-norm."""
 
     tome_batch_first = True
@@ -38,34 +38,34 @@ class _Layer(Block):
             _check(self, src, masks)
         return super().forward(src, **masks)
 
-    def tome_run(self, tokens: Tokens, **masks) -> Tokens:
+    def tome_forward(self, tokens: Tokens, **masks) -> Tokens:
         block: Any = self
-        no_own(block, "_sa_block")
+        reject_replaced_method(block, "_sa_block")
         first = block.norm_first
         x = block.norm1(tokens.x) if first else tokens.x
-        residual, keys = multihead.attention(block, block.self_attn, x, tokens, block.tome_batch_first)
+        residual, keys = multihead.call_attention(block, block.self_attn, x, tokens, block.tome_batch_first)
         norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, behind the attention's sum
         merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
         changed = block._ff_block(normed)
         return merged.but(x=merged.x + changed if first else block.norm2(normed + changed))
 
 
-class _Encoder(Watching):
+class _TorchEncoder(TowerMixin):
     """``TransformerEncoder``."""
 
     def forward(self, *args, **options):
-        self.tome_check(self.layers)  # type: ignore[attr-defined]
+        self.tome_check_unchanged(self.layers)  # type: ignore[attr-defined]
         return super().forward(*args, **options)  # type: ignore[misc]
 
 
-class _Turned:
+class _SequenceFirstAdapter:
     """Torch's layer, which wants ``(T, B, D)``, given ``(B, T, D)``."""
 
     def forward(self, src, **masks):
         return super().forward(src.transpose(0, 1), **masks).transpose(0, 1)  # type: ignore[misc]
 
 
-class _SequenceFirst(_Layer, _Turned):
+class _SequenceFirstBlock(_TorchBlock, _SequenceFirstAdapter):
     """``TransformerEncoderLayer`` with ``batch_first=False``; between layers tokens are batch first all the same."""
 
     tome_batch_first = False
@@ -82,7 +82,7 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
     Raises:
         ValueError: a mask; tokens without a batch dimension, or nested ones.
     """
-    no_mask(block, **masks)
+    reject_masks(block, **masks)
     if isinstance(src, Tensor) and src.is_nested:  # what a padding mask becomes in TransformerEncoder's fast path
         raise ValueError(
             f"{type(block).__name__} got a nested tensor (from src_key_padding_mask), which is not supported while "
@@ -95,21 +95,23 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
         )
 
 
-def find(model: nn.Module) -> Vit | None:
+def find(model: nn.Module) -> VisionTower | None:
     """Torch's encoder or encoder layer, if the model is one.
 
     Raises:
         TypeError, ValueError: one with a part with which its tokens can't be merged.
     """
     path = [model]
-    while (name := next((inner for kind, inner in _WRAPPERS.items() if is_a(path[-1], *kind)), None)) is not None:
+    while (
+        name := next((inner for kind, inner in _WRAPPERS.items() if is_instance_of(path[-1], *kind)), None)
+    ) is not None:
         path.append(path[-1]._modules[name])  # type: ignore[arg-type]
     tower: Any = path[-1]
-    if is_a(tower, _HOME, "TransformerEncoderLayer"):
+    if is_instance_of(tower, _HOME, "TransformerEncoderLayer"):
         blocks = (tower,)
-    elif is_a(tower, _HOME, "TransformerEncoder"):
-        check_free(tower, "forward")
-        if overrides(tower, _HOME, "forward"):
+    elif is_instance_of(tower, _HOME, "TransformerEncoder"):
+        check_method_not_replaced(tower, "forward")
+        if has_overridden_method(tower, _HOME, "forward"):
             raise TypeError(
                 f"can't merge tokens in {type(tower).__name__}, whose forward is not that of TransformerEncoder"
             )
@@ -118,20 +120,20 @@ def find(model: nn.Module) -> Vit | None:
         return None
     mixins = tuple(_mixin(block) for block in blocks)
     # the first token is the class token where there is one; where there is none, keeping it does no harm
-    return Vit(
-        tower, blocks, mixins, 1, True, blocks[0].linear1.in_features, guess=True, around=tuple(path),
-        runner_mixin=None if tower is blocks[0] else _Encoder,
-        attentions=tuple(((block.self_attn, multihead.Multihead),) for block in blocks),
+    return VisionTower(
+        tower, blocks, mixins, 1, True, blocks[0].linear1.in_features, protected_is_default=True, around=tuple(path),
+        runner_mixin=None if tower is blocks[0] else _TorchEncoder,
+        attentions=tuple(((block.self_attn, multihead.MultiheadMixin),) for block in blocks),
     )  # fmt: skip
 
 
-def _mixin(block: Any) -> type[Block]:
-    if isinstance(block, Patched):
+def _mixin(block: Any) -> type[BlockMixin]:
+    if isinstance(block, PatchedModule):
         return block.tome_parts[0]
-    if name_of(block) != (_HOME, "TransformerEncoderLayer"):
+    if class_path(block) != (_HOME, "TransformerEncoderLayer"):
         raise TypeError(
             f"can't merge tokens in {type(block).__name__}: supported is torch.nn.TransformerEncoderLayer itself, not "
             "a subclass"
         )
-    multihead.check(block, block.self_attn)
-    return _Layer if block.self_attn.batch_first else _SequenceFirst
+    multihead.check_attention(block, block.self_attn)
+    return _TorchBlock if block.self_attn.batch_first else _SequenceFirstBlock

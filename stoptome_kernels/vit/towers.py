@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from ..patching.subclass import original
+from ..patching.subclass import original_class
 
 
 @dataclass(frozen=True)
-class Vit:
+class VisionTower:
     """A vision transformer whose tokens can be merged.
 
     Attributes:
@@ -23,13 +23,13 @@ class Vit:
         blocks: from first to last.
         mixins: what each block is patched with.
         protected: leading tokens that are never merged: class token, registers.
-        dense: whether the output must keep one row per original token.
+        dense_output: whether the output must keep one row per original token.
         width: of a token.
         tokens: of an image; None if that is not known before it comes.
         runner_mixin: what the runner is patched with; None for nothing.
-        positions: attention asks where tokens come from (rotary embeddings).
+        needs_positions: whether attention asks where tokens come from (rotary embeddings).
         around: the modules from the model down to the runner.
-        guess: ``protected`` is a guess, since the model doesn't say; the user may.
+        protected_is_default: whether ``protected`` is a guess, since the model does not say; the user may.
         attentions: of each block the modules that are its attention, and what each is patched with.
     """
 
@@ -37,32 +37,32 @@ class Vit:
     blocks: tuple[Any, ...]
     mixins: tuple[type, ...]
     protected: int
-    dense: bool
+    dense_output: bool
     width: int
     tokens: int | None = None
     runner_mixin: type | None = None
-    positions: bool = False
+    needs_positions: bool = False
     around: tuple[nn.Module, ...] = ()
-    guess: bool = False
+    protected_is_default: bool = False
     attentions: tuple[tuple[tuple[Any, type], ...], ...] = ()
 
 
-def is_a(module: Any, home: str, *names: str) -> bool:
+def is_instance_of(module: Any, home: str, *names: str) -> bool:
     """Whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is imported
     for it."""
     return any(kind.__module__ == home and kind.__name__ in names for kind in type(module).__mro__)
 
 
-def name_of(module: Any) -> tuple[str, str]:
+def class_path(module: Any) -> tuple[str, str]:
     """The home and the name of a module's class before it was patched."""
-    kind = original(module)
+    kind = original_class(module)
     return kind.__module__, kind.__qualname__
 
 
-def overrides(module: Any, home: str, *methods: str) -> bool:
+def has_overridden_method(module: Any, home: str, *methods: str) -> bool:
     """Whether some of these methods are not those of the library's ``home``, but of a class derived from it, or put on
     the module itself."""
-    kind = original(module)
+    kind = original_class(module)
     return any(name in module.__dict__ or getattr(kind, name).__module__ != home for name in methods)
 
 
@@ -72,7 +72,7 @@ def check_own_method(module: Any, library: str, method: str) -> None:
     Raises:
         RuntimeError: it belongs to somebody's class, or was put on the module.
     """
-    kind = original(module)
+    kind = original_class(module)
     if getattr(kind, method).__module__.split(".")[0] != library:
         raise RuntimeError(
             f"{kind.__name__} has a {method} of its own, which is not supported while tokens are merged: "
@@ -80,12 +80,12 @@ def check_own_method(module: Any, library: str, method: str) -> None:
         )
 
 
-def within(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:
+def find_submodules(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:
     """The paths from a model down to each module of these classes in it, outermost first."""
 
     def walk(module: nn.Module, path: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, ...]]:
         path = (*path, module)
-        if is_a(module, home, *names):
+        if is_instance_of(module, home, *names):
             yield path
         else:
             for child in module.children():
@@ -94,7 +94,7 @@ def within(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module
     return walk(model, ())
 
 
-def the_only(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
+def exactly_one(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
     """The only path to a tower.
 
     Raises:
@@ -106,7 +106,7 @@ def the_only(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
     return paths[0]
 
 
-def older(package: str, version: tuple[int, ...]) -> bool:
+def installed_below(package: str, version: tuple[int, ...]) -> bool:
     """Whether the installed version of a library is from before ``version``; False if none is installed."""
     try:
         have = importlib.metadata.version(package).split(".")[: len(version)]
@@ -115,13 +115,13 @@ def older(package: str, version: tuple[int, ...]) -> bool:
     return tuple(int(re.match(r"\d*", part)[0] or 0) for part in have) < version  # type: ignore[index]
 
 
-def require(package: str, least: tuple[int, ...], module: Any) -> None:
+def require_version(package: str, least: tuple[int, ...], module: Any) -> None:
     """Raise if a library is too old.
 
     Raises:
         ImportError: it is; the message names the class that was found, both versions and the way out.
     """
-    if older(package, least):
+    if installed_below(package, least):
         have, want = importlib.metadata.version(package), ".".join(map(str, least))
         raise ImportError(
             f"merging tokens in {type(module).__name__} needs {package} {want} or later, found {have}: "

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..patching.subclass import Patched
-from .block import Ask, Attention, Block, attend, no_mask
-from .recording import encoder_mixin, recorded, tidy
-from .tokens import PADDING, Tokens, spread
-from .towers import Vit, name_of, require, the_only, within
+from ..patching.subclass import PatchedModule
+from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention, reject_masks
+from .recording import encoder_mixin, is_recorded, remove_stale_recorders
+from .tokens import PADDING, Tokens, unmerge_tokens
+from .towers import VisionTower, class_path, exactly_one, find_submodules, require_version
 
 _LEAST = (5, 0)
 
@@ -40,7 +40,7 @@ class Recorded(NamedTuple):
     @classmethod
     def of(cls, tokens: Tokens) -> Recorded:
         """What a layer gives of these tokens."""
-        dense = spread(tokens)
+        dense = unmerge_tokens(tokens)
         if torch.compiler.is_compiling():
             return cls(dense, tokens, dense, 0)  # what is counted is not known there
         if dense.is_inference():  # of which torch counts nothing
@@ -67,7 +67,7 @@ class Recorded(NamedTuple):
         return self.tokens
 
 
-class _Layer(Block):
+class _HfBlock(BlockMixin):
     """A pre-norm layer.
 
     Attributes:
@@ -82,10 +82,10 @@ class _Layer(Block):
             return Recorded.of(given)
         return given
 
-    def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
+    def tome_forward(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
         attn, norm1, norm2 = (getattr(self, name) for name in self.tome_names)
         _check_call(self, attn, attention_mask, options)
-        ask = Ask(self, attn, tokens)
+        ask = KeyRequest(self, attn, tokens)
         residual = self.tome_attend(attn, norm1(tokens.x), attention_mask=ask, **options)
         keys = ask.take(self, attn)
         merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
@@ -106,7 +106,7 @@ class _Layer(Block):
         return x + self.tome_branch(2, block.mlp(normed))
 
 
-class _Clip(_Layer):
+class _ClipBlock(_HfBlock):
     """``CLIPEncoderLayer``, ``SiglipEncoderLayer``."""
 
     tome_names = ("self_attn", "layer_norm1", "layer_norm2")
@@ -114,11 +114,11 @@ class _Clip(_Layer):
     def tome_attend(self, attn: nn.Module, x: Tensor, **options) -> Tensor:
         return attn(hidden_states=x, **options)[0]
 
-    def tome_sample(self, tokens: int) -> tuple[tuple, dict]:
+    def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return (None,), {}  # the mask has no default
 
 
-class _Siglip2(_Clip):
+class _Siglip2Block(_ClipBlock):
     """``Siglip2EncoderLayer``, for images of any shape, padded to one number of patches.
 
     No query attends to padding, and it has no weight where it is merged with other tokens. It is set to zero before
@@ -126,7 +126,7 @@ class _Siglip2(_Clip):
     another better than anything else, and go first as far as they find one another (half of them a layer).
     """
 
-    def tome_run(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
+    def tome_forward(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
         if isinstance(attention_mask, Tensor):
             if tokens.size is None:
                 real = _unmasked_keys(self, attention_mask, tokens.x)
@@ -134,10 +134,10 @@ class _Siglip2(_Clip):
                 x = tokens.x.masked_fill(~real[..., None], 0.0)
                 tokens = tokens.but(x=x, size=size, padded=True)
             attention_mask = None  # it speaks of the original tokens; from here on the sizes know
-        return super().tome_run(tokens, attention_mask, **options)
+        return super().tome_forward(tokens, attention_mask, **options)
 
 
-class _ViT(_Layer):
+class _ViTBlock(_HfBlock):
     """``ViTLayer``."""
 
     tome_names = ("attention", "layernorm_before", "layernorm_after")
@@ -147,7 +147,7 @@ class _ViT(_Layer):
         return block.dropout(x)
 
 
-class _VideoMAE(_Layer):
+class _VideoMAEBlock(_HfBlock):
     """``VideoMAELayer``, and ``ViTLayer`` as it was: modules whose names end in Output have the dropout inside."""
 
     tome_names = ("attention", "layernorm_before", "layernorm_after")
@@ -157,7 +157,7 @@ class _VideoMAE(_Layer):
         return block.output(block.intermediate(normed), x)
 
 
-class _Dinov2(_Layer):
+class _Dinov2Block(_HfBlock):
     """``Dinov2Layer``, ``Dinov2WithRegistersLayer``."""
 
     tome_names = ("attention", "norm1", "norm2")
@@ -167,8 +167,8 @@ class _Dinov2(_Layer):
         return block.drop_path(getattr(block, f"layer_scale{index}")(x))
 
 
-class _Inner(Attention):
-    """The module that projects to queries, keys and values, which takes ``block.Ask`` for an
+class _QkvModule(AttentionMixin):
+    """The module that projects to queries, keys and values, which takes ``block.KeyRequest`` for an
     ``attention_mask``.
 
     Attributes:
@@ -184,7 +184,7 @@ class _Inner(Attention):
     def tome_undo(self) -> None:
         self.__dict__.pop("tome_implementation", None)
 
-    def tome_attend(self, ask: Ask, hidden_states: Tensor, *args, **options):
+    def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
         """``hidden_states (N, T, D)``."""
         attn: Any = self
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
@@ -194,7 +194,7 @@ class _Inner(Attention):
                 "apply_tome_patch)"
             )
         causal = options.get("is_causal") or getattr(attn, "is_causal", False)
-        no_mask(attn, is_causal=causal, head_mask=options.get("head_mask"))
+        reject_masks(attn, is_causal=causal, head_mask=options.get("head_mask"))
         heads = _first(attn, "num_heads", "num_attention_heads")
         projections = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key"), _first(attn, "v_proj", "value")
         biases = (getattr(attn, name, None) for name in ("q_bias", "k_bias", "v_bias"))  # VideoMAE's before 5.6
@@ -205,7 +205,7 @@ class _Inner(Attention):
         q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
         ask.keys = k
         dropout = _first(attn, "dropout", "attention_dropout", "dropout_prob") if attn.training else 0.0
-        out = attend(q, k, v, ask.size, _first(attn, "scale", "scaling"), dropout)
+        out = proportional_attention(q, k, v, ask.size, _first(attn, "scale", "scaling"), dropout)
         output = getattr(attn, "out_proj", None) or getattr(attn, "o_proj", None)  # None: it is outside
         return (out if output is None else output(out)), None
 
@@ -226,12 +226,12 @@ _IMPLEMENTATIONS = (
 )
 
 
-class _Outer(Attention):
+class _AttentionModule(AttentionMixin):
     """The attention that holds another, and the projection of its output."""
 
     tome_mask = "attention_mask"
 
-    def tome_attend(self, ask: Ask, hidden_states: Tensor, *args, **options):
+    def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
         """``hidden_states (N, T, D)``."""
         attn: Any = self
         return attn.output(attn.attention(hidden_states, attention_mask=ask, **options)[0], hidden_states)
@@ -249,37 +249,37 @@ class _Family(NamedTuple):
 
     towers: tuple[str, ...]
     layer: str
-    mixin: type[_Layer]
+    mixin: type[_HfBlock]
     classes: int
 
 
 _FAMILIES = {
-    "clip": _Family(("CLIPVisionModel", "CLIPVisionTransformer"), "CLIPEncoderLayer", _Clip, 1),
-    "siglip": _Family(("SiglipVisionModel", "SiglipVisionTransformer"), "SiglipEncoderLayer", _Clip, 0),
-    "siglip2": _Family(("Siglip2VisionModel", "Siglip2VisionTransformer"), "Siglip2EncoderLayer", _Siglip2, 0),
-    "vit": _Family(("ViTModel",), "ViTLayer", _ViT, 1),
-    "dinov2": _Family(("Dinov2Model", "Dinov2Backbone"), "Dinov2Layer", _Dinov2, 1),
+    "clip": _Family(("CLIPVisionModel", "CLIPVisionTransformer"), "CLIPEncoderLayer", _ClipBlock, 1),
+    "siglip": _Family(("SiglipVisionModel", "SiglipVisionTransformer"), "SiglipEncoderLayer", _ClipBlock, 0),
+    "siglip2": _Family(("Siglip2VisionModel", "Siglip2VisionTransformer"), "Siglip2EncoderLayer", _Siglip2Block, 0),
+    "vit": _Family(("ViTModel",), "ViTLayer", _ViTBlock, 1),
+    "dinov2": _Family(("Dinov2Model", "Dinov2Backbone"), "Dinov2Layer", _Dinov2Block, 1),
     "dinov2_with_registers": _Family(
-        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), "Dinov2WithRegistersLayer", _Dinov2, 1
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), "Dinov2WithRegistersLayer", _Dinov2Block, 1
     ),
-    "videomae": _Family(("VideoMAEModel",), "VideoMAELayer", _VideoMAE, 0),
+    "videomae": _Family(("VideoMAEModel",), "VideoMAELayer", _VideoMAEBlock, 0),
 }
 
 
-def find(model: nn.Module) -> Vit | None:
+def find(model: nn.Module) -> VisionTower | None:
     """transformers' vision tower in a model."""
-    found = {name: list(within(model, _home(name), *family.towers)) for name, family in _FAMILIES.items()}
+    found = {name: list(find_submodules(model, _home(name), *family.towers)) for name, family in _FAMILIES.items()}
     paths = [path for some in found.values() for path in some]
     if not paths:
         _refuse_others(model)
         return None
-    path = the_only(paths)
+    path = exactly_one(paths)
     tower: Any = path[-1]
     if not hasattr(tower, "encoder") and hasattr(tower, "vision_model"):  # before 5.6 the tower is one deeper
         tower = tower.vision_model
         path = (*path, tower)
-    require("transformers", _LEAST, tower)
-    tidy(tower)
+    require_version("transformers", _LEAST, tower)
+    remove_stale_recorders(tower)
     name = next(name for name, some in found.items() if some)
     runner = getattr(tower, "encoder", tower)
     blocks = tuple(_first(runner, "layers", "layer"))
@@ -291,8 +291,8 @@ def find(model: nn.Module) -> Vit | None:
         _attentions(getattr(block, mixin.tome_names[0])) for block, mixin in zip(blocks, mixins, strict=True)
     )
     around = path if runner is tower else (*path, runner)
-    runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2))
-    return Vit(
+    runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2Block))
+    return VisionTower(
         runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, runner_mixin,
         around=around, attentions=attentions,
     )  # fmt: skip
@@ -312,18 +312,18 @@ def _refuse_others(model: nn.Module) -> None:
         )
 
 
-def _mixin(block: Any, name: str) -> type[_Layer]:
-    if isinstance(block, Patched):
+def _mixin(block: Any, name: str) -> type[_HfBlock]:
+    if isinstance(block, PatchedModule):
         return block.tome_parts[0]
     family = _FAMILIES[name]
-    if name_of(block) != (_home(name), family.layer):
+    if class_path(block) != (_home(name), family.layer):
         raise TypeError(
             f"can't merge tokens in {type(block).__name__} of {type(block).__module__}: supported is transformers' "
             f"{family.layer}; patch before another library replaces it"
         )
-    mixin = _VideoMAE if hasattr(block, "intermediate") else family.mixin
+    mixin = _VideoMAEBlock if hasattr(block, "intermediate") else family.mixin
     for attn in _parts(getattr(block, mixin.tome_names[0])):
-        if name_of(attn)[0] != _home(name):
+        if class_path(attn)[0] != _home(name):
             raise TypeError(
                 f"can't merge tokens in {type(block).__name__} with the attention {type(attn).__name__}: supported is "
                 "transformers' own; patch before another library replaces it"
@@ -334,7 +334,7 @@ def _mixin(block: Any, name: str) -> type[_Layer]:
 def _attentions(attn: nn.Module) -> tuple[tuple[Any, type], ...]:
     """The modules that are a layer's attention, and what each is patched with."""
     attn, inner = _parts(attn)
-    return ((attn, _Inner),) if inner is attn else ((attn, _Outer), (inner, _Inner))
+    return ((attn, _QkvModule),) if inner is attn else ((attn, _AttentionModule), (inner, _QkvModule))
 
 
 def _wants_all(block: Any, options: dict) -> bool:
@@ -345,7 +345,7 @@ def _wants_all(block: Any, options: dict) -> bool:
     """
     if options.get("output_hidden_states"):
         return True
-    if not recorded(block, "hidden_states"):
+    if not is_recorded(block, "hidden_states"):
         return False
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         raise RuntimeError(
@@ -367,14 +367,14 @@ def _check_call(block: Any, attn: Any, attention_mask: Any, options: dict) -> No
         full = _seen(attention_mask).all()
         torch._assert_async(full, "a mask is not supported while tokens are merged: call the model without it")
     elif attention_mask is None or isinstance(attention_mask, Tensor):
-        no_mask(block, attention_mask=attention_mask, head_mask=options.get("head_mask"))
+        reject_masks(block, attention_mask=attention_mask, head_mask=options.get("head_mask"))
     else:
         raise ValueError(
             f"{type(block).__name__} got a {type(attention_mask).__name__} as mask from its attention implementation, "
             "which is not supported while tokens are merged: call model.set_attn_implementation('sdpa') first"
         )
-    no_mask(block, is_causal=options.get("is_causal"))
-    if options.get("output_attentions") or any(recorded(module, "attentions") for module in _parts(attn)):
+    reject_masks(block, is_causal=options.get("is_causal"))
+    if options.get("output_attentions") or any(is_recorded(module, "attentions") for module in _parts(attn)):
         raise ValueError(
             f"{type(block).__name__} is asked for attention weights, which are not computed while tokens are merged: "
             "call the model without output_attentions, or remove_tome_patch() first"

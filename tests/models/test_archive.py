@@ -18,7 +18,7 @@ def test_tensors_of_torchscript_are_those_that_torch_reads(tmp_path):
     module.train(False)
     found = archive.load(scripted(tmp_path / "clip.pt", module))
     assert same(found, module.state_dict())
-    assert checkpoint.read(tmp_path / "clip.pt").keys() == {*module.state_dict()} - {"input_resolution"}
+    assert checkpoint.read_state_dict(tmp_path / "clip.pt").keys() == {*module.state_dict()} - {"input_resolution"}
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -119,6 +119,6 @@ def test_files_that_end_too_early(tmp_path, legacy):
 def test_other_files(tmp_path, data):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'a.pt'))} "):
-        checkpoint.read(tmp_path / "a.pt")
+        checkpoint.read_state_dict(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))} can't be read as weights"):
-        checkpoint.read(tmp_path)
+        checkpoint.read_state_dict(tmp_path)

@@ -48,7 +48,7 @@ def test_torchscript_is_not_run(tmp_path):
     path = scripted(tmp_path / "hostile.pt", Overwrites(os.fspath(victim)))
     victim.write_bytes(b"mine")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds no weights"):
-        checkpoint.read(path)
+        checkpoint.read_state_dict(path)
     assert victim.read_bytes() == b"mine"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,7 +97,7 @@ def test_pickles_that_ask_for_functions(tmp_path, extension, trick, kind):
     made = tmp_path / "made"
     path = crafted(tmp_path / "hostile.pt", kind, touches(made)[trick])
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} "):
-        checkpoint.read(path)
+        checkpoint.read_state_dict(path)
     assert not made.exists()
 
 
@@ -112,7 +112,7 @@ NESTED = b")" + b"\x85" * 200_000  # tuples in each other: as a key they end the
 def test_values_deep_in_each_other(tmp_path, kind, data):
     path = crafted(tmp_path / "a.pt", kind, data)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} "):
-        checkpoint.read(path)
+        checkpoint.read_state_dict(path)
 
 
 @pytest.mark.parametrize("kind", ["legacy", "torch.save", "TorchScript"])
@@ -123,7 +123,7 @@ def test_values_that_refer_to_themselves_over_and_over(tmp_path, kind, key):
     data = b"\x80\2}X\1\0\0\0a" + pairs + b"s." if not key else b"\x80\2}" + pairs + b"K\1s."
     path = crafted(tmp_path / "a.pt", kind, data)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} "):
-        checkpoint.read(path)
+        checkpoint.read_state_dict(path)
 
 
 def test_one_parser_sees_a_file(tmp_path):
@@ -174,11 +174,11 @@ def test_modules_of_endless_names(tmp_path):
 def test_attributes_of_what_is_saved_change_nothing(tmp_path):
     state = torch.nn.Linear(2, 2).state_dict()
     state.get = state.values = 5
-    assert same(checkpoint.read(saved(tmp_path / "a.pt", state)), dict(state.items()))
+    assert same(checkpoint.read_state_dict(saved(tmp_path / "a.pt", state)), dict(state.items()))
     weight = torch.ones(2)
     weight.numel = 5
     with pytest.raises(ValueError, match=r"it contains torch\._tensor\._rebuild_from_type_v2, which is not allowed"):
-        checkpoint.read(saved(tmp_path / "b.pt", {"a": weight}))
+        checkpoint.read_state_dict(saved(tmp_path / "b.pt", {"a": weight}))
 
 
 def test_messages_are_one_line_that_no_terminal_obeys(tmp_path):
@@ -268,7 +268,7 @@ def test_tensors_that_reach_out_of_their_data(tmp_path, said):
 def test_tensors_that_are_no_weights(tmp_path, state, says):
     path = saved(tmp_path / "a.pt", state)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {says}"):
-        checkpoint.read(path)
+        checkpoint.read_state_dict(path)
 
 
 def test_compressed_and_overlapping_records(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stoptome_kernels.stop.layers import VisualBlock
 from stoptome_kernels.tome.schedule import plan_layers
-from stoptome_kernels.video.blocks import Stream, run_block, run_stack
+from stoptome_kernels.video.blocks import VideoTokens, run_block, run_stack
 from torch import nn
 
 from support import GOLDEN
@@ -41,17 +41,17 @@ def test_stop_block(case, apart, dtype):
         return t[shared:].view(tokens, frames, batch, width).permute(2, 1, 0, 3)
 
     own, want_rows = rows(x), rows(want)
-    options: dict = {"inside": prompts}
+    options: dict = {"inline_prompts": prompts}
     if apart:
         options = {"frame_prompts": own[:, :, 1 : 1 + prompts]}
         own, want_rows = (torch.cat([t[:, :, :1], t[:, :, 1 + prompts :]], 2) for t in (own, want_rows))
-    stream = Stream(own.flatten(0, 1), x[:shared].transpose(0, 1))
+    stream = VideoTokens(own.flatten(0, 1), x[:shared].transpose(0, 1))
     step = idle(1, tokens, frames, 1 + prompts).steps[0]
     got, _ = run_block(block, stream, step, **options)
     scale = want.abs().max()
     assert (got.x - want_rows.flatten(0, 1)).abs().max() < 2e-6 * scale
     assert (got.prompts - want[:shared].transpose(0, 1)).abs().max() < 2e-6 * scale
-    got, _ = run_block(block, stream, step, **options, last=True)
+    got, _ = run_block(block, stream, step, **options, is_last=True)
     assert (got.x[:, 0] - want_rows.flatten(0, 1)[:, 0]).abs().max() < 2e-6 * scale
     assert (got.prompts - want[:shared].transpose(0, 1)).abs().max() < 2e-6 * scale
 
@@ -85,6 +85,6 @@ def test_tempme_stack(tag):
         merge_token_proportions=tuple(round(100 * p) for p in found["props"].tolist()), width=width,
     )  # fmt: skip
     assert [[batch * i, t] for i, t in zip(schedule.items, schedule.tokens, strict=True)] == found["counts"].tolist()
-    stream, _ = run_stack(blocks, Stream(found["x"]), schedule, whole=True)
+    stream, _ = run_stack(blocks, VideoTokens(found["x"]), schedule, return_all_tokens=True)
     assert torch.equal(stream.size, found["size"])
     assert (stream.x - found["y"]).abs().max() < 4e-6 * found["y"].abs().max()

@@ -356,7 +356,7 @@ def test_plain_clip_becomes_stop_proper():
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for i in range(12):
         state |= {f"{side}transformer.resblocks.{i}.ln_1.bias": torch.empty(1) for side in ("visual.", "")}
-    assert checkpoint.config_of(state) == StopConfig()
+    assert checkpoint.infer_config(state) == StopConfig()
 
 
 def test_wrong_checkpoints(tmp_path):

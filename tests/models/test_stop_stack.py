@@ -7,8 +7,8 @@ import torch
 from stoptome_kernels.stop.layers import VisualBlock
 from stoptome_kernels.tome.schedule import plan_layers
 from stoptome_kernels.video import blocks as stream
-from stoptome_kernels.video.blocks import Stream, run_stack
-from stoptome_kernels.video.state import Merging
+from stoptome_kernels.video.blocks import VideoTokens, run_stack
+from stoptome_kernels.video.state import VideoMergeState
 from torch import nn
 
 from support import slow_stop
@@ -74,7 +74,7 @@ def test_forward_and_gradients(name, prop_attn, prompts):
     parameters = list(blocks.parameters())
     leaves = [frames, shared, deep, *parameters]
 
-    stream, _ = run_stack(blocks, Stream(frames, shared), schedule, prop_attn=prop_attn, frame_prompts=deep)
+    stream, _ = run_stack(blocks, VideoTokens(frames, shared), schedule, prop_attn=prop_attn, frame_prompts=deep)
     classes = stream.x.reshape(BATCH, FRAMES, WIDTH)
     ours = (stream.prompts, classes)
     videos = frames.view(BATCH, FRAMES, 1 + PATCHES, WIDTH)
@@ -97,11 +97,11 @@ def test_trace_and_sizes(name, prompts):
     blocks, frames, shared, deep = example(prompts)
     schedule = schedule_of(SCHEDULES[name], prompts)
     config = stk.ToMeConfig(**SCHEDULES[name], trace_source=True)
-    merging = Merging(config, schedule)
+    merging = VideoMergeState(config, schedule)
     with pytest.raises(RuntimeError, match="run the model"):
         merging.trace()
     with torch.no_grad():
-        merging.run(blocks, Stream(frames, shared), deep)
+        merging.run(blocks, VideoTokens(frames, shared), deep)
         each = [
             slow_stop.tower(
                 blocks, frames.view(BATCH, FRAMES, -1, WIDTH)[b], shared[b], deep[:, b], schedule
@@ -137,7 +137,9 @@ def test_checkpointing_is_exact():
     leaves = [frames, shared, deep, *blocks.parameters()]
     found = []
     for checkpointing in (False, True):
-        stream, _ = run_stack(blocks, Stream(frames, shared), schedule, frame_prompts=deep, checkpointing=checkpointing)
+        stream, _ = run_stack(
+            blocks, VideoTokens(frames, shared), schedule, frame_prompts=deep, checkpointing=checkpointing
+        )
         found.append(gradients((stream.prompts, stream.x), leaves))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -149,7 +151,7 @@ def test_reentrant_checkpointing_is_refused():
     step = schedule_of(SCHEDULES["r 2"], 4).steps[0]
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         torch.utils.checkpoint.checkpoint(
-            lambda x, y: blocks[0](Stream(x, y), step, frame_prompts=deep[0]), frames, shared, use_reentrant=True
+            lambda x, y: blocks[0](VideoTokens(x, y), step, frame_prompts=deep[0]), frames, shared, use_reentrant=True
         )
 
 
@@ -159,7 +161,7 @@ def test_two_forwards_before_a_backward():
     schedule = schedule_of(SCHEDULES["r 2"], 4)
 
     def run(scale):
-        stream, _ = run_stack(blocks, Stream(frames * scale, shared), schedule, frame_prompts=deep)
+        stream, _ = run_stack(blocks, VideoTokens(frames * scale, shared), schedule, frame_prompts=deep)
         return stream.prompts.square().sum()
 
     alone = torch.autograd.grad(run(1.0), frames)[0]
@@ -173,15 +175,15 @@ def test_metric_from_columns_of_the_projection(monkeypatch):
     schedule = schedule_of(SCHEDULES["clips"], 4)
     attn = blocks[0].attn
     x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
-    *ours, metric = stream.heads_and_metric(attn, x)
-    for one, other in zip(ours, stream.heads(attn, x, 0, 3), strict=True):
+    *ours, metric = stream.project_qkv_and_metric(attn, x)
+    for one, other in zip(ours, stream.project_qkv(attn, x, 0, 3), strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(metric, ours[1].mean(1))
     with torch.no_grad():
-        want, plans = run_stack(blocks, Stream(frames, shared), schedule, frame_prompts=deep)
+        want, plans = run_stack(blocks, VideoTokens(frames, shared), schedule, frame_prompts=deep)
         asked = []
-        monkeypatch.setattr(stream, "_columns_pay", lambda attn, x: asked.append(x) or True)
-        got, others = run_stack(blocks, Stream(frames, shared), schedule, frame_prompts=deep)
+        monkeypatch.setattr(stream, "_metric_columns_cheaper", lambda attn, x: asked.append(x) or True)
+        got, others = run_stack(blocks, VideoTokens(frames, shared), schedule, frame_prompts=deep)
     assert len(asked) == 3  # not in the last layer
     compare((got.x, got.prompts), (want.x, want.prompts))
     assert all(

@@ -11,8 +11,8 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.tome.schedule import Step
-from stoptome_kernels.video.blocks import Stream, feed_forward, heads, heads_and_metric
-from stoptome_kernels.video.tempme import Course
+from stoptome_kernels.video.blocks import VideoTokens, feed_forward, project_qkv, project_qkv_and_metric
+from stoptome_kernels.video.tempme import TempMeTokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -116,7 +116,7 @@ def test_more_than_there_is():
     whole, many = model(tome_r=6), model(tome_r=6)
     assert close(stk.apply_tome_patch(many).get_video_feat(*video()), whole.get_video_feat(*video()))
     assert many.clip._tome_info == whole.clip._tome_info | {"size": None}
-    assert Course(Stream(torch.randn(8, 17, 32)), 17, 4).step(2, 99, 99) == Step(2, 16, 8, 2, 2, 18, 10)
+    assert TempMeTokens(VideoTokens(torch.randn(8, 17, 32)), 17, 4).step(2, 99, 99) == Step(2, 16, 8, 2, 2, 18, 10)
     share = model(merge_token_proportion="90-90")
     want = share.get_video_feat(*video())
     assert close(stk.apply_tome_patch(share).get_video_feat(*video()), want)
@@ -132,9 +132,9 @@ def test_parts_of_a_projection(frozen, tokens):
     want = nn.functional.linear(x, attn.in_proj_weight + attn.TVPt_LoRA_b @ attn.TVPt_LoRA_a, attn.in_proj_bias)
     want = want.unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     for first, last in ((0, 1), (1, 3), (0, 3)):
-        for got, part in zip(heads(attn, x, first, last), want[first:last], strict=True):
+        for got, part in zip(project_qkv(attn, x, first, last), want[first:last], strict=True):
             assert close(got, part)
-    for got, part in zip(heads_and_metric(attn, x), (*want, want[1].mean(1)), strict=True):
+    for got, part in zip(project_qkv_and_metric(attn, x), (*want, want[1].mean(1)), strict=True):
         assert close(got, part)
 
 
@@ -427,7 +427,7 @@ def test_refused_calls():
     x = torch.randn(BATCH * FRAMES, 17, 32)
     with pytest.raises(RuntimeError, match="use the model's get_video_feat for videos"):
         whole.clip.visual(video()[0])
-    with pytest.raises(TypeError, match=r"block 2 got Tensor instead of the previous block's output \(Course\)"):
+    with pytest.raises(TypeError, match=r"block 2 got Tensor instead of the previous block's output \(TempMeTokens\)"):
         blocks_of(whole)[2](x, M_frame_num=1, M_token_num=[2])
     with pytest.raises(ValueError, match="videos of 4 frames, but got 3: give whole videos"):
         whole.blocks(x[:3])

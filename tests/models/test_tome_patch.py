@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.video.blocks import Stream
+from stoptome_kernels.video.blocks import VideoTokens
 from torch import nn
 
 from peers import upstream
@@ -184,13 +184,13 @@ def test_blocks_called_as_before_do_as_before():
 
 
 def test_hooks_on_blocks_still_fire():
-    """They see what a patched block gives: a Stream. One that changes a tuple of upstream's is told so."""
+    """They see what a patched block gives: VideoTokens. One that changes a tuple of upstream's is told so."""
     tower, seen = stop_tower(), []
     tower.transformer.resblocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
     stk.apply_tome_patch(tower, 2)
     tower(*inputs())
     (found,) = seen
-    assert isinstance(found[0], Stream)
+    assert isinstance(found[0], VideoTokens)
     assert found[0].x.shape == (BATCH * FRAMES, 1 + PATCHES - 4, WIDTH)
     tower.transformer.resblocks[1].register_forward_hook(lambda module, args, out: (out[0] * 2, *out[1:]))
     with pytest.raises(TypeError, match="a hook made for upstream's tuples"):

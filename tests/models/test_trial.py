@@ -113,7 +113,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch):
     model = family.make()
     plain = family.run(model)
     with monkeypatch.context() as patched:
-        patched.setattr(trials, "bare_copy", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(trials, "copy_without_hooks", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             family.patch(model)
     assert not stk.is_patched(model)
@@ -197,7 +197,7 @@ def test_copies_do_not_share_weights():
     """Not of tensors that can't be copied by deepcopy, either."""
     linear = nn.Linear(2, 2)
     linear.lock, linear.table = threading.Lock(), {"lock": threading.Lock()}
-    twin = parts.bare_copy(linear)
+    twin = parts.copy_without_hooks(linear)
     with torch.no_grad():
         twin.weight.fill_(7)
     assert isinstance(twin.weight, nn.Parameter)

@@ -84,7 +84,7 @@ except RuntimeError as error:
     message = run(code)
     assert "backend='triton' can't run this:" in message
     assert "backend='auto' takes one that can" in message
-    assert "run on CPU tensors, not on cuda" in dispatch.native.why_not("cuda", torch.float32, explicit=True)
+    assert "run on CPU tensors, not on cuda" in dispatch.native.unavailable_reason("cuda", torch.float32, explicit=True)
 
 
 def test_float64_on_triton_says_why():

@@ -10,7 +10,7 @@ import stoptome_kernels as stk
 import stoptome_kernels.compat
 import torch
 import torch._dynamo.testing
-from stoptome_kernels.vit.state import _moved
+from stoptome_kernels.vit.state import _follow_positions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.helpers import assert_valid
@@ -259,6 +259,6 @@ def test_nothing_scatters():
             y, _ = stk.reference.reduce(x, members, offsets, size, mode)
             stk.reference.spread(y, members, offsets, size, mode, x, y)
         stk.compat.merge_source(stk.compat.bipartite_soft_matching(keys.mean(1), 4)[0], x)
-        _moved(None, plan)
+        _follow_positions(None, plan)
     assert {"sort", "gather"} <= seen.names
     assert not {name for name in seen.names if "scatter" in name or name == "put_"}, seen.names

@@ -12,7 +12,7 @@ import stoptome_kernels as stk
 import torch
 from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.tome.schedule import plan_layers
-from stoptome_kernels.video.blocks import Stream, run_block
+from stoptome_kernels.video.blocks import VideoTokens, run_block
 
 import launches
 import no_gpu
@@ -59,7 +59,7 @@ def of_block(gpu: no_gpu.Gpu, model: StopModel, videos: int, tokens: int, r: int
     shared, own = torch.randn(videos, 4, 768), torch.randn(videos, frames, 4, 768)
     gpu.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        stream, _ = run_block(block, Stream(x, shared), step, frame_prompts=own)
+        stream, _ = run_block(block, VideoTokens(x, shared), step, frame_prompts=own)
     forward = seen(gpu)
     gpu.clear()
     torch.autograd.grad(stream.x.sum() + stream.prompts.sum(), [x, *block.parameters()], allow_unused=True)

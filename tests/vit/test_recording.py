@@ -7,7 +7,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 import transformers as hf
-from stoptome_kernels.vit.recording import recorded, tidy
+from stoptome_kernels.vit.recording import is_recorded, remove_stale_recorders
 
 from support.vit import build
 from support.vit import transformers as cases
@@ -81,12 +81,12 @@ def test_what_recording_leaves_is_taken_out_and_nothing_else():
     fourth.forward = partial(fourth.forward)
     beneath, fourth.forward = fourth.forward, library["recorder"](fourth.forward)
     layers = (first, second, third, fourth)
-    assert [recorded(layer, "hidden_states") for layer in layers] == [False, True, False, True]
-    tidy(model)
+    assert [is_recorded(layer, "hidden_states") for layer in layers] == [False, True, False, True]
+    remove_stale_recorders(model)
     assert not any("forward" in module.__dict__ for module in (tower, first, second))
     assert third.forward is others
     assert fourth.forward is beneath
-    assert not any(recorded(layer, "hidden_states") for layer in layers)
+    assert not any(is_recorded(layer, "hidden_states") for layer in layers)
 
 
 def test_attentions_are_refused(family):

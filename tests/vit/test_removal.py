@@ -7,7 +7,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from stoptome_kernels.patching.subclass import Patched
+from stoptome_kernels.patching.subclass import PatchedModule
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -31,7 +31,7 @@ def test_removal_around_accelerate(family):
         for block in family.blocks(model):
             add_hook_to_module(block, AlignDevicesHook(execution_device="cpu", io_same_device=True))
         assert torch.equal(family.run(model), merged)
-        if any(isinstance(block, Patched) for block in family.blocks(model)):  # StopModel's need no other class
+        if any(isinstance(block, PatchedModule) for block in family.blocks(model)):  # StopModel's need no other class
             with pytest.raises(RuntimeError, match=r"forward of its own after it was patched.*remove_hook_from_module"):
                 stk.remove_tome_patch(model)
             assert torch.equal(family.run(model), merged)

@@ -7,7 +7,7 @@ import pytest
 import stoptome_kernels as stk
 import timm
 import torch
-from stoptome_kernels.vit.towers import older
+from stoptome_kernels.vit.towers import installed_below
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 
@@ -244,7 +244,9 @@ def test_its_own_checkpointing(case):
 
     want = gradients()
     model.set_grad_checkpointing()
-    if older("timm", (1, 0, 15)):  # which can only do it the reentrant way, and with rotary embeddings not at all
+    if installed_below(
+        "timm", (1, 0, 15)
+    ):  # which can only do it the reentrant way, and with rotary embeddings not at all
         with pytest.raises((RuntimeError, ValueError), match=r"use_reentrant=False|Unexpected keyword arguments: rope"):
             gradients()
         return
@@ -254,7 +256,7 @@ def test_its_own_checkpointing(case):
 
 def test_patch_dropout_with_rotary_positions():
     """Each image keeps patches of its own, whose embeddings come with a batch axis."""
-    if older("timm", (1, 0, 18)) and not older("timm", (1, 0, 17)):
+    if installed_below("timm", (1, 0, 18)) and not installed_below("timm", (1, 0, 17)):
         pytest.skip("this version fails at it, patched or not")
     case = BY_NAME["eva"]
     for rope in ({}, {"rope_type": "mixed", "attn_type": "rope"}):

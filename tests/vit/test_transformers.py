@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
-from stoptome_kernels.patching.subclass import Patched
+from stoptome_kernels.patching.subclass import PatchedModule
 from torch import nn
 
 from support.vit import build
@@ -43,7 +43,11 @@ def test_only_layers_of_the_vision_tower_and_their_attention_change_their_class(
         changed = {module for module, kind in kinds.items() if type(module) is not kind}
         encoder = set() if since(5, 2) else {model.model.vision_model.encoder}
         attention = {layer.self_attn for layer in layers}
-        assert changed == {*layers, *attention, *encoder} == {module for module in kinds if isinstance(module, Patched)}
+        assert (
+            changed
+            == {*layers, *attention, *encoder}
+            == {module for module in kinds if isinstance(module, PatchedModule)}
+        )
         assert all(type(layer).__name__ in model.model._no_split_modules for layer in layers)
         model(*inputs)
         assert torch.equal(model.model.get_text_features(model.texts).pooler_output, text)

@@ -170,7 +170,7 @@ def _clip_file(args: argparse.Namespace) -> str:
 def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list[str]]:
     """A model of the sizes that the weights have, with those that they don't tell as given."""
     try:
-        state = weights.read(path)
+        state = weights.read_state_dict(path)
     except (ValueError, FileNotFoundError) as error:  # these name the file
         raise UsageError(" ".join(str(error).split())) from error
     # of a table of prompts for texts and frames, the weights tell only how many rows it has
@@ -178,7 +178,7 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         name: given[name] for name in ("text_prompts", "frame_prompts") if "unified_prompt_embedding.weight" in state
     }
     try:
-        told = weights.config_of(state, **rows)
+        told = weights.infer_config(state, **rows)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # tensors of shapes that no CLIP has
         raise UsageError(
             f"{path} holds no weights of CLIP or STOP: {_by_flags(str(error))}; give other ones"
@@ -200,7 +200,7 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
             f"--max_words {given['max_words']} is more than the {told.context_length} tokens that {path} was made for"
         )
     try:
-        model = StopModel(weights.config_of(state, **changes))
+        model = StopModel(weights.infer_config(state, **changes))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: {_by_flags(str(error))}") from error
     stk.apply_tome_patch(model, config=tome)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from stoptome_kernels.vit.towers import older
+from stoptome_kernels.vit.towers import installed_below
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -128,7 +128,7 @@ def case(name: str, protected: int, kind=VisionTransformer, compiled: bool = Fal
 
 
 EVA = {"kind": Eva, "use_rot_pos_emb": True}
-REGISTERS = {} if older("timm", (1, 0, 17)) else {"num_reg_tokens": 4}  # Eva's own forward failed with them
+REGISTERS = {} if installed_below("timm", (1, 0, 17)) else {"num_reg_tokens": 4}  # Eva's own forward failed with them
 CASES = [
     case("vit", 1),
     case("registers", 5, reg_tokens=4, init_values=0.1, qk_norm=True),
@@ -151,5 +151,6 @@ CASES = [
 CASES = [
     each
     for each in CASES
-    if takes(each.make.func, **each.make.keywords) and not (each.name == "timm-avgmax" and older("timm", (1, 0, 7)))
+    if takes(each.make.func, **each.make.keywords)
+    and not (each.name == "timm-avgmax" and installed_below("timm", (1, 0, 7)))
 ]

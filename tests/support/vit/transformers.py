@@ -11,7 +11,7 @@ from typing import Any
 import stoptome_kernels as stk
 import torch
 import transformers as hf
-from stoptome_kernels.vit.towers import older
+from stoptome_kernels.vit.towers import installed_below
 from torch import Tensor, nn
 
 from support.vit import Case, Slow, recorded
@@ -35,7 +35,7 @@ VIDEO = SIZE | {"num_frames": 4, "tubelet_size": 2}
 
 def since(*version: int) -> bool:
     """Whether the installed transformers is of this version or later. Older ones do less, patched or not."""
-    return not older("transformers", version)
+    return not installed_below("transformers", version)
 
 
 class Paired(nn.Module):
