@@ -52,7 +52,7 @@ _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32
 
 
 def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
-    """What the shape runs, forward and backward, as (what, launch)."""
+    """Return what the shape runs, forward and backward, as (what, launch)."""
     n, tokens, dim, heads, protected, r = SHAPES[shape]
     groups = tokens - r
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the benchmarks have in common."""
+"""Options and main of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the table of shapes, and real tokens for each of them.
+"""The inputs that are measured: the table of shapes, and real tokens for each of them.
 
 The tokens come from frames panned and zoomed over a photograph that matplotlib ships, so neighbouring patches and
 neighbouring frames look alike, as in a video: random tokens would give a matching without structure.

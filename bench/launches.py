@@ -66,8 +66,8 @@ _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution,
 
 @cache
 def launches_something(name: str) -> bool:
-    """Whether an operation of torch runs a kernel on a GPU: not if it makes a view, memory without a value, or no
-    tensor."""
+    """Return whether an operation of torch runs a kernel on a GPU: not if it makes a view, memory without a value, or
+    no tensor."""
     packet = getattr(_aten, name)
     if name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "lift_fresh"):
         return False

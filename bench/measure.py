@@ -136,8 +136,8 @@ def _gpu(sides: dict[str, Calls], seconds: float, graph: set[str]) -> dict[str, 
 
 
 def _wall(calls: Calls, seconds: float = 0.5) -> float:
-    """What a caller sees that does nothing else: host and device, over calls back to back; nine times, or as often as
-    ``seconds`` allow."""
+    """Return what a caller sees that does nothing else: host and device, over calls back to back; nine times, or as
+    often as ``seconds`` allow."""
     samples: list[float] = []
     start = time.perf_counter()
     while not samples or (len(samples) < 9 and time.perf_counter() - start < seconds and not no_gpu.pretending()):

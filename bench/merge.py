@@ -77,7 +77,7 @@ def chosen_shapes(args: argparse.Namespace) -> list[data.Shape]:
 
 
 def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
-    """What is timed of one implementation on one set of inputs."""
+    """Return what is timed of one implementation on one set of inputs."""
     leaf = i.x.detach().requires_grad_()
 
     def back(y: torch.Tensor) -> torch.Tensor:

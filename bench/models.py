@@ -228,7 +228,7 @@ def rows_of(name: str, model: Model, found: list[Side], direction: str, args: ar
 
 
 def installed(library: str) -> bool:
-    """Whether a library can be imported here."""
+    """Return whether a library can be imported here."""
     if importlib.util.find_spec(library) is None:
         return False
     import libraries  # noqa: F401

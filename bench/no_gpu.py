@@ -120,7 +120,7 @@ def _noted(name: str, method: Any, gpu: Gpu) -> Any:
 
 
 def waits(func: Any, args: tuple) -> bool:
-    """Whether the host waits for a GPU in an operation of torch."""
+    """Return whether the host waits for a GPU in an operation of torch."""
     name = func.overloadpacket.__name__
     if name == "repeat_interleave":
         return func._overloadname == "Tensor"

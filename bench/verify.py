@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a result is right: nothing is timed before it has passed here.
+"""Checks of results: nothing is timed before it has passed here.
 
 Truth is computed in float64 on the very numbers that the implementation saw, and every tolerance is derived.
 """
@@ -25,7 +25,7 @@ class WrongResult(Exception):
 
 @dataclass
 class Check:
-    """What goes into the rows of one implementation."""
+    """The columns of one implementation in the rows."""
 
     plan_decisions: int = 0  # sources: each stays or is merged somewhere
     plan_differences: int | None = None  # decided otherwise than by exact arithmetic; None: not comparable

@@ -11,17 +11,18 @@ from torch import Tensor
 
 
 def _shared(prefix: Tensor, items: int) -> Tensor:
-    """``(M, H, G, d)`` to ``(N, H, G, d)``: item n has the prefix n // (N / M)."""
+    """Repeat ``(M, H, G, d)`` to ``(N, H, G, d)``: item n has the prefix n // (N / M)."""
     return prefix.unsqueeze(1).expand(-1, items // max(1, prefix.shape[0]), -1, -1, -1).reshape(-1, *prefix.shape[1:])
 
 
 def _joined(prefix: Tensor | None, x: Tensor) -> Tensor:
-    """The keys or values of an item: those of its prefix stand in front. Float64."""
+    """Return the keys or values of an item: those of its prefix stand in front. Float64."""
     return x.double() if prefix is None else torch.cat([_shared(prefix.double(), x.shape[0]), x.double()], 2)
 
 
 def _scores(q: Tensor, keys: Tensor, size: Tensor | None, scale: float) -> Tensor:
-    """``scale · q kᵀ + log size``, ``(N, H, Tq, G + T)``: a key of size s counts s times, those of the prefix once."""
+    """Return ``scale · q kᵀ + log size``, ``(N, H, Tq, G + T)``: a key of size s counts s times, those of the prefix
+    once."""
     scores = scale * (q.double() @ keys.transpose(-1, -2))
     if size is not None:
         bias = torch.nn.functional.pad(size.double().log(), (keys.shape[2] - size.shape[1], 0))
@@ -30,13 +31,14 @@ def _scores(q: Tensor, keys: Tensor, size: Tensor | None, scale: float) -> Tenso
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Probabilities; 0 where there is no key of a size above 0 to attend to."""
+    """Return probabilities; 0 where there is no key of a size above 0 to attend to."""
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
 
 
 def _heads_last(x: Tensor) -> Tensor:
-    """The same values with the heads of a token next to each other in memory, as the next projection reads them."""
+    """Return the same values with the heads of a token next to each other in memory, as the next projection reads
+    them."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -49,7 +51,7 @@ def attention(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(scale · q kᵀ + log size) v``.
+    """Return ``softmax(scale · q kᵀ + log size) v``.
 
     Args:
         q: ``(N, H, Tq, d)`` floating.
@@ -78,7 +80,7 @@ def attention_backward(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradient of ``attention`` for the gradient ``grad (N, H, Tq, d)`` of its output.
+    """Return the gradient of ``attention`` for the gradient ``grad (N, H, Tq, d)`` of its output.
 
     Returns:
         (dq, dk, dv, dprefix_k, dprefix_v), each of its tensor's shape and dtype; None for no prefix.

@@ -15,7 +15,7 @@ Places = slice | Tensor  # of the tokens of a set: a slice or int64 indices, asc
 
 
 def match_sets(tokens: int, protected: int) -> tuple[slice, slice]:
-    """The two sets of step 1 of the matching: A (even indices) proposes, B (odd indices) receives.
+    """Return the two sets of step 1 of the matching: A (even indices) proposes, B (odd indices) receives.
 
     The split is by the global token index with the first ``protected`` tokens left out.
     """
@@ -23,7 +23,7 @@ def match_sets(tokens: int, protected: int) -> tuple[slice, slice]:
 
 
 def arrange(src: Tensor, dst: Tensor, tokens: int) -> Tensor:
-    """Tokens of neither set, then sources, then destinations, each ascending.
+    """Return tokens of neither set, then sources, then destinations, each ascending.
 
     Args:
         src, dst: 1-D int32 or int64, disjoint indices below ``tokens``, in any order.
@@ -40,8 +40,8 @@ def arrange(src: Tensor, dst: Tensor, tokens: int) -> Tensor:
 
 
 def unit_tokens(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, T, C)`` float64: the mean over heads of ``metric (N, H, T, C)``, scaled to norm 1 (a token of norm 0 stays
-    0); and ``(N, T)`` bool: tokens that hold a NaN or an infinity, which become 0."""
+    """Return ``(N, T, C)`` float64: the mean over heads of ``metric (N, H, T, C)``, scaled to norm 1 (a token of norm 0
+    stays 0); and ``(N, T)`` bool: tokens that hold a NaN or an infinity, which become 0."""
     m = metric.double().mean(1)
     bad = ~m.isfinite().all(-1)
     m = m.masked_fill(bad[..., None], 0.0)
@@ -53,7 +53,8 @@ def unit_tokens(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _similarities(metric: Tensor, a: Places, b: Places) -> Iterator[Tensor]:
-    """The similarity of A and B, ``(N, rows, |B|)`` for a few rows of A at a time, so that sets of any size fit."""
+    """Return the similarity of A and B, ``(N, rows, |B|)`` for a few rows of A at a time, so that sets of any size
+    fit."""
     m, bad = unit_tokens(metric)
     left, left_bad, right, right_bad = m[:, a], bad[:, a], m[:, b], bad[:, b]
     exact = metric.dtype == torch.float64
@@ -65,7 +66,7 @@ def _similarities(metric: Tensor, a: Places, b: Places) -> Iterator[Tensor]:
 
 
 def similarity(metric: Tensor, protected: int) -> Tensor:
-    """Cosine similarity of every a in A with every b in B.
+    """Return the cosine similarity of every a in A with every b in B.
 
     Args:
         metric: ``(N, H, T, C)``; the mean over H is what tokens are compared by (ToMe, "Token Similarity").
@@ -85,14 +86,14 @@ def similarity(metric: Tensor, protected: int) -> Tensor:
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 1 to 5 of the matching.
+    """Run steps 1 to 5 of the matching.
 
     Args:
         metric: ``(N, H, T, C)``, any floating dtype.
         r: tokens to remove from each item, already capped: at ``(T - protected) // 2``, or at ``sources``.
         protected: tokens of neither set, which are never merged: the leading ones, or those that lead ``order``.
         order: ``(T,)`` int32, the tokens as ``arrange`` has them; None for even sources and odd destinations.
-        sources: with ``order``, how many of its tokens are sources.
+        sources: number of sources in ``order``; without ``order`` not used.
 
     Returns:
         ``(dest, members, offsets)`` as ``stoptome_kernels.MergePlan`` describes them.
@@ -152,7 +153,7 @@ def build_groups(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Ten
 
 
 def identity(n: int, tokens: int, tokens_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The plan that merges nothing (r = 0): every token stays where it is."""
+    """Return the plan that merges nothing (r = 0): every token stays where it is."""
     dest = torch.arange(tokens, dtype=torch.int32, device=device).repeat(n, 1)
     offsets = torch.arange(tokens_out + 1, dtype=torch.int32, device=device).repeat(n, 1)
     return dest, dest.clone(), offsets

@@ -32,7 +32,8 @@ class Groups(NamedTuple):
 
 
 def can_raise(tensor: Tensor) -> bool:
-    """Whether the numbers in a tensor can be asked for: they are on the CPU, and more than a trace's description."""
+    """Return whether the numbers in a tensor can be asked for: they are on the CPU, and more than a trace's
+    description."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and torch._C._get_tracing_state() is None
 
 
@@ -76,7 +77,7 @@ def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
 
 
 def group_of(offsets: Tensor, tokens: int) -> Tensor:
-    """Output token of each position of ``members``: ``(N, T)`` int64."""
+    """Return the output token of each position of ``members``: ``(N, T)`` int64."""
     position = torch.arange(tokens, dtype=offsets.dtype, device=offsets.device).repeat(offsets.shape[0], 1)
     group = torch.searchsorted(offsets[:, 1:].contiguous(), position, right=True)
     return group.clamp_max(max(offsets.shape[1] - 2, 0))
@@ -134,7 +135,7 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The adjoint of ``reduce``: one row for each token, read from its group's row.
+    """Return the adjoint of ``reduce``: one row for each token, read from its group's row.
 
     Args:
         grad: ``(N, T_out, D)``.
@@ -169,7 +170,7 @@ def spread(
 
 
 def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
-    """The token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
+    """Return the token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
     return _winners(x, y, read(members, offsets))
 
 

@@ -60,7 +60,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``merge_norm`` from those of normed and y, ``(N, T_out, D)``.
+    """Return the gradient of ``merge_norm`` from those of normed and y, ``(N, T_out, D)``.
 
     Returns:
         The gradient of x and of residual ``(N, T, D)`` in the stream's dtype, rounded once: with x̂ the rows normalised

@@ -349,6 +349,6 @@ def _check_plan(plan: object) -> None:
 
 
 def _check_backend(backend: str, tensor: Tensor) -> None:
-    """A backend that can't run says so even where there is nothing for it to do; a traced graph runs on no backend."""
+    """Raise if a backend can't run, even where there is nothing for it to do; a traced graph runs on no backend."""
     if not torch.compiler.is_compiling():
         dispatch.choose(backend, tensor)

@@ -31,7 +31,7 @@ def tensor(value: object, name: str, shape: str) -> None:
 
 
 def can_read(value: Tensor) -> bool:
-    """Whether the numbers in a tensor can be read without waiting for a device or ending a trace."""
+    """Return whether the numbers in a tensor can be read without waiting for a device or ending a trace."""
     return not torch.compiler.is_compiling() and can_raise(value)
 
 
@@ -60,7 +60,7 @@ def integer(value: object, name: str, what: str) -> int:
 
 
 def count(value: object, name: str, what: str, least: int = 0) -> int:
-    """``value`` as an int of ``least`` or more, see ``integer``."""
+    """Return ``value`` as an int of ``least`` or more, see ``integer``."""
     number = integer(value, name, what)
     if number < least:
         raise ValueError(f"{name} must be {least} or more ({what}), got {number}")
@@ -115,7 +115,7 @@ def match(metric: Tensor, r: int, protected: int, backend: str) -> None:
 
 
 def index(value: object, name: str, metric: Tensor) -> Tensor:
-    """``value`` as a tensor of token indices; Python's ints are checked and become one on metric's device."""
+    """Return ``value`` as a tensor of token indices; Python's ints are checked and become one on metric's device."""
     if isinstance(value, Tensor):
         tensor(value, name, "(count,)")
         return value
@@ -154,7 +154,7 @@ def match_sets(metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str) -
 
 
 def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
-    """Values of ``sets``, on the CPU: in range, none twice, none in both."""
+    """Return the values of ``sets``, on the CPU: in range, none twice, none in both."""
     for value, name in ((src, "sets[0]"), (dst, "sets[1]")):
         for wrong in value[(value < 0) | (value >= tokens)][:1].tolist():
             _in_range(wrong, name, tokens)
@@ -211,7 +211,7 @@ def merges_nothing(members: Tensor, offsets: Tensor) -> None:
 
 
 def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor, backend: str) -> None:
-    """``value`` is ``(N, tokens, D)`` floating and lives where the plan does."""
+    """Check that ``value`` is ``(N, tokens, D)``, floating and on the plan's device."""
     groups(members, offsets)
     n = members.shape[0]
     if value.dim() != 3:
@@ -242,7 +242,7 @@ def size(value: Tensor | None, members: Tensor) -> None:
 
 
 def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
-    """``out=(y, size_out)`` of a merge."""
+    """Check ``out=(y, size_out)`` of a merge."""
     n, tokens = x.shape[0], offsets.shape[1] - 1
     for value, name, shape, dtype in (
         (y, "out[0]", (n, tokens, x.shape[2]), x.dtype),
@@ -260,7 +260,7 @@ def outputs(y: Tensor, size_out: Tensor, x: Tensor, offsets: Tensor) -> None:
 
 
 def no_overlap(outputs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
-    """Rows are gathered while others are written: every output must be memory of its own."""
+    """Check that every output is memory of its own: rows are gathered while others are written."""
 
     def span(t: Tensor) -> tuple[int, int]:
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
@@ -278,7 +278,7 @@ def no_overlap(outputs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> 
 
 
 def max_backward_inputs(x: Tensor | None, y: Tensor | None, grad: Tensor, members: Tensor, mode: str) -> None:
-    """The gradient of a maximum needs input and output of the merge."""
+    """Check the merge's input and output, which the gradient of a maximum needs."""
     if mode != "max":
         return
     want = (grad.shape[0], members.shape[1], grad.shape[2])
@@ -289,7 +289,7 @@ def max_backward_inputs(x: Tensor | None, y: Tensor | None, grad: Tensor, member
 
 
 def merge_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """What merge_norm asks beside what merge asks of x, plan and size."""
+    """Check what merge_norm asks beside what merge asks of x, plan and size."""
     if x.shape[2] == 0:
         raise ValueError(f"x must have at least one channel in its last axis, got shape {tuple(x.shape)}")
     _floating(residual, "residual")
@@ -304,7 +304,7 @@ def merge_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def affine(value: Tensor | None, name: str, x: Tensor) -> None:
-    """A parameter of LayerNorm."""
+    """Check a parameter of LayerNorm."""
     if value is None:
         return
     _floating(value, name)
@@ -315,7 +315,7 @@ def affine(value: Tensor | None, name: str, x: Tensor) -> None:
 
 
 def number(value: object, name: str, what: str) -> float:
-    """``value`` as a float (a SymFloat passes as it is)."""
+    """Return ``value`` as a float (a SymFloat passes as it is)."""
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
@@ -326,7 +326,7 @@ def number(value: object, name: str, what: str) -> float:
 def saved_tensor(
     value: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """What one operator saved for another."""
+    """Check a tensor that one operator saved for another."""
     if value is None:
         return
     if tuple(value.shape) != shape or value.dtype != dtype or value.device != device:
@@ -344,7 +344,7 @@ def attention(
     scale: float | None,
     backend: str,
 ) -> None:
-    """Queries, keys, values, the keys' sizes and a prefix fit each other."""
+    """Check that queries, keys, values, the keys' sizes and a prefix fit each other."""
     if (prefix_k is None) != (prefix_v is None):
         missing = "prefix_k" if prefix_k is None else "prefix_v"
         raise ValueError(f"prefix_k and prefix_v must be given together, but {missing} is None")

@@ -376,14 +376,14 @@ def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list
 
 
 def _leading(metric: Tensor, r: int, protected: int, backend: str) -> tuple[Merge, Unmerge]:
-    """Matching with leading tokens protected; more of them than there are means that none is left to merge."""
+    """Match with leading tokens protected; more of them than there are means that none is left to merge."""
     protected = min(protected, _tokens(metric, backend))
     plan = api.match(metric, _not_negative(r), protected, backend)
     return Merge(plan, backend), Unmerge(plan, backend)
 
 
 def _tokens(metric: Tensor, backend: str) -> int:
-    """The number of tokens of a metric that is one."""
+    """Return the number of tokens of a metric that is one."""
     checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
     checks.match(metric, 0, 0, backend)
     return metric.shape[-2]
@@ -395,7 +395,7 @@ def _not_negative(r: int) -> int:
 
 
 def _origin(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    """Where random numbers are drawn."""
+    """Return where random numbers are drawn."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     return device if generator is None else generator.device
@@ -404,7 +404,8 @@ def _origin(generator: torch.Generator | None, device: torch.device) -> torch.de
 def _cells(
     w: int, h: int, sx: int, sy: int, no_rand: bool, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Sources and destinations of an image: their counts follow from the sizes alone, so nothing waits for a GPU."""
+    """Return sources and destinations of an image: their counts follow from the sizes alone, so nothing waits for a
+    GPU."""
     rows, columns = h // sy, w // sx
     grid = torch.arange(h * w, device=device).view(h, w)
     corner = grid[: rows * sy : sy, : columns * sx : sx].reshape(-1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels ask of a tensor's memory."""
+"""Layouts of tensors in memory that the kernels ask for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides as they
-    are, and this is the one case that copies."""
+    """Return ``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides
+    as they are, and this is the one case that copies."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
-    """Keys or values ``x (N, H, T, d)`` with those of the prefix ``(M, H, G, d)`` in front, for kernels that can't read
-    them where they are: ``(N, H, G + T, d)``, with the heads of a token next to each other in memory, as in x."""
+    """Return keys or values ``x (N, H, T, d)`` with those of the prefix ``(M, H, G, d)`` in front, for kernels that
+    can't read them where they are: ``(N, H, G + T, d)``, with the heads of a token next to each other in memory, as in
+    x."""
     if prefix is None:
         return x
     n, m = x.shape[0], prefix.shape[0]
@@ -25,18 +26,19 @@ def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """``x (N, H, T, d)`` with the heads of a token next to each other in memory: copied only if they are not."""
+    """Return ``x (N, H, T, d)`` with the heads of a token next to each other in memory: copied only if they are not."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
-    """Memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
+    """Return memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
     return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
 
 
 def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:
-    """Sizes ``(N, T)`` as an additive mask ``(N, 1, 1, K)`` for K keys, of which those before the last T count once;
-    float32 (float64 for float64). No mask for each query, and no gradient, with which torch has no fused kernel."""
+    """Return sizes ``(N, T)`` as an additive mask ``(N, 1, 1, K)`` for K keys, of which those before the last T count
+    once; float32 (float64 for float64). No mask for each query, and no gradient, with which torch has no fused
+    kernel."""
     if size is None:
         return None
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32

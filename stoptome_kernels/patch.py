@@ -114,7 +114,7 @@ def _module(model: object) -> nn.Module:
 
 
 def _is_given(value: object) -> bool:
-    """Whether an argument says something: an empty sequence doesn't, an array of NumPy's does."""
+    """Return whether an argument says something: an empty sequence doesn't, an array of NumPy's does."""
     return not (isinstance(value, Sized) and len(value) == 0)
 
 
@@ -191,7 +191,7 @@ def describe(model: nn.Module) -> Description:
 
 
 def _name(model: nn.Module) -> str:
-    """The class of a model, not of DistributedDataParallel's or torch.compile's wrapper around it."""
+    """Return the class of a model, not of DistributedDataParallel's or torch.compile's wrapper around it."""
     wrapped = next((model._modules[name] for name in ("module", "_orig_mod") if [*model._modules] == [name]), None)
     return type(model).__name__ if wrapped is None else _name(wrapped)
 

@@ -122,7 +122,7 @@ def visualize(
 
 
 def _tensor(value: Any, name: str, wanted: str) -> Tensor:
-    """``value`` on the CPU; numpy arrays are recognised without importing numpy."""
+    """Return ``value`` on the CPU; numpy arrays are recognised without importing numpy."""
     if not isinstance(value, Tensor):
         if not (hasattr(value, "__array__") and hasattr(value, "copy") and hasattr(value, "dtype")):
             raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
@@ -134,7 +134,7 @@ def _tensor(value: Any, name: str, wanted: str) -> Tensor:
 
 
 def _pixels(frames: Any, normalized: Any) -> Tensor:
-    """``(T, H, W, 3)`` uint8."""
+    """Return ``(T, H, W, 3)`` uint8."""
     wanted = "a torch tensor or numpy array of shape (T, 3, H, W) or (T, H, W, 3)"
     pixels = _tensor(frames, "frames", wanted)
     if pixels.dim() != 4 or 3 not in (pixels.shape[1], pixels.shape[3]) or pixels.numel() == 0:
@@ -165,7 +165,7 @@ def _pixels(frames: Any, normalized: Any) -> Tensor:
 
 
 def _mean_and_deviation(normalized: Any) -> Tensor:
-    """``(2, 3)`` float64."""
+    """Return ``(2, 3)`` float64."""
     try:
         pair = torch.tensor(CLIP if normalized == "clip" else [list(each) for each in normalized], dtype=torch.float64)
     except (TypeError, ValueError):
@@ -176,7 +176,7 @@ def _mean_and_deviation(normalized: Any) -> Tensor:
 
 
 def _destinations(trace: Any, video: int, count: int) -> Tensor:
-    """``(T, L)`` int64, equal exactly where tokens ended in one."""
+    """Return ``(T, L)`` int64, equal exactly where tokens ended in one."""
     wanted = "a MergePlan, an integer tensor of shape (T, L) or (B, T, L), or an object with such a tensor as .dest"
     dest = _tensor(getattr(trace, "dest", trace), "trace", wanted)
     if dest.is_floating_point() or dest.is_complex() or dest.dtype == torch.bool or dest.dim() not in (2, 3):
@@ -203,7 +203,7 @@ def _destinations(trace: Any, video: int, count: int) -> Tensor:
 
 
 def _grid(tokens: int, protected: int, height: int, width: int, grid: Any) -> tuple[int, int]:
-    """Patches down and across."""
+    """Return patches down and across."""
     patches = tokens - protected
     leaves = (
         f"trace has {tokens} tokens a frame, of which protected = {protected} are not patches; that leaves {patches}"
@@ -244,7 +244,7 @@ def _shown(show: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _draw(frames: Tensor, dest: Tensor, shown: list[int], scale: int, line: int) -> Tensor:
-    """The shown frames with their groups filled and outlined.
+    """Return the shown frames with their groups filled and outlined.
 
     All arithmetic is on integers, so that pixels are exact.
 
@@ -275,7 +275,7 @@ def _draw(frames: Tensor, dest: Tensor, shown: list[int], scale: int, line: int)
     zoom = scale * pixels.shape[2], scale * pixels.shape[4]
 
     def spread(values: Tensor) -> Tensor:
-        """From one value a group to one a pixel."""
+        """Return one value a pixel from one a group."""
         return _enlarge(values[group], *zoom)
 
     drawn = torch.where(spread(members > 1)[..., None], spread(fill.byte()), _enlarge(frames[shown], scale, scale))
@@ -284,7 +284,7 @@ def _draw(frames: Tensor, dest: Tensor, shown: list[int], scale: int, line: int)
 
 
 def _border(label: Tensor, line: int) -> Tensor:
-    """``(T, H, W)`` bool: pixels with another label, or the frame's edge, at most ``line`` pixels away."""
+    """Return ``(T, H, W)`` bool: pixels with another label, or the frame's edge, at most ``line`` pixels away."""
     padded = F.pad(label.float()[:, None], (line,) * 4, value=-1)  # labels below 2²⁴ are exact in float32
     highest = F.max_pool2d(padded, 2 * line + 1, 1)
     lowest = -F.max_pool2d(-padded, 2 * line + 1, 1)
@@ -292,19 +292,19 @@ def _border(label: Tensor, line: int) -> Tensor:
 
 
 def _vivid(count: int) -> Tensor:
-    """``(count, 3)``: saturated colours; hues a golden section apart stay far from each other, however many."""
+    """Return ``(count, 3)``: saturated colours; hues a golden section apart stay far from each other, however many."""
     hues = [(0.61803398875 * number) % 1 for number in range(count)]
     colours = [colorsys.hsv_to_rgb(hue, 0.9 - 0.25 * (n % 2), 1) for n, hue in enumerate(hues)]
     return (torch.tensor(colours).reshape(-1, 3) * 255).long()
 
 
 def _enlarge(values: Tensor, down: int, across: int) -> Tensor:
-    """Every element of axes 1 and 2 repeated."""
+    """Return every element of axes 1 and 2 repeated."""
     return values.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
 
 def _join(pictures: list[Tensor], axis: int, gap: int) -> Tensor:
-    """Batches of pictures put together along axis 1 (above each other) or 2 (side by side)."""
+    """Return batches of pictures put together along axis 1 (above each other) or 2 (side by side)."""
     shape = list(pictures[0].shape)
     shape[axis] = gap
     blank = torch.full(shape, BACKGROUND, dtype=torch.uint8)
@@ -313,7 +313,7 @@ def _join(pictures: list[Tensor], axis: int, gap: int) -> Tensor:
 
 
 def _sheet(cells: Tensor, columns: int, gap: int, row_gap: int) -> Tensor:
-    """``(H, W, 3)``: cells in rows of ``columns``."""
+    """Return ``(H, W, 3)``: cells in rows of ``columns``."""
     rows = -(-len(cells) // columns)
     cells = torch.cat([cells, torch.full_like(cells[:1], BACKGROUND).expand(rows * columns - len(cells), -1, -1, -1)])
     cells = cells.unflatten(0, (rows, columns))
@@ -325,7 +325,7 @@ def _sheet(cells: Tensor, columns: int, gap: int, row_gap: int) -> Tensor:
 
 
 def _pillow() -> Any:
-    """PIL.Image."""
+    """Return PIL.Image."""
     try:
         return importlib.import_module("PIL.Image")
     except ImportError as error:
@@ -333,7 +333,7 @@ def _pillow() -> Any:
 
 
 def _image(pixels: Tensor) -> Image:
-    """A PIL image of ``(H, W, 3)`` uint8."""
+    """Return a PIL image of ``(H, W, 3)`` uint8."""
     height, width = pixels.shape[:2]
     return _pillow().frombytes("RGB", (width, height), _bytes(pixels))
 
@@ -347,7 +347,7 @@ Write = Callable[[Path, "Image", Tensor, float], None]  # file, all frames in on
 
 
 def _writer(out: Path) -> Write:
-    """What writes this kind of file. What it needs is looked for before anything is drawn."""
+    """Return what writes this kind of file. What it needs is looked for before anything is drawn."""
     writers: dict[str, Callable[[], Write]] = {
         ".png": lambda: _write_still,
         ".jpg": lambda: _write_still,
@@ -363,7 +363,7 @@ def _writer(out: Path) -> Write:
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """All of the file or nothing: what was there before stays until the new one is complete."""
+    """Write all of the file or nothing: what was there before stays until the new one is complete."""
     temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
         write(temporary)
@@ -396,7 +396,7 @@ def _mp4_writer() -> Write:
 
 
 def _even(playing: Tensor) -> Tensor:
-    """H.264 with halved chroma takes no odd heights and widths."""
+    """Make heights and widths even, as H.264 with halved chroma wants them."""
     return F.pad(playing, (0, 0, 0, playing.shape[2] % 2, 0, playing.shape[1] % 2), value=BACKGROUND)
 
 

@@ -18,7 +18,7 @@ from peers import eager_both
 
 @dataclass(frozen=True)
 class Parts:
-    """What a library's block is made of, each a function of the block."""
+    """The parts of a library's block, each a function of the block."""
 
     norm1: Callable[[Any], Callable]
     heads: Callable[[Any, Tensor], tuple[Tensor, ...]]  # q, k, v, each (N, H, T, d)
@@ -70,7 +70,7 @@ def _three(attention: Any) -> tuple[Any, Any, Any]:
 
 
 class Shared:
-    """What all blocks of a model share: the sizes ``(N, T, 1)`` of the last block's tokens."""
+    """The state that all blocks of a model share: the sizes ``(N, T, 1)`` of the last block's tokens."""
 
     size: Tensor | None = None
 

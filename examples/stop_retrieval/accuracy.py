@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What token merging costs in accuracy, and what it gives back: R@1, throughput and memory on the synthetic set.
+"""Measure what token merging costs in accuracy, and what it gives: R@1, throughput and memory on the synthetic set.
 
 For each seed a small STOP learns the synthetic videos without merging. Then, at every setting: merging put into it as
 it is (inference only), and trained a little further with it (training). Each against fewer tokens without looking for

@@ -54,7 +54,8 @@ def choose(name: str, tensor: Tensor, unsupported: str | None = None) -> ModuleT
 
 
 def choose_attention(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool) -> str:
-    """Who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its backends.
+    """Return who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its
+    backends.
 
     Torch's function is the best there is for plain attention (no sizes, no prefix), on a CPU, and where no kernel of
     ours can run: ``fits`` says whether the shape is one for them. Called as it is, rather than inside the operator, its

@@ -23,7 +23,7 @@ _NOTHING = (0, 0, 0)
 
 
 def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
-    """The reason why the native kernels can't run on such tensors here, or None."""
+    """Return the reason why the native kernels can't run on such tensors here, or None."""
     if _missing:
         return _missing
     if device != "cpu":

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
-    """It always can."""
+    """Return None: the reference always runs."""
     return None
 
 

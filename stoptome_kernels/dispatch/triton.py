@@ -31,7 +31,7 @@ def _no_triton() -> str | None:
 
 @cache
 def _no_gpu() -> str | None:
-    """Asked only once there is a CUDA tensor or a CUDA device."""
+    """Return why there is no GPU that Triton can use, or None; asked only once there is a CUDA tensor or device."""
     if torch.version.hip is not None:
         return "the Triton kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     major, minor = torch.cuda.get_device_capability()
@@ -41,7 +41,7 @@ def _no_gpu() -> str | None:
 
 
 def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str | None:
-    """The reason why the Triton kernels can't run on such tensors here, or None.
+    """Return the reason why the Triton kernels can't run on such tensors here, or None.
 
     CPU tensors are taken only when asked for and under Triton's interpreter, which is thousands of times slower.
     """
@@ -58,7 +58,7 @@ def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str |
 
 
 def unsupported_attention(keys: int, channels: int) -> str | None:
-    """The reason why the Triton kernels can't attend to so many keys with heads so wide, or None."""
+    """Return the reason why the Triton kernels can't attend to so many keys with heads so wide, or None."""
     if keys > _MOST_KEYS:
         return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
     if channels > _MOST_CHANNELS:
@@ -67,7 +67,8 @@ def unsupported_attention(keys: int, channels: int) -> str | None:
 
 
 def _on(tensor: Tensor):
-    """Triton launches on the current device; a switch costs microseconds, so only where it is needed."""
+    """Make a device the current one, on which Triton launches; a switch costs microseconds, so only where it is
+    needed."""
     if not tensor.is_cuda:  # interpreted by numpy, which would warn of every NaN and overflow
         import numpy
 

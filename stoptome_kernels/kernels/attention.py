@@ -26,7 +26,7 @@ _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 @triton.jit
 def _dot(u, v, total, THIRDS: tl.constexpr, TYPE: tl.constexpr):
-    """total + u vᵀ in float32; TYPE is what is multiplied, float32 rows being taken apart where THIRDS."""
+    """Return total + u vᵀ in float32; TYPE is what is multiplied, float32 rows being taken apart where THIRDS."""
     if THIRDS:
         total = _dot_thirds(u, v, total, TYPE)
     else:
@@ -36,7 +36,7 @@ def _dot(u, v, total, THIRDS: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def _where(H: tl.constexpr, blocks, share):
-    """Where this program works: item, its prefix, head, and block of rows."""
+    """Return where this program works: item, its prefix, head, and block of rows."""
     block = tl.program_id(0) % blocks  # the blocks of a head follow each other: they read the same keys
     head = tl.program_id(0) // blocks
     item = head // H
@@ -45,7 +45,7 @@ def _where(H: tl.constexpr, blocks, share):
 
 @triton.jit
 def _inside(rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The mask of (rows, BLOCK_D)."""
+    """Return the mask of (rows, BLOCK_D)."""
     mask = (rows < count)[:, None]
     if D < BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -54,7 +54,7 @@ def _inside(rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _rows(x, stride, i, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows i of x, 0 past the end: (len(i), BLOCK_D)."""
+    """Return rows i of x, 0 past the end: (len(i), BLOCK_D)."""
     place = x + i.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
     return tl.load(place, mask=_inside(i, count, D, BLOCK_D), other=0.0)
 
@@ -64,7 +64,7 @@ def _keys(
     x, stride, prefix, first, prefix_stride, j, ahead, keys,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values j of an item, those of the prefix (from its element first) ahead, 0 past the end."""
+    """Return keys or values j of an item, those of the prefix (from its element first) ahead, 0 past the end."""
     token = j.to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     place = x + (token - ahead) * stride + column
@@ -75,7 +75,7 @@ def _keys(
 
 @triton.jit
 def _store_rows(x, value, item, head, i, count, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows i of x (N, count, H, D)."""
+    """Write rows i of x (N, count, H, D)."""
     place = x + ((item * count + i) * H + head)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
     tl.store(place, _narrowed(value, x.dtype.element_ty), mask=_inside(i, count, D, BLOCK_D))
 
@@ -85,7 +85,7 @@ def _store_keys(
     x, prefix, value, item, head, j, ahead, tokens,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """Rows j of the prefix's part (N, H, ahead, D) float32 and of x (N, tokens, H, D)."""
+    """Write rows j of the prefix's part (N, H, ahead, D) float32 and of x (N, tokens, H, D)."""
     mask = _inside(j, ahead + tokens, D, BLOCK_D)
     column = tl.arange(0, BLOCK_D)[None, :]
     token = j - ahead
@@ -99,7 +99,7 @@ def _store_keys(
 
 @triton.jit
 def _bias(size, first, j, ahead, keys, SIZED: tl.constexpr):
-    """log2 of the sizes of keys j, −inf past the end: (len(j),)."""
+    """Return log2 of the sizes of keys j, −inf past the end: (len(j),)."""
     bias = tl.zeros(j.shape, tl.float32)
     if SIZED:
         bias = tl.log2(tl.load(size + first + (j - ahead), mask=(j >= ahead) & (j < keys), other=1.0))
@@ -114,7 +114,7 @@ def attend(
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
     TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (N, queries, H, D) and lse (N, H, queries); grid (N·H·blocks,)."""
+    """Write out (N, queries, H, D) and lse (N, H, queries); grid (N·H·blocks,)."""
     item, shared, head, block = _where(H, blocks, share)
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = ahead + tokens
@@ -151,7 +151,8 @@ def attend(
 
 @triton.jit
 def _weights(score, bias, lse, i, queries, scale):
-    """The softmax once more, from the logarithm of its sum; 0 past the end and where there was nothing to attend to."""
+    """Return the softmax once more, from the logarithm of its sum; 0 past the end and where there was nothing to attend
+    to."""
     lse = tl.load(lse + i, mask=i < queries, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     return tl.exp2(score * (scale * _LOG2E) + bias[None, :] - (lse * _LOG2E)[:, None])
@@ -166,7 +167,7 @@ def grad_queries(
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
     TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq (N, queries, H, D) and delta = Σ grad · out (N, H, queries), for grad_keys; grid (N·H·blocks,)."""
+    """Write dq (N, queries, H, D) and delta = Σ grad · out (N, H, queries), for grad_keys; grid (N·H·blocks,)."""
     item, shared, head, block = _where(H, blocks, share)
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = ahead + tokens
@@ -203,8 +204,8 @@ def grad_keys(
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, WHOLE: tl.constexpr,
     THIRDS: tl.constexpr, TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (N, tokens, H, D) and an item's part of the prefix's (N, H, ahead, D) float32; where one block holds
-    all keys (WHOLE), dq as well, and delta is not asked for. Grid (N·H·blocks,)."""
+    """Write dk and dv (N, tokens, H, D) and an item's part of the prefix's (N, H, ahead, D) float32; where one block
+    holds all keys (WHOLE), dq as well, and delta is not asked for. Grid (N·H·blocks,)."""
     item, shared, head, block = _where(H, blocks, share)
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = ahead + tokens
@@ -254,7 +255,8 @@ def attend_launch(
     lse: Tensor,
     scale: float,
 ) -> tuple:
-    """What attention runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the same."""
+    """Return what attention runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the
+    same."""
     n, heads, queries, _ = q.shape
     tokens, ahead, constants = _common(q, k, size, prefix_k)
     meta = config.attention(queries, ahead + tokens, q.shape[3], q.dtype, _COMPILED)["attend"]
@@ -283,7 +285,7 @@ def grad_launches(
     out: Tensor,
     scale: float,
 ) -> list[tuple]:
-    """What the gradient runs: (kernel, grid, arguments, constants and options) of each launch, in order."""
+    """Return what the gradient runs: (kernel, grid, arguments, constants and options) of each launch, in order."""
     n, heads, queries, channels = q.shape
     tokens, ahead, constants = _common(q, k, size, prefix_k)
     table = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)
@@ -302,13 +304,13 @@ def grad_launches(
 
 
 def _common(q: Tensor, k: Tensor, size: Tensor | None, prefix_k: Tensor | None) -> tuple[int, int, dict]:
-    """Tokens, keys of the prefix ahead of them, and the constants that all kernels have."""
+    """Return tokens, keys of the prefix ahead of them, and the constants that all kernels have."""
     constants = {"D": q.shape[3], "H": q.shape[1], "SIZED": size is not None, "PREFIX": prefix_k is not None}
     return k.shape[2], 0 if prefix_k is None else prefix_k.shape[2], constants
 
 
 def _share(n: int, prefix_k: Tensor | None) -> int:
-    """How many items have the same prefix."""
+    """Return how many items have the same prefix."""
     return 1 if prefix_k is None else n // prefix_k.shape[0]
 
 
@@ -324,7 +326,7 @@ def attention(
     prefix_v: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; see ``stoptome_kernels.reference.attention``."""
+    """Return ``(out, lse)``; see ``stoptome_kernels.reference.attention``."""
     q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
     n, heads, queries, _ = q.shape
     out = empty_heads_last(q, n, heads, queries)
@@ -346,7 +348,7 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(dq, dk, dv, dprefix_k, dprefix_v)``; see ``stoptome_kernels.reference.attention_backward``."""
+    """Return ``(dq, dk, dv, dprefix_k, dprefix_v)``; see ``stoptome_kernels.reference.attention_backward``."""
     q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
     dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in (q, k, v))
     shape = None if prefix_k is None else (q.shape[0], *prefix_k.shape[1:])
@@ -377,7 +379,7 @@ def attention_backward(
 
 
 def _laid_out(q, k, v, size, prefix_k, prefix_v) -> tuple:
-    """As the kernels ask for them; for a prefix of no keys there is none."""
+    """Lay tensors out as the kernels ask for; a prefix of no keys becomes None."""
     size = None if size is None else size.contiguous()
     return (
         unit_stride(q),

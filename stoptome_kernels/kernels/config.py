@@ -133,7 +133,8 @@ def norm_programs(tiles: int, meta: dict) -> int:
 
 @cache
 def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compiled: bool = True) -> dict:
-    """Of attention: the constants of each kernel; ``whole``, if not None, is what replaces ``queries`` and ``keys``."""
+    """Return the constants of each kernel of attention; ``whole``, if not None, is what replaces ``queries`` and
+    ``keys``."""
     thirds = compiled and dtype == torch.float32
     common = {
         "THIRDS": thirds,

@@ -29,8 +29,8 @@ _LOWEST = tl.constexpr(-(1 << 31))
 
 @triton.jit
 def _sets(order, tokens, protected, sources):
-    """Whether the first source comes right before the first target (0 or 1; without order), where each set begins (its
-    first token, or its first place in order), and the sizes of both."""
+    """Return whether the first source comes right before the first target (0 or 1; without order), where each set
+    begins (its first token, or its first place in order), and the sizes of both."""
     if order is None:
         even = 1 - protected % 2
         first_a = protected + 1 - even
@@ -47,7 +47,7 @@ def _sets(order, tokens, protected, sources):
 
 @triton.jit
 def _sources_before(before, b, even, inside):
-    """How many sources come before target b in token order."""
+    """Return how many sources come before target b in token order."""
     return b + even if before is None else tl.load(before + b, mask=inside, other=0)
 
 
@@ -58,7 +58,8 @@ def _count(mask):
 
 @triton.jit
 def _count_sources(a, choice, other, other_choice):
-    """How many of the other sources are merged and come before a: in token order, and in order of destination."""
+    """Return how many of the other sources are merged and come before a: in token order, and in order of
+    destination."""
     earlier = other[None, :] < a[:, None]
     removed = _count((other_choice[None, :] < _UNMERGED) & earlier)
     ahead = (other_choice[None, :] < choice[:, None]) | ((other_choice[None, :] == choice[:, None]) & earlier)
@@ -67,7 +68,8 @@ def _count_sources(a, choice, other, other_choice):
 
 @triton.jit
 def _count_targets(b, before_b, other, other_choice):
-    """How many sources merge into a target before b, and how many into b itself that come before it in token order."""
+    """Return how many sources merge into a target before b, and how many into b itself that come before it in token
+    order."""
     same = (other_choice[None, :] == b[:, None]) & (other[None, :] < before_b[:, None])
     return _count(other_choice[None, :] < b[:, None]), _count(same)
 
@@ -120,7 +122,7 @@ def match_item(
     PRODUCT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The whole matching of an item whose sources and targets fit one tile; grid (N,)."""
+    """Match an item whose sources and targets fit one tile; grid (N,)."""
     item = tl.program_id(0).to(tl.int64)
     even, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
     base = protected + sources - r
@@ -178,7 +180,7 @@ def score_blocks(
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The proposals of a block of sources: best (N, |A|) float32, partner (N, |A|) int32; grid (N·blocks,)."""
+    """Write the proposals of a block of sources: best (N, |A|) float32, partner (N, |A|) int32; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
     _, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
@@ -193,14 +195,14 @@ def score_blocks(
 
 @triton.jit
 def _load_keys(best, a, sources):
-    """Similarities as integers of the same order; _LOWEST, below all of them, past the end."""
+    """Return similarities as integers of the same order; _LOWEST, below all of them, past the end."""
     bits = tl.load(best + a, mask=a < sources, other=0.0).to(tl.int32, bitcast=True)
     return tl.where(a < sources, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
 
 
 @triton.jit
 def _at_least(best, keys, limit, sources, ONE: tl.constexpr, SPAN: tl.constexpr):
-    """How many sources have a key of at least limit."""
+    """Return how many sources have a key of at least limit."""
     count = tl.sum((keys >= limit).to(tl.int32), 0)
     if not ONE:
         for start in range(SPAN, sources, SPAN):
@@ -211,8 +213,8 @@ def _at_least(best, keys, limit, sources, ONE: tl.constexpr, SPAN: tl.constexpr)
 
 @triton.jit
 def _select(best, sources, r, ONE: tl.constexpr, SPAN: tl.constexpr):
-    """The r-th best source: its key, found bit by bit, and its index. Those of a higher key, and those of the same
-    key up to that index, are merged."""
+    """Return the r-th best source: its key, found bit by bit, and its index. Those of a higher key, and those of the
+    same key up to that index, are merged."""
     span = tl.arange(0, SPAN)
     keys = _load_keys(best, span, sources)
     limit = tl.where(_at_least(best, keys, 0, sources, ONE, SPAN) >= r, 0, _LOWEST)
@@ -233,7 +235,7 @@ def _select(best, sources, r, ONE: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _choices(best, partner, a, sources, limit, cut):
-    """The target of each source a that is merged, _UNMERGED for the others."""
+    """Return the target of each source a that is merged, _UNMERGED for the others."""
     key = _load_keys(best, a, sources)
     merged = (a < sources) & ((key > limit) | ((key == limit) & (a <= cut)))
     return tl.where(merged, tl.load(partner + a, mask=a < sources, other=0), _UNMERGED)
@@ -244,7 +246,7 @@ def plan_blocks(
     best, partner, dest, members, offsets, order, before, tokens, r, protected, sources, blocks,
     ONE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
+    """Write the plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
     even, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
@@ -296,7 +298,7 @@ def launches(
     order: Tensor | None = None,
     before: Tensor | None = None,
 ) -> list[tuple]:
-    """What one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order.
+    """Return what one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order.
 
     bench/aot_report.py calls this with tensors on the meta device and compiles what it returns.
     """
@@ -329,7 +331,7 @@ def launches(
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dest, members, offsets)`` of metric (N, H, T, C); see ``stoptome_kernels.reference.match``."""
+    """Return ``(dest, members, offsets)`` of metric (N, H, T, C); see ``stoptome_kernels.reference.match``."""
     metric = unit_stride(metric)
     n, _, tokens, _ = metric.shape
     before = None

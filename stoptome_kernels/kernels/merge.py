@@ -18,7 +18,7 @@ from . import config
 
 @triton.jit
 def _span(offsets, inside, tokens):
-    """The first position and the length of groups, each within the item whatever a damaged plan holds."""
+    """Return the first position and the length of groups, each within the item whatever a damaged plan holds."""
     first = tl.load(offsets, mask=inside, other=0)
     last = tl.load(offsets + 1, mask=inside, other=0)
     first = tl.minimum(tl.maximum(first, 0), tokens)
@@ -27,8 +27,8 @@ def _span(offsets, inside, tokens):
 
 @triton.jit
 def _hash(index):
-    """A 64-bit hash of indices: SplitMix64 (Steele et al., *Fast Splittable Pseudorandom Number Generators*, OOPSLA
-    2014)."""
+    """Return a 64-bit hash of indices: SplitMix64 (Steele et al., *Fast Splittable Pseudorandom Number Generators*,
+    OOPSLA 2014)."""
     z = index.to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -37,8 +37,8 @@ def _hash(index):
 
 @triton.jit
 def _whole(members, offsets, tokens, groups, LANES: tl.constexpr):
-    """Whether the groups of an item hold each of its tokens once: offsets rise from 0 to tokens, and the hashes of the
-    members add up to those of all tokens, which sums of 64 bits don't do by chance."""
+    """Return whether the groups of an item hold each of its tokens once: offsets rise from 0 to tokens, and the hashes
+    of the members add up to those of all tokens, which sums of 64 bits don't do by chance."""
     lane = tl.arange(0, LANES)
     nothing = tl.zeros((LANES,), tl.uint64)
     difference = nothing
@@ -56,8 +56,8 @@ def _whole(members, offsets, tokens, groups, LANES: tl.constexpr):
 
 @triton.jit
 def _fill_lost(members, offsets, out, item, tokens, groups, D: tl.constexpr):
-    """NaN in the rows of out (N, tokens, D) of those tokens that no group of a damaged plan holds: raising would wait,
-    and a row that nobody writes would show what was in memory before. For a program of its own for each item."""
+    """Write NaN in the rows of out (N, tokens, D) of those tokens that no group of a damaged plan holds: raising would
+    wait, and a row that nobody writes would show what was in memory before. For a program of its own for each item."""
     LANES: tl.constexpr = 128
     lane = tl.arange(0, LANES)
     members += item * tokens
@@ -78,7 +78,8 @@ def _fill_lost(members, offsets, out, item, tokens, groups, D: tl.constexpr):
 
 @triton.jit
 def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Where this program works: item, chunk, its groups (ROWS,), their first position and length, its columns."""
+    """Return where this program works: item, chunk, its groups (ROWS,), their first position and length, its
+    columns."""
     chunk = tl.program_id(0) % CHUNKS  # the chunks of a row follow each other, so that DRAM pages are read in a go
     block = tl.program_id(0) // CHUNKS
     item = (block // blocks).to(tl.int64)
@@ -90,7 +91,7 @@ def _tile(offsets, tokens, groups, blocks, ROWS: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def _rows(inside, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The mask of a tile: (ROWS, BLOCK_D), or (ROWS, 1) where no tile reaches past a row's end."""
+    """Return the mask of a tile: (ROWS, BLOCK_D), or (ROWS, 1) where no tile reaches past a row's end."""
     mask = inside[:, None]
     if D % BLOCK_D or D == 0:
         mask = mask & (column < D)[None, :]
@@ -99,7 +100,7 @@ def _rows(inside, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _member(members, size, at, inside, tokens, MODE: tl.constexpr, SIZED: tl.constexpr):
-    """The token at position ``at``, whether it counts, and its weight (0 if it does not)."""
+    """Return the token at position ``at``, whether it counts, and its weight (0 if it does not)."""
     code = tl.load(members + at, mask=inside, other=0)
     token = tl.where(code < 0, ~code, code)
     token = tl.minimum(token, tokens - 1)
@@ -114,7 +115,8 @@ def _member(members, size, at, inside, tokens, MODE: tl.constexpr, SIZED: tl.con
 
 @triton.jit
 def _totals(members, size, first, length, longest, tokens, ROWS: tl.constexpr, SIZED: tl.constexpr):
-    """The weight of each group, and how many members it has of weight 1: of one member alone the weight counts as 1."""
+    """Return the weight of each group, and how many members it has of weight 1: of one member alone the weight counts
+    as 1."""
     total = tl.zeros((ROWS,), tl.float32)
     counted = tl.zeros((ROWS,), tl.int32)
     if longest > 1:
@@ -131,7 +133,7 @@ _COMPILED = tl.constexpr(isinstance(_member, triton.runtime.JITFunction))  # not
 
 @triton.jit
 def _narrowed(value, dtype: tl.constexpr):
-    """float32 to the dtype of the rows, to nearest even."""
+    """Round float32 to the dtype of the rows, to nearest even."""
     out = value.to(dtype)
     if dtype == tl.bfloat16 and not _COMPILED:  # the interpreter cuts off instead
         bits = value.to(tl.int32, bitcast=True)
@@ -146,7 +148,7 @@ def reduce_rows(
     D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """y (N, groups, D) and size_out (N, groups) from x (N, tokens, D); grid (N·blocks·CHUNKS,)."""
+    """Write y (N, groups, D) and size_out (N, groups) from x (N, tokens, D); grid (N·blocks·CHUNKS,)."""
     item, chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, CHUNKS)
     inside = group < groups
     x += item * item_stride + column[None, :]
@@ -204,8 +206,8 @@ def spread_rows(
     D: tl.constexpr, MODE: tl.constexpr, SIZED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above, and N
-    programs more for tokens that are in no group."""
+    """Write out (N, tokens, D) from grad (N, groups, D): each program writes the tokens of its groups; grid as above,
+    and N programs more for tokens that are in no group."""
     if tl.program_id(0) >= programs:
         _fill_lost(members, offsets, out, (tl.program_id(0) - programs).to(tl.int64), tokens, groups, D)
         return
@@ -248,7 +250,8 @@ def spread_rows(
 def reduce_launch(
     x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, y: Tensor, size_out: Tensor, mode: str
 ) -> tuple:
-    """What reduce runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the same."""
+    """Return what reduce runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the
+    same."""
     n, tokens, dim = x.shape
     groups = y.shape[1]
     meta = config.merge(dim, groups, x.dtype, mode, size is not None)
@@ -267,7 +270,7 @@ def spread_launch(
     x: Tensor | None,
     y: Tensor | None,
 ) -> tuple:
-    """What spread runs: (kernel, grid, arguments, constants and options)."""
+    """Return what spread runs: (kernel, grid, arguments, constants and options)."""
     n, groups, dim = grad.shape
     meta = config.merge(dim, groups, grad.dtype, f"grad of {mode}", size is not None)
     blocks = triton.cdiv(groups, meta["ROWS"])
@@ -288,7 +291,7 @@ def reduce(
     mode: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, size_out)`` of x (N, T, D), in ``out`` if given; see ``stoptome_kernels.reference.reduce``."""
+    """Return ``(y, size_out)`` of x (N, T, D), in ``out`` if given; see ``stoptome_kernels.reference.reduce``."""
     n, _, dim = x.shape
     groups = offsets.shape[1] - 1
     y = x.new_empty((n, groups, dim)) if out is None else out[0]
@@ -311,7 +314,7 @@ def spread(
     x: Tensor | None = None,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The adjoint: (N, T, D) from grad (N, T_out, D); see ``stoptome_kernels.reference.spread``."""
+    """Return the adjoint: (N, T, D) from grad (N, T_out, D); see ``stoptome_kernels.reference.spread``."""
     n, groups, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
     if n * groups * dim > 0:

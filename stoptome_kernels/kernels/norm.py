@@ -20,7 +20,7 @@ from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
 
 @triton.jit
 def _sums(x, residual, token, x_token, residual_token, mask):
-    """x + residual of a tile of tokens, in float32 and not rounded further."""
+    """Return x + residual of a tile of tokens, in float32 and not rounded further."""
     row = tl.load(x + token[:, None] * x_token, mask=mask, other=0.0).to(tl.float32)
     return row + tl.load(residual + token[:, None] * residual_token, mask=mask, other=0.0).to(tl.float32)
 
@@ -32,7 +32,7 @@ def norm_rows(
     D: tl.constexpr, SIZED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y and normed (N, groups, D) from x and residual (N, tokens, D); size, mean, rstd (N, groups)."""
+    """Write y and normed (N, groups, D) from x and residual (N, tokens, D); size, mean, rstd (N, groups)."""
     item, _chunk, group, first, length, column = _tile(offsets, tokens, groups, blocks, ROWS, BLOCK_D, 1)
     inside = group < groups
     x += item * x_item + column[None, :]
@@ -99,7 +99,7 @@ def norm_grad_rows(
     D: tl.constexpr, SIZED: tl.constexpr, GIVEN: tl.constexpr, WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (N, tokens, D) from grad_normed and, if GIVEN, grad_y (N, groups, D), and the parts of the gradients of
+    """Write out (N, tokens, D) from grad_normed and, if GIVEN, grad_y (N, groups, D), and the parts of the gradients of
     weight and bias, partial (programs, 2, D), if AFFINE. Program p of P takes the tiles p, p + P, p + 2 P, …; N more
     see to tokens that are in no group."""
     if tl.program_id(0) >= programs:
@@ -186,8 +186,8 @@ def norm_launch(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     eps: float,
 ) -> tuple:
-    """What merge_norm runs: (kernel, grid, arguments, constants and options), with (y, normed, size, mean, rstd) as
-    outputs. bench/aot_report.py compiles the same."""
+    """Return what merge_norm runs: (kernel, grid, arguments, constants and options), with (y, normed, size, mean, rstd)
+    as outputs. bench/aot_report.py compiles the same."""
     n, tokens, dim = x.shape
     groups = offsets.shape[1] - 1
     meta = config.norm(dim, groups, outputs[0].dtype)
@@ -213,7 +213,7 @@ def norm_grad_launch(
     out: Tensor,
     affine: bool,
 ) -> tuple:
-    """What merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
+    """Return what merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
     n, groups, dim = grad_normed.shape
     tokens = members.shape[1]
     meta = config.norm(dim, groups, grad_normed.dtype, True, affine)
@@ -242,7 +242,7 @@ def merge_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, normed, size_out, mean, rstd); see ``stoptome_kernels.reference.merge_norm``."""
+    """Return (y, normed, size_out, mean, rstd); see ``stoptome_kernels.reference.merge_norm``."""
     n, _, dim = x.shape
     groups = offsets.shape[1] - 1
     stream = torch.promote_types(x.dtype, residual.dtype)
@@ -278,7 +278,7 @@ def merge_norm_backward(
     weight: Tensor | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients (N, T, D) and (2, D); see ``stoptome_kernels.reference.merge_norm_backward``."""
+    """Return the gradients (N, T, D) and (2, D); see ``stoptome_kernels.reference.merge_norm_backward``."""
     n, groups, dim = grad_normed.shape
     out = grad_normed.new_empty((n, members.shape[1], dim))
     if n * groups == 0:

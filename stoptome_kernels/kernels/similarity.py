@@ -18,7 +18,7 @@ def head_mean(
     metric, token, inside, head_stride, token_stride, first,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Channels first.. of the mean over heads, times a power of two: (ROWS, BLOCK_C) float32."""
+    """Return channels first.. of the mean over heads, times a power of two: (ROWS, BLOCK_C) float32."""
     channel = first + tl.arange(0, BLOCK_C)
     mask = inside[:, None]
     if C % BLOCK_C:
@@ -41,13 +41,15 @@ def head_mean(
 
 @triton.jit
 def _peak(m):
-    """Bits of the largest magnitude of each row: (ROWS,) int32; at least INFINITE if the row is not finite."""
+    """Return the bits of the largest magnitude of each row: (ROWS,) int32; at least INFINITE if the row is not
+    finite."""
     return tl.max(m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
 def _scaled(m, peak, SHIFT: tl.constexpr):
-    """Rows scaled by the power of two that brings their peak to 2^SHIFT; exact, so cos keeps every bit. Bad rows: 0."""
+    """Return rows scaled by the power of two that brings their peak to 2^SHIFT; exact, so cos keeps every bit. Bad
+    rows: 0."""
     exponent = tl.minimum(tl.maximum(254 + SHIFT - (peak >> 23), 1), 254)
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     return tl.where((peak < INFINITE)[:, None], m * scale[:, None], 0.0)
@@ -55,7 +57,7 @@ def _scaled(m, peak, SHIFT: tl.constexpr):
 
 @triton.jit
 def _inverse_norm(squares):
-    """1 / |m|, and 0 for a zero row, whose similarity to everything is 0."""
+    """Return 1 / |m|, and 0 for a zero row, whose similarity to everything is 0."""
     # scaled rows have squares in [1, 4·C·2^(2·SHIFT)], so that one Newton step on the 2^-22 of the hardware's rsqrt is
     # good to the last bit or two; exact division and root would cost registers for cases that can't occur
     safe = tl.where(squares > 0, squares, 1.0)
@@ -66,13 +68,14 @@ def _inverse_norm(squares):
 
 @triton.jit
 def _halves(m):
-    """The even and the odd channels of (ROWS, K): (ROWS, K/2) each; neighbours share a thread, so nothing moves."""
+    """Return the even and the odd channels of (ROWS, K): (ROWS, K/2) each; neighbours share a thread, so nothing
+    moves."""
     return tl.split(tl.reshape(m, (m.shape[0], m.shape[1] // 2, 2)))
 
 
 @triton.jit
 def _dot_half(u, v, score):
-    """score + u vᵀ of at most 32 channels."""
+    """Return score + u vᵀ of at most 32 channels."""
     if u.shape[1] > 16:
         u_even, u_odd = _halves(u)
         v_even, v_odd = _halves(v)
@@ -85,7 +88,7 @@ def _dot_half(u, v, score):
 
 @triton.jit
 def _dot_float32(u, v, score):
-    """score + u vᵀ of at most 64 channels by float32 FMAs, 16 at a time: a thread holds them all."""
+    """Return score + u vᵀ of at most 64 channels by float32 FMAs, 16 at a time: a thread holds them all."""
     if u.shape[1] > 32:
         u_even, u_odd = _halves(u)
         v_even, v_odd = _halves(v)
@@ -98,7 +101,7 @@ def _dot_float32(u, v, score):
 
 @triton.jit
 def _thirds(m, TYPE: tl.constexpr):
-    """float32 as a sum of three bfloat16: 3 × 8 bits are the 24 of float32, nothing is lost."""
+    """Return float32 as a sum of three bfloat16: 3 × 8 bits are the 24 of float32, nothing is lost."""
     high = m.to(tl.bfloat16)
     rest = m - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -108,8 +111,8 @@ def _thirds(m, TYPE: tl.constexpr):
 
 @triton.jit
 def _dot_thirds(u, v, score, TYPE: tl.constexpr):
-    """score + u vᵀ on tensor cores. A product of two bfloat16 is exact; the three products left out are below 2^-25 of
-    the whole, less than the rounding of a float32 product."""
+    """Return score + u vᵀ on tensor cores. A product of two bfloat16 is exact; the three products left out are below
+    2^-25 of the whole, less than the rounding of a float32 product."""
     u1, u2, u3 = _thirds(u, TYPE)
     v1, v2, v3 = _thirds(v, TYPE)
     v1 = tl.trans(v1)
@@ -124,7 +127,7 @@ def _dot_thirds(u, v, score, TYPE: tl.constexpr):
 
 @triton.jit
 def _dot(u, v, score, PRODUCT: tl.constexpr, TYPE: tl.constexpr):
-    """score + u vᵀ of float32 rows, every product exact or rounded to float32, summed in float32; never tf32."""
+    """Return score + u vᵀ of float32 rows, every product exact or rounded to float32, summed in float32; never tf32."""
     if PRODUCT == "thirds":
         score = _dot_thirds(u, v, score, TYPE)
     elif PRODUCT == "narrow":  # rows of 16-bit numbers scaled by powers of two: still exact in their own type
@@ -141,7 +144,8 @@ def _row_peak(
     metric, token, inside, head_stride, token_stride,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The pre-pass over rows that are longer than BLOCK_C; the second reading comes from the cache."""
+    """Return the peaks of rows that are longer than BLOCK_C, in a pass before; the second reading comes from the
+    cache."""
     peak = tl.zeros(token.shape, tl.int32)
     for first in range(0, C, BLOCK_C):
         m = head_mean(metric, token, inside, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
@@ -151,7 +155,8 @@ def _row_peak(
 
 @triton.jit
 def token_of(order, first, place, inside):
-    """The tokens at these places of a set: every other one from ``first`` on, or what ``order`` holds from there on."""
+    """Return the tokens at these places of a set: every other one from ``first`` on, or what ``order`` holds from there
+    on."""
     return first + 2 * place if order is None else tl.load(order + first + place, mask=inside, other=0)
 
 
@@ -161,7 +166,8 @@ def nearest(
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What sources a propose: best similarity (BLOCK_A,) float32 and its target (BLOCK_A,) int32, lowest on a tie."""
+    """Return what sources a propose: best similarity (BLOCK_A,) float32 and its target (BLOCK_A,) int32, lowest on a
+    tie."""
     WHOLE: tl.constexpr = BLOCK_C >= C
     inside_a = a < sources
     token_a = token_of(order, first_a, a, inside_a)

@@ -26,7 +26,8 @@ def sdpa(
     prefix_v: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Attention by ``F.scaled_dot_product_attention``: the prefix concatenated, the sizes as an additive mask."""
+    """Compute attention by ``F.scaled_dot_product_attention``: the prefix concatenated, the sizes as an additive
+    mask."""
     k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
     bias = log_size_bias(size, k)
     if bias is not None and q.device.type != "cpu":
@@ -45,7 +46,7 @@ def _autocasts(device: str) -> bool:
 
 
 def _has_autocast(device: str) -> bool:
-    """Whether autocast exists on such a device; elsewhere ``torch.is_autocast_enabled`` raises."""
+    """Return whether autocast exists on such a device; elsewhere ``torch.is_autocast_enabled`` raises."""
     return torch.amp.is_autocast_available(device)
 
 
@@ -59,14 +60,15 @@ def default_scale(q: Tensor) -> float:
 
 
 def limit(q: Tensor, k: Tensor, prefix_k: Tensor | None) -> str | None:
-    """Why the Triton kernels can't take tensors of this shape, or None."""
+    """Return why the Triton kernels can't take tensors of this shape, or None."""
     return dispatch.triton.unsupported_attention(
         k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]), q.shape[3]
     )
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
-    """Under autocast what ``F.scaled_dot_product_attention`` would cast its arguments to; else the tensors as given."""
+    """Return, under autocast, what ``F.scaled_dot_product_attention`` would cast its arguments to; else the tensors as
+    given."""
     device = next(t for t in tensors if t is not None).device.type
     if not _autocasts(device):
         return list(tensors)

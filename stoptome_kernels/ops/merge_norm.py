@@ -30,12 +30,12 @@ def check_merge_norm(
 
 
 def stream_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
-    """The dtype of x + residual: under autocast x is float32 and what a layer adds to it is not."""
+    """Return the dtype of x + residual: under autocast x is float32 and what a layer adds to it is not."""
     return torch.promote_types(x.dtype, residual.dtype)
 
 
 def dispatch_tensor(x: Tensor, residual: Tensor) -> Tensor:
-    """The one of the two that decides which backends can run."""
+    """Return the one of the two that decides which backends can run."""
     return residual if residual.dtype == torch.float64 else x
 
 
@@ -89,8 +89,8 @@ define(
 
 
 def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last axis, in y's dtype; computed in float32 (float64 for float64) where it is given different
-    dtypes, as PyTorch's own is in any case."""
+    """Compute LayerNorm over the last axis, in y's dtype; computed in float32 (float64 for float64) where it is given
+    different dtypes, as PyTorch's own is in any case."""
     rows = y
     if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
         wide = _accumulator_dtype(y.dtype)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What any patch of a model needs: other classes for its modules, reasons to refuse one, a trial before."""
+"""The parts that any patch of a model needs: other classes for its modules, reasons to refuse one, a trial before."""

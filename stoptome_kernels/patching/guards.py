@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the weights of a module may be read in place of a call, and modules without what others put on them.
+"""Guards: what hooks, replaced forwards and sharding keep a patch from doing, and copies without them.
 
 A call of a module is more than its class's forward: hooks, a forward put on the instance (accelerate, a user's own),
 weights that are elsewhere until it is called, adapters in place of a weight. Whoever reads weights leaves all of that

@@ -38,7 +38,7 @@ class PatchedModule:
 
 
 def rebuild(mixin: type, original: type):
-    """An empty module of the patched class, for pickle."""
+    """Return an empty module of the patched class, for pickle."""
     return object.__new__(_subclass(mixin, original))
 
 
@@ -56,8 +56,8 @@ def _subclass(mixin: type, original: type) -> type:
 
 
 def _with_signature(method: FunctionType, like: FunctionType) -> FunctionType:
-    """A copy of a mixin's method with the signature of the one that it stands for, which torch.export and others ask
-    for."""
+    """Return a copy of a mixin's method with the signature of the one that it stands for, which torch.export and others
+    ask for."""
     new = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
     new.__kwdefaults__, new.__qualname__, new.__module__ = method.__kwdefaults__, method.__qualname__, method.__module__
     new.__doc__ = method.__doc__ or like.__doc__
@@ -66,7 +66,7 @@ def _with_signature(method: FunctionType, like: FunctionType) -> FunctionType:
 
 
 def original_class(module: Any) -> type:
-    """A module's class before it was patched."""
+    """Return a module's class before it was patched."""
     if isinstance(module, PatchedModule):
         return module.tome_parts[1]
     # fully_shard, too, gives a module a subclass of its own class; that it came too early is said later, by its name
@@ -82,7 +82,7 @@ def patch_class(module: nn.Module, mixin: type) -> None:
 
 
 def patched_modules(root: nn.Module) -> list[Any]:
-    """All patched modules in a module, itself included, wherever wrappers have put them."""
+    """Return all patched modules in a module, itself included, wherever wrappers have put them."""
     return [module for module in root.modules() if isinstance(module, PatchedModule)]
 
 

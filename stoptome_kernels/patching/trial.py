@@ -30,8 +30,8 @@ def check_blocks_match(
     elsewhere (on meta) is not tried.
 
     Args:
-        blocks: of a tower, by number, patched or not yet.
-        shape: of the tokens.
+        blocks: blocks of a tower by number, patched or not yet.
+        shape: shape of the random tokens.
         theirs: ``theirs(copy, x)``, what the block computes by itself; None: it can't be said.
         ours: ``ours(copy, x)``.
 

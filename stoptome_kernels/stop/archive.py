@@ -50,7 +50,7 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
     ``torch.serialization.set_crc32_options(False)``.
 
     Args:
-        path: of the file.
+        path: path of the file.
         mmap: tensors stay in the file until they are used, where it is an archive.
 
     Raises:

@@ -65,7 +65,7 @@ class StopModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """CLIP's initialisation of the text tower (Radford et al., 2021)."""
+        """Initialise the text tower as CLIP does (Radford et al., 2021)."""
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -251,5 +251,5 @@ class StopModel(nn.Module):
 
 
 def layer_norm_at(norm: LayerNorm, x: Tensor, place: Tensor) -> Tensor:
-    """LayerNorm of one token of each row: ``(B, L, D), (B,) → (B, D)``."""
+    """Apply LayerNorm to one token of each row: ``(B, L, D), (B,) → (B, D)``."""
     return norm(x[torch.arange(x.shape[0], device=x.device), place])

@@ -71,7 +71,7 @@ class Interpreter:
     # -- what subclasses give a meaning -------------------------------------------------------------------------------
 
     def knows(self, name: str) -> bool:
-        """Whether "module name" may be named at all."""
+        """Return whether "module name" may be named at all."""
         return False
 
     def call(self, name: str, arguments: tuple) -> Any:

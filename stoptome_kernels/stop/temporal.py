@@ -32,7 +32,7 @@ class _PReLU(nn.PReLU):
 
 
 class Prompted(NamedTuple):
-    """What the pixels tell: the frames with their prompt added, and which cells are salient, (B, T, 7, 7) bool."""
+    """The frames with their prompt added, and which cells are salient, (B, T, 7, 7) bool."""
 
     frames: Tensor
     salient: Tensor
@@ -58,7 +58,7 @@ class TemporalPrompt(nn.Module):
         self.Cal_Net_Inter = _Conv(1, 1, frames)
 
     def forward(self, video: Tensor) -> Prompted:
-        """``video (B, T, 3, 224, 224)`` with its prompt added, and the salient cells."""
+        """Return ``video (B, T, 3, 224, 224)`` with its prompt added, and the salient cells."""
         channels_first = video.transpose(1, 2)
         pattern = self.dropout1(self.Conv(channels_first))
         pattern = self.dropout2(self.MLP(pattern.movedim(1, -1))).movedim(-1, 2)
@@ -75,11 +75,11 @@ class TemporalPrompt(nn.Module):
         return score > threshold[..., None, None]
 
     def between_frames(self, tokens: Tensor, salient: Tensor) -> Tensor:
-        """The prompts that all layers add to their own: ``(B, T·4, 768)``.
+        """Return the prompts that all layers add to their own: ``(B, T·4, 768)``.
 
         Args:
             tokens: ``(B, T, 50, 768)`` behind ``ln_pre``, class token first.
-            salient: of ``forward``.
+            salient: salient cells, as ``forward`` returns them.
 
         The weights of the frames are scaled by the smallest and the largest of the batch: as upstream, a video's
         features depend a little on the videos beside it.

@@ -43,7 +43,7 @@ class VisualTransformer(nn.Module):
         self.reset_merging()
 
     def forward(self, video: Tensor, deep_prompts: Tensor) -> Tensor:
-        """The projected global prompts, then the class token of each frame: ``(B, G + T, E)``.
+        """Return the projected global prompts, then the class token of each frame: ``(B, G + T, E)``.
 
         Args:
             video: ``(B, T, 3, H, W)``, normalised as CLIP wants it.
@@ -74,11 +74,11 @@ class VisualTransformer(nn.Module):
         self.tome = VideoMergeState(off, off.schedule(c.layers, protected + c.patches, c.frames, protected, c.width))
 
     def extra_repr(self) -> str:
-        """With what is merged, once that was asked for."""
+        """Describe the module, with what is merged once that was asked for."""
         return self.tome.describe("visual").line if self.tome.family else ""
 
     def _embed(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W) → (N, 1 + n, D)``: class token and patches with their positions."""
+        """Map ``(N, 3, H, W) → (N, 1 + n, D)``: class token and patches with their positions."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding.to(patches.dtype))

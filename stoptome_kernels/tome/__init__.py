@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What merging is for any model: settings, schedules, traces, descriptions."""
+"""The parts of merging that any model has: settings, schedules, traces, descriptions."""
 
 from .config import ToMeConfig, add_tome_args
 from .report import Description

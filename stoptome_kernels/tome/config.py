@@ -116,7 +116,7 @@ class ToMeConfig:
         )  # fmt: skip
 
     def _example_schedule(self) -> Schedule:
-        """The schedule of a stack just high enough, of frames and videos large enough for these numbers."""
+        """Return the schedule of a stack just high enough, of frames and videos large enough for these numbers."""
         at = [layer + 1 for layer in self.merge_layers]
         layers = max([1, len(self.tome_r) if isinstance(self.tome_r, tuple) else 1, *at])
         frames = math.prod(n for n in self.merge_frame_nums if n > 0)
@@ -211,7 +211,7 @@ def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _parse_dashed(text: str, name: str) -> tuple:
-    """Numbers with dashes between them, ``3-6-9``; an empty string is none."""
+    """Return numbers with dashes between them, ``3-6-9``; an empty string is none."""
     try:
         numbers = [float(part) for part in text.split("-")] if text.strip() else []
         return tuple(int(number) if number == int(number) else number for number in numbers)

@@ -107,7 +107,7 @@ def warn_capped(asked: Sequence[int | None], schedule: Schedule, proportions: Se
 
     Args:
         asked: tokens to merge in each layer; None where a share is asked for.
-        schedule: what is carried out.
+        schedule: schedule that is carried out.
         proportions: the shares asked for in per cent, between joined items and within one; empty if nothing is joined.
     """
     counted = [(layer, r, step.r) for layer, (r, step) in enumerate(zip(asked, schedule.steps, strict=True)) if r]

@@ -52,7 +52,7 @@ def parse_r(tome_r: Rate, layers: int) -> tuple[int, ...]:
 
 
 def as_rate(tome_r: Any) -> int | tuple[int, float] | Rates:
-    """``tome_r`` of ``parse_r`` in Python's own numbers; what is no pair is marked as ``Rates``.
+    """Return ``tome_r`` of ``parse_r`` in Python's own numbers; what is no pair is marked as ``Rates``.
 
     Raises:
         TypeError, ValueError: as ``parse_r``, but for the number of layers.
@@ -73,7 +73,7 @@ def as_rate(tome_r: Any) -> int | tuple[int, float] | Rates:
 
 
 def _is_list(value: object) -> bool:
-    """A sequence, or an array of NumPy with one axis, which is none by its type."""
+    """Return whether a value is a sequence, or an array of NumPy with one axis, which is none by its type."""
     if isinstance(value, (str, bytes, Tensor)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", None) == 1
@@ -86,17 +86,17 @@ def _linear(r: int, inflection: float, layers: int) -> tuple[int, ...]:
 
 
 def as_integers(values: Iterable[int], name: str, what: str) -> tuple[int, ...]:
-    """Numbers of a setting as Python's ints; the error of a wrong one says which."""
+    """Return the numbers of a setting as Python's ints; the error of a wrong one says which."""
     return tuple(checks.integer(value, f"{name}[{i}]", what) for i, value in enumerate(values))
 
 
 def as_proportions(values: Iterable[float]) -> tuple[float, ...]:
-    """``merge_token_proportions`` as Python's ints and floats."""
+    """Return ``merge_token_proportions`` as Python's ints and floats."""
     return tuple(_real(value, f"merge_token_proportions[{i}]", "per cent") for i, value in enumerate(values))
 
 
 def _real(value: object, name: str, what: str) -> float:
-    """``value`` as an int, if it is one, or as a float."""
+    """Return ``value`` as an int, if it is one, or as a float."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return checks.integer(value, name, what)
     number = checks.number(value, name, what)
@@ -224,7 +224,8 @@ class Schedule:
 
 
 def _flops(attended: int, tokens: int, width: int) -> int:
-    """Of one item in one layer: QKV 6·D², projection 2·D², scores and values 4·T·D a token; MLP 16·D² a token."""
+    """Return the FLOPs of one item in one layer: QKV 6·D², projection 2·D², scores and values 4·T·D a token; MLP 16·D²
+    a token."""
     return attended * (8 * width * width + 4 * attended * width) + tokens * 16 * width * width
 
 

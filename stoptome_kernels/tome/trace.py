@@ -71,7 +71,8 @@ class Trace:
 
 
 def is_torch_exporting() -> bool:
-    """An exported graph has no values that could be kept. Constant in a traced graph, see docs/dev/architecture.md."""
+    """Return whether torch.export captures the program: its graph has no values that could be kept. Constant in a
+    traced graph, see docs/dev/architecture.md."""
     # in torch 2.6 the flag alone, which torch.export sets
     asked = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
     if asked():

@@ -71,7 +71,8 @@ def join_adjacent(x: Tensor, count: int, segments: tuple[int, ...]) -> Tensor:
 
 
 def project_qkv(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Of q, k, v (0, 1, 2) those from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one projection."""
+    """Return those of q, k, v (0, 1, 2) from ``first`` up to ``last``, each ``(N, H, L, d)``: views of one
+    projection."""
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     up = getattr(attn, "TVPt_LoRA_b", None)  # TempMe adds the product of two narrow matrices to the weight
     if last - first < 3:  # a slice of everything would cost a copy of the weight's gradient
@@ -94,7 +95,7 @@ def _summed(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def project_qkv_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and the mean over heads of the keys ``(N, L, d)``, from one projection.
+    """Return q, k, v and the mean over heads of the keys ``(N, L, d)``, from one projection.
 
     The mean is linear in x: it is the keys' projection with the mean over heads of its rows, d more columns of the
     product (2.8 % at width 768) in place of a pass over all keys.
@@ -114,7 +115,7 @@ def project_qkv_and_metric(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _metric_columns_cheaper(attn: Any, x: Tensor) -> bool:
-    """Whether reading the keys for the matching costs more than making d more columns.
+    """Return whether reading the keys for the matching costs more than making d more columns.
 
     On a GPU, where the product is not what bounds a block, once the keys are several times the weights that have to be
     copied for it; not in training, where the gradient of a part of the product costs a pass of its own.
@@ -123,12 +124,12 @@ def _metric_columns_cheaper(attn: Any, x: Tensor) -> bool:
 
 
 def _project(attn: Any, heads: Tensor) -> Tensor:
-    """``(N, H, L, d) → (N, L, D)``."""
+    """Map ``(N, H, L, d) → (N, L, D)``."""
     return attn.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def feed_forward(block: Any, x: Tensor, normed: Tensor) -> Tensor:
-    """``x + mlp(normed)``, and STOP's low-rank branch on x itself where the block has one.
+    """Return ``x + mlp(normed)``, and STOP's low-rank branch on x itself where the block has one.
 
     For ``mlp = c_proj(QuickGELU(c_fc))`` the activation is one SiLU, scaled inside the sums that are there anyway: two
     passes less over the widest tensor. Anything else in it (adapters, dropout, hooks) is called as it is.
@@ -153,7 +154,7 @@ def _is_quick_gelu(block: Any) -> bool:
 
 
 def _is_low_rank(branch: Any) -> bool:
-    """Whether the branch is one whose gate alone has to be read: its dtype may differ from the others'."""
+    """Return whether the branch is one whose gate alone has to be read: its dtype may differ from the others'."""
     if type(branch) is not nn.Sequential or len(branch) != 3:
         return False
     return type(branch[1]) is nn.PReLU and may_read_weights(branch, branch[1])
@@ -187,12 +188,12 @@ def run_block(
     is_last: bool = False,
     trace: bool = False,
 ) -> tuple[VideoTokens, BlockPlans]:
-    """One block: join items, attention inside each item and of the global prompts over the video, merging, MLP.
+    """Run one block: join items, attention inside each item and of the global prompts over the video, merging, MLP.
 
     Args:
         block: see the module's docstring.
-        stream: what the layer before gave.
-        step: of the schedule.
+        stream: tokens from the layer before.
+        step: step of the schedule.
         prop_attn: keys count as often as the tokens that they stand for.
         inline_prompts: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
         frame_prompts: ``(B, T, P, D)``, the prompts of this layer that stand outside of it: keys and values alone.
@@ -275,12 +276,12 @@ def run_stack(
     trace: bool = False,
     checkpointing: bool = False,
 ) -> tuple[VideoTokens, tuple[BlockPlans, ...]]:
-    """All blocks of a tower, each called as ``block(stream, step, ...)`` so that hooks and wrappers on it work.
+    """Run all blocks of a tower, each called as ``block(stream, step, ...)`` so that hooks and wrappers on it work.
 
     Args:
         blocks: whose forward is ``run_block``; ``tome_frame_embedding`` is read where a block has one.
-        stream: what stands before the first block, without frame prompts.
-        schedule: of as many steps as there are blocks.
+        stream: tokens before the first block, without frame prompts.
+        schedule: schedule with as many steps as there are blocks.
         prop_attn, trace: see ``run_block``.
         frame_prompts: ``(layers, B, T, P, D)``, the deep prompts of each layer.
         return_all_tokens: whether all tokens are wanted after the last layer, not class tokens and global prompts
@@ -341,7 +342,7 @@ def _join_items(
 
 
 def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -> Tensor | None:
-    """What stands outside of the items, normalised: ``(B, G + T·P, D)``."""
+    """Return what stands outside of the items, normalised: ``(B, G + T·P, D)``."""
     rows = [] if prompts is None else [prompts]
     if frame_prompts is not None:
         rows.append(frame_prompts.flatten(1, 2))
@@ -349,7 +350,8 @@ def _context(block: Any, prompts: Tensor | None, frame_prompts: Tensor | None) -
 
 
 def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:
-    """Keys or values of the global prompts and of each item's own: ``(B, H, G + T·P, d) → (B·I, H, G + F·P, d)``."""
+    """Return keys or values of the global prompts and of each item's own: ``(B, H, G + T·P, d) → (B·I, H, G + F·P,
+    d)``."""
     prefix = prefix.transpose(1, 2)  # (B, G + T·P, H, d)
     own = prefix[:, globals_:].unflatten(1, (items, -1))
     shared = prefix[:, None, :globals_].expand(-1, items, -1, -1, -1)
@@ -357,6 +359,6 @@ def _per_item(prefix: Tensor, globals_: int, items: int) -> Tensor:
 
 
 def _per_video(part: Tensor, batch: int) -> Tensor:
-    """``(B·I, H, L, d) → (B, H, I·L, d)``, a view."""
+    """Map ``(B·I, H, L, d) → (B, H, I·L, d)``, a view."""
     rows = part.transpose(1, 2)  # (B·I, L, H, d)
     return rows.unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)

@@ -40,7 +40,7 @@ def apply(
 
     Args:
         model: the model, its CLIP, or the tower.
-        settings: what to merge.
+        settings: settings of token merging.
         scheduled: whether the user asked for a schedule; TempMe's model merges by its own otherwise.
         own_prop_attn: whether TempMe's model decides on proportional attention.
         frames: number of frames of a video, where the model doesn't define it.
@@ -124,7 +124,7 @@ def remove_additions(model: nn.Module) -> None:
 
 
 def _check_frame_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
-    """A parameter that comes or goes after the wrapping would not be kept the same in all processes."""
+    """Raise if a parameter comes or goes after DistributedDataParallel, which would not keep it the same everywhere."""
     parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in tower.around)
     changes = any(
         (_frame_embedding(block) is None) == bool(wanted and n) for block, n in zip(tower.blocks, rows, strict=True)

@@ -18,11 +18,11 @@ from .trace import compose_trace
 
 
 class VideoMergeState:
-    """What a visual tower is to merge. Nothing of a forward is kept in it but the plans, if a trace was asked for.
+    """The settings of a visual tower. Nothing of a forward is kept in it but the plans, if a trace was asked for.
 
     Attributes:
         config: the settings.
-        schedule: what they mean for this tower.
+        schedule: schedule of this tower by those settings.
         video: the same with all frames of a video, for the trace; ``schedule`` may be for frames one by one.
         family: class and library of the tower; empty: nobody asked for merging.
         protected: class token and prompts of a frame.
@@ -120,7 +120,7 @@ class VideoMergeState:
             self._last = plans, schedule, batch, prompts
 
     def trace(self) -> Trace:
-        """The source map of the last forward.
+        """Return the source map of the last forward.
 
         Raises:
             RuntimeError: none is kept, or nothing has run yet.

@@ -63,13 +63,13 @@ class TempMeTokens(NamedTuple):
 
 
 class TempMeMergeState(VideoMergeState):
-    """What TempMe's tower is to merge.
+    """The settings of TempMe's tower.
 
     Attributes:
         config: the settings; of those for the schedule only if there is one.
-        schedule: of the user's; None: blocks do what the model tells them.
+        schedule: the user's schedule; None: blocks do what the model tells them.
         counts: the model's ``_tome_info``.
-        frames: of a video; None: as ``counts`` says when a forward begins.
+        frames: number of frames of a video; None: as ``counts`` says when a forward begins.
         layers: blocks of the tower.
         made_counts: ``counts`` came with the patch, and go with it.
     """
@@ -177,7 +177,7 @@ def _unpack_input(x: Any, place: TempMeBlockContext) -> TempMeTokens:
 
 
 def _parse_call(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos: int = 0):
-    """What the model tells a block: items to join, tokens to merge between and within them, embedding to add."""
+    """Return what the model tells a block: items to join, tokens to merge between and within them, embedding to add."""
     embedding = tempme_embedding(block) if frame_pos else None
     if frame_pos and embedding is None:
         raise ValueError(
@@ -204,13 +204,13 @@ def _pack_output(
 
 
 def embedding_of(block: Any) -> nn.Parameter | None:
-    """The embedding that a block adds by a schedule of the user's: the model's own, else the patch's."""
+    """Return the embedding that a block adds by a schedule of the user's: the model's own, else the patch's."""
     own = tempme_embedding(block)
     return getattr(block, "tome_frame_embedding", None) if own is None else own
 
 
 def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
-    """Of the items that each block joins, those that it has no embedding of the model's own for.
+    """Return, of the items that each block joins, those that it has no embedding of the model's own for.
 
     Raises:
         ValueError: it has one for another number of items.
@@ -255,7 +255,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def find_clip(tower: Tower) -> Any:
-    """TempMe's CLIP, which keeps the counts of a forward.
+    """Return TempMe's CLIP, which keeps the counts of a forward.
 
     Raises:
         ValueError: the tower was given alone.
@@ -270,12 +270,12 @@ def find_clip(tower: Tower) -> Any:
 
 
 def model_prop_attn(tower: Tower) -> bool:
-    """Whether the model itself wants proportional attention; a CLIP alone does not say."""
+    """Return whether the model itself wants proportional attention; a CLIP alone does not say."""
     return all(module.__dict__.get("tome_propattn", True) for module in tower.around)
 
 
 def _has_tempme_patch(block: nn.Module) -> bool:
-    """Whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
+    """Return whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
     taken = inspect.signature(original_class(block).forward).parameters  # type: ignore[attr-defined]
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 

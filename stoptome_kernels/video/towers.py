@@ -21,12 +21,12 @@ class Tower(NamedTuple):
         kind: ``own`` (``StopModel``), ``prompted`` (upstream's STOP and DGL), ``sequence`` (CLIP4Clip, CLIP),
             ``tempme``.
         runner: the module that calls the blocks.
-        blocks: from first to last.
+        blocks: blocks from first to last.
         around: all modules from the model down to the runner.
-        tokens: of a frame: class token, prompts, patches.
+        tokens: number of tokens of a frame: class token, prompts, patches.
         protected: class token and prompts of a frame.
-        frames: of a video; None where the model does not say.
-        width: of a token.
+        frames: number of frames of a video; None where the model does not say.
+        width: embedding dimension.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Tower(NamedTuple):
 
 
 def find_tower(model: nn.Module) -> Tower:
-    """The visual tower of a model.
+    """Return the visual tower of a model.
 
     Args:
         model: the whole model, its CLIP, or the tower; perhaps wrapped by DistributedDataParallel or torch.compile.
@@ -99,7 +99,7 @@ def find_tower(model: nn.Module) -> Tower:
 
 
 def tempme_embedding(block: Any) -> Any:
-    """TempMe's learnt embedding of the items that a block joins, ``(1, items, 1, D)``; None if it has none."""
+    """Return TempMe's learnt embedding of the items that a block joins, ``(1, items, 1, D)``; None if it has none."""
     return getattr(block, "TVPt_Video_Positional_embedding", None)
 
 
@@ -164,7 +164,7 @@ def _check_attention(attn: Any, what: str) -> None:
 
 
 def _check_low_rank(attn: Any, what: str) -> None:
-    """TempMe's attention: CLIP's projection, and two narrow matrices whose product is added to its weight."""
+    """Check TempMe's attention: CLIP's projection, and two narrow matrices whose product is added to its weight."""
     shapes = {name: tuple(weight.shape) for name, weight in attn.named_parameters()}
     width, rank = shapes.get("out_proj.weight", (0,))[0], shapes.get("TVPt_LoRA_a", (0,))[0]
     right = {

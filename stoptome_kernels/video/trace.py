@@ -15,11 +15,11 @@ from .blocks import BlockPlans
 def compose_trace(
     plans: tuple[BlockPlans, ...], schedule: Schedule, batch: int, prompts: int, inline_prompts: bool
 ) -> Trace:
-    """The trace of a stack from what its blocks merged.
+    """Return the trace of a stack from what its blocks merged.
 
     Args:
-        plans: of each block.
-        schedule: by which they ran.
+        plans: plans of each block.
+        schedule: schedule by which the blocks ran.
         batch: videos B.
         prompts: frame prompts P of each frame.
         inline_prompts: the plans index the prompts too (otherwise they index class tokens and patches alone).
@@ -46,7 +46,7 @@ def compose_trace(
 
 
 def _join_places(place: Tensor, length: int, classes: int, carried: int, count: int) -> Tensor:
-    """Where tokens go when ``count`` adjacent items become one: part by part, see ``blocks.join_adjacent``."""
+    """Return where tokens go when ``count`` adjacent items become one: part by part, see ``blocks.join_adjacent``."""
     item, local = place // length, place % length
     start = 0
     out = local

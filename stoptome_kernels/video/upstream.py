@@ -39,8 +39,8 @@ class PromptedTower(PatchedModule):
     """The visual tower of STOP and DGL, whose ``forward_deep_prompt`` runs the blocks one by one."""
 
     def forward_deep_prompt(self, x: Tensor, unified_visual_prompt: Tensor) -> Tensor:
-        """``x (G + (1 + P + n)·T, B, D)``, tokens of all frames side by side → ``(G + T, B, D)``: the global prompts
-        and the class token of each frame, which is all that ``encode_image`` reads."""
+        """Map ``x (G + (1 + P + n)·T, B, D)``, tokens of all frames side by side → ``(G + T, B, D)``: the global
+        prompts and the class token of each frame, which is all that ``encode_image`` reads."""
         tome: VideoMergeState = self.tome  # type: ignore[attr-defined]
         shared, frames = self.num_tokens, self.video_frames  # type: ignore[attr-defined]
         batch, width = x.shape[1:]
@@ -159,7 +159,7 @@ def check_runner(tower: Tower) -> None:
 
 
 def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
-    """A shallow copy of a module with other children under these names."""
+    """Return a shallow copy of a module with other children under these names."""
     twin: Any = copy.copy(module)
     twin.__dict__["_modules"] = module._modules | children
     return twin

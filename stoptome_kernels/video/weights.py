@@ -22,14 +22,14 @@ class WeightReadingBlock(PatchedModule):
     """A block of upstream's kind, whose attention's weights are read.
 
     Attributes:
-        tome_classes: of the parts whose weights are read, see ``part_classes``.
-        tome_step: what it does by a schedule, for whoever prints the model; not there by the model's own.
+        tome_classes: classes of the parts whose weights are read, see ``part_classes``.
+        tome_step: step of a schedule, shown when the model is printed; absent with the model's own schedule.
     """
 
     tome_classes: tuple[type, ...]
 
     def extra_repr(self) -> str:
-        """With what the block joins and merges."""
+        """Describe the module, with what the block joins and merges."""
         own, step = super().extra_repr(), self.__dict__.get("tome_step")  # type: ignore[misc]
         joins = f"tome_join={step.join}, tome_inter={step.inter}" if step is not None and step.join > 1 else ""
         merges = "" if step is None else f"tome_r={step.r}"
@@ -66,7 +66,8 @@ def _is_layer_norm(norm: nn.LayerNorm) -> bool:
 
 
 def reads_norm_weights(block: Any, norm: Any) -> bool:
-    """Whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on it."""
+    """Return whether a norm's weights are read: it is of the class that was tried out, or torch's, and nothing is on
+    it."""
     if type(norm) is not nn.LayerNorm and (
         type(norm) not in block.tome_classes or (isinstance(block, PatchedModule) and _has_state(norm))
     ):
@@ -75,7 +76,7 @@ def reads_norm_weights(block: Any, norm: Any) -> bool:
 
 
 def _has_state(norm: Any) -> bool:
-    """Whether a norm of somebody's own keeps something in itself, which may change what it computes."""
+    """Return whether a norm of somebody's own keeps something in itself, which may change what it computes."""
     if torch.compiler.is_compiling() and _OLD:
         return True  # it can't be asked there, and is called
     return bool(norm.__dict__.keys() - _NORM)

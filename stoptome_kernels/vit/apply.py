@@ -26,7 +26,7 @@ def apply(vit: VisionTower, config: ToMeConfig, unmerge: bool, protected: int | 
     """Patch the blocks of a vision transformer.
 
     Args:
-        vit: what to patch; patched already, it gets the new settings.
+        vit: vision transformer to patch; patched already, it gets the new settings.
         config: the settings, without clip merging.
         unmerge: give all tokens back behind the last block, whoever reads them.
         protected: leading tokens that are never merged, where the model doesn't say; None for its own or the guess.

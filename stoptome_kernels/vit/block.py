@@ -37,15 +37,15 @@ class BlockMixin(PatchedModule):
         return layer.pack_output(self.tome_forward(tokens, *args, **options))
 
     def tome_forward(self, tokens: Tokens, *args, **options) -> Tokens:
-        """The block's work on merged tokens: attention, merging, MLP."""
+        """Do the block's work on merged tokens: attention, merging, MLP."""
         raise NotImplementedError
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
-        """Arguments beside ``tokens`` tokens with which the block can be tried out."""
+        """Return arguments beside ``tokens`` tokens with which the block can be tried out."""
         return (), {}
 
     def extra_repr(self) -> str:
-        """With what the block merges."""
+        """Describe the module, with what the block merges."""
         own, layer = super().extra_repr(), self.__dict__.get("tome")  # type: ignore[misc]
         merges = "" if layer is None else f"tome_r={layer.merging.rates[layer.index]}"
         return ", ".join(part for part in (own, merges) if part)
@@ -136,7 +136,7 @@ class TowerMixin(PatchedModule):
             merging.dense_output = merging.user_unmerge or self.tome_needs_dense_output()
 
     def tome_needs_dense_output(self) -> bool:
-        """Whether the tower, or its caller, reads more than the class token of what its last block gives."""
+        """Return whether the tower, or its caller, reads more than the class token of what its last block gives."""
         raise NotImplementedError
 
     def tome_check_unchanged(self, blocks: Any, protected: int | None = None) -> None:
@@ -158,15 +158,15 @@ class IntermediatesMixin(TowerMixin):
     """A tower whose intermediate layers can be read, as timm's and open_clip's can."""
 
     def tome_is_checkpointing(self) -> bool:
-        """Whether the tower checkpoints its blocks."""
+        """Return whether the tower checkpoints its blocks."""
         raise NotImplementedError
 
     def tome_forward_intermediates(self, *args, **options):
-        """The class's own forward_intermediates with ``reading`` in place of the blocks."""
+        """Run the class's own forward_intermediates with ``reading`` in place of the blocks."""
         raise NotImplementedError
 
     def forward_intermediates(self, *args, **options):
-        """As before: every layer's tokens stand for themselves on the grid."""
+        """Return the intermediates as before: every layer's tokens stand for themselves on the grid."""
         if not self.tome.passes_tokens:
             return super().forward_intermediates(*args, **options)  # type: ignore[misc]
         if self.tome_is_checkpointing() and torch.is_grad_enabled():
@@ -177,7 +177,7 @@ class IntermediatesMixin(TowerMixin):
         return self.tome_forward_intermediates(*args, **options)
 
     def prune_intermediate_layers(self, *args, **options):
-        """Would leave the patch with blocks that are not there."""
+        """Refuse: the patch would be left with blocks that are not there."""
         raise RuntimeError(
             "prune_intermediate_layers does not work on a patched model: remove_tome_patch() first, prune, patch again"
         )
@@ -198,7 +198,7 @@ class Substitute:
 
 
 def reading(blocks: Iterable[Any]) -> list[Callable]:
-    """The blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
+    """Yield the blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
 
     Merged tokens go from one to the next beside the loop; what goes through the blocks, their hooks and wrappers are
     ``tokens.Tokens`` all the same.
@@ -224,7 +224,7 @@ def reading(blocks: Iterable[Any]) -> list[Callable]:
 
 
 class _Carried:
-    """What the last block gave: tokens, and the tensor that was made of them."""
+    """The output of the last block: tokens, and the tensor that was made of them."""
 
     def __init__(self):
         self.tokens: Tokens | None = None
@@ -243,7 +243,8 @@ def key_weights(block: BlockMixin, tokens: Tokens) -> Tensor | None:
 def proportional_attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Proportional attention ``(N, H, T, d) → (N, T, H·d)``; with dropout of the weights by torch's own function."""
+    """Compute proportional attention ``(N, H, T, d) → (N, T, H·d)``; with dropout of the weights by torch's own
+    function."""
     if dropout:
         mask = None if size is None else size.log()[:, None, None].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
@@ -266,7 +267,7 @@ def attend_like_library(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor,
 
 
 def _is_identity(dropout: nn.Module) -> bool:
-    """Whether calling a module on attention weights does nothing."""
+    """Return whether calling a module on attention weights does nothing."""
     kind = type(dropout)
     return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and has_no_hooks(
         dropout

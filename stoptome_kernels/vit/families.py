@@ -12,7 +12,7 @@ _FAMILIES = (timm, open_clip, torchvision, transformers, torch_encoder)
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """The vision transformer in a model; None if there is none of a library's that is known.
+    """Return the vision transformer in a model; None if there is none of a library's that is known.
 
     Raises:
         TypeError, ValueError: one that is known, with a part or setting with which its tokens can't be merged.

@@ -45,7 +45,7 @@ class MultiheadMixin(AttentionMixin):
     """``nn.MultiheadAttention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: KeyRequest, query: Tensor, *args, **options):
-        """``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""
+        """Attend: ``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""
         attn: Any = self
         inputs = {**dict(zip(("key", "value"), args, strict=False)), **options}
         key, value = (inputs.pop(name, None) for name in ("key", "value"))
@@ -67,7 +67,7 @@ class MultiheadMixin(AttentionMixin):
 def call_attention(
     block: BlockMixin, attn: Any, x: Tensor, tokens: Tokens, batch_first: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What a block's attention makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
+    """Return what a block's attention makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
     ask = KeyRequest(block, attn, tokens)
     x = x if batch_first else x.transpose(0, 1)
     out = attn(x, x, x, need_weights=False, attn_mask=ask)[0]
@@ -75,8 +75,8 @@ def call_attention(
 
 
 def packed_qkv(attn: Any, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v, each ``(N, H, T, d)``, of an in-projection whose weights are packed into one: of x, or of x and two
-    others where a hook has made keys and values of something else."""
+    """Return q, k, v, each ``(N, H, T, d)``, of an in-projection whose weights are packed into one: of x, or of x and
+    two others where a hook has made keys and values of something else."""
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     if not others:
         packed = F.linear(x, weight, bias)

@@ -73,7 +73,7 @@ class _Attention(AttentionMixin):
     """open_clip's own ``Attention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: KeyRequest, x: Tensor):
-        """``x (N, T, D)``."""
+        """Attend, with ``x (N, T, D)``."""
         attn: Any = self
         q, k, v = multihead.packed_qkv(attn, x)
         q, k = attn.ln_q(q), attn.ln_k(k)
@@ -121,7 +121,7 @@ _KINDS: dict[type, type] = {_ResidualBlock: multihead.MultiheadMixin, _CustomBlo
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """open_clip's vision transformer in a model.
+    """Return open_clip's vision transformer in a model.
 
     Raises:
         TypeError, ValueError: one with a part with which its tokens can't be merged; another model of open_clip's.
@@ -160,12 +160,13 @@ def _refuse_others(model: Any) -> None:
 
 
 def _needs_dense_output(tower: Any) -> bool:
-    """Whether more than the class token is read of what the last block gives; a class derived from the tower's may."""
+    """Return whether more than the class token is read of what the last block gives; a class derived from the tower's
+    may."""
     return _returns_patch_tokens(tower) or has_overridden_method(tower, _HOME, "forward", "_pool", "_global_pool")
 
 
 def _returns_patch_tokens(tower: Any) -> bool:
-    """Whether the tower gives all tokens to its pool or its caller."""
+    """Return whether the tower gives all tokens to its pool or its caller."""
     return tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens
 
 

@@ -23,7 +23,7 @@ _FORWARDS = os.path.join("transformers", "utils", "generic.py")  # torch.compile
 
 
 def is_recorded(module: Any, what: str) -> bool:
-    """Whether what this module gives is recorded in the present call, by the library itself.
+    """Return whether what this module gives is recorded in the present call, by the library itself.
 
     Args:
         module: a layer, for hidden_states, or an attention module, for attentions.
@@ -53,7 +53,8 @@ def remove_stale_recorders(root: nn.Module) -> None:
 
 
 def _is_recorder(forward: Any) -> bool:
-    """Whether it is a function that was put on a module, not a method (some of which come from the same file)."""
+    """Return whether it is a function that was put on a module, not a method (some of which come from the same
+    file)."""
     return isinstance(forward, FunctionType) and forward.__code__.co_filename.endswith(_FORWARDS)
 
 
@@ -79,7 +80,7 @@ class CollectingEncoder(RecordingEncoder):
 
 
 def encoder_mixin(collects: bool) -> type[RecordingEncoder] | None:
-    """What the encoder of the installed version is patched with.
+    """Return what the encoder of the installed version is patched with.
 
     Args:
         collects: it is one of those that used to collect hidden states themselves.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tower of a vision transformer is to merge, and what each of its blocks does to tokens."""
+"""The state of a patched vision transformer: settings of the tower, and the merging in each of its blocks."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _REENTRANT = (
 
 
 class TowerShape(NamedTuple):
-    """What a tower's tokens are like.
+    """The tokens of a tower.
 
     Attributes:
-        family: of its class and library, for a reader.
+        family: class and library of the tower, for a reader.
         protected: leading tokens that are never merged: class token, registers.
-        width: of a token.
-        tokens: of an image; None if that is not known before it comes.
+        width: embedding dimension.
+        tokens: number of tokens of an image; None if that is not known before it comes.
         needs_positions: whether attention asks where tokens come from (rotary embeddings).
     """
 
@@ -54,12 +54,12 @@ class TowerShape(NamedTuple):
 
 
 class VitMergeState:
-    """What a tower is to merge. Nothing of a forward is kept in it but the trace, if one was asked for.
+    """The settings of a tower. Nothing of a forward is kept in it but the trace, if one was asked for.
 
     Attributes:
         config: the settings.
         rates: tokens to merge in each block.
-        shape: of the tower.
+        shape: what the tower's tokens are like.
         dense_output: whether the last block gives every original token a row again.
         user_unmerge: whether the user wants ``dense_output``, whatever the model reads.
     """
@@ -101,7 +101,7 @@ class VitMergeState:
         return self.config.trace_source or not self.idle
 
     def schedule(self, tokens: int) -> Schedule:
-        """What is carried out on images of so many tokens."""
+        """Return what is carried out on images of so many tokens."""
         return plan_layers(list(self.rates), len(self.rates), tokens, 1, self.protected, width=self.shape.width)
 
     @property
@@ -134,7 +134,7 @@ class VitMergeState:
             self._last = layers
 
     def trace(self) -> Trace:
-        """The source map of the last forward.
+        """Return the source map of the last forward.
 
         Raises:
             RuntimeError: none is kept, or nothing has run yet.
@@ -156,8 +156,8 @@ class VitBlockContext:
     """A block's place in its tower.
 
     Attributes:
-        merging: of the tower.
-        index: of the block, from 0.
+        merging: what the tower is to merge.
+        index: number of the block, from 0.
     """
 
     merging: VitMergeState
@@ -169,7 +169,7 @@ class VitBlockContext:
         return self.index == len(self.merging.rates) - 1
 
     def unpack_input(self, x: Any) -> Tokens:
-        """What a block was given, as tokens.
+        """Return what a block was given, as tokens.
 
         Raises:
             RuntimeError: a plain tensor behind the first block, or tokens from a reentrant checkpoint.
@@ -204,7 +204,7 @@ class VitBlockContext:
             tokens: before the block's attention.
             residual: ``(N, T', D)``, what attention adds to them.
             keys: ``(N, H, T', d)`` or ``(N, T', d)``, what tokens are compared by.
-            norm: what follows in the block; None for nothing.
+            norm: module that follows in the block; None for nothing.
 
         Returns:
             The merged tokens, and ``norm`` of them (None without).
@@ -231,7 +231,7 @@ class VitBlockContext:
         return tokens.but(x=x, size=size, source=source, position=position), normed
 
     def pack_output(self, tokens: Tokens) -> Tokens | Tensor:
-        """What the block gives: tokens to the next block, a tensor to whoever follows the last."""
+        """Return what the block gives: tokens to the next block, a tensor to whoever follows the last."""
         merging = self.merging
         if merging.config.trace_source:
             source = tokens.source
@@ -246,12 +246,12 @@ class VitBlockContext:
 
 
 def cap_rate(rate: int, tokens: int, protected: int) -> int:
-    """Tokens that a layer can merge of those it was asked to: at most half of the unprotected ones."""
+    """Return how many tokens a layer can merge of those it was asked to: at most half of the unprotected ones."""
     return min(rate, (tokens - protected) // 2)
 
 
 def _follow_positions(position: Tensor | None, plan: MergePlan) -> Tensor:
-    """Where merged tokens are: where the one was into which the others were merged."""
+    """Return where merged tokens are: where the one was into which the others were merged."""
     _, odd = match_sets(plan.tokens_in, plan.protected)
     receive = torch.arange(plan.tokens_in, device=plan.dest.device)[odd]  # the last outputs, in this order
     alone = plan.members.gather(1, plan.offsets[:, : plan.tokens_out - len(receive)].long()).long()
@@ -260,7 +260,7 @@ def _follow_positions(position: Tensor | None, plan: MergePlan) -> Tensor:
 
 
 def _is_layer_norm(norm: Any) -> bool:
-    """Whether a norm's weights may be read: its call is torch's layer_norm of them, and nothing else."""
+    """Return whether a norm's weights may be read: its call is torch's layer_norm of them, and nothing else."""
     kind = type(norm)
     known = (kind.__module__, kind.__qualname__) in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
     # the class's forward may have been replaced, too

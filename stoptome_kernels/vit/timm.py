@@ -90,7 +90,7 @@ class _EvaPostNorm(_PostNorm):
 
 
 def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor | None:
-    """The embeddings that a block was given, by position or by name.
+    """Return the embeddings that a block was given, by position or by name.
 
     Raises:
         ValueError: a mask.
@@ -108,7 +108,7 @@ class _Attention(AttentionMixin):
     """``Attention``, ``AttentionRope``, ``EvaAttention``, which take ``block.KeyRequest`` for an ``attn_mask``."""
 
     def tome_attend(self, ask: KeyRequest, x: Tensor, *args, rope: Tensor | None = None, **options):
-        """``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
+        """Attend, with ``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
         attn: Any = self
         reject_other_arguments(self, args, options)
         gate = getattr(attn, "gate", None)
@@ -171,7 +171,7 @@ class _Model(IntermediatesMixin):
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """timm's vision transformer in a model."""
+    """Return timm's vision transformer in a model."""
     paths = [path for home in (_VIT, _EVA) for path in find_submodules(model, *home)]
     if not paths:
         _refuse_others(model)
@@ -201,8 +201,8 @@ def _refuse_others(model: nn.Module) -> None:
 
 
 def _needs_dense_output(tower: Any) -> bool:
-    """Whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by a
-    method of somebody else's."""
+    """Return whether more than the class token of the tower's output is read: by the pool, by the caller, or perhaps by
+    a method of somebody else's."""
     kind = original_class(tower)
     foreign = any(not getattr(kind, name).__module__.startswith("timm.") for name in _READERS if hasattr(kind, name))
     foreign = foreign or any(name in tower.__dict__ for name in _READERS)
@@ -230,7 +230,7 @@ def _mixin(block: Any) -> type[BlockMixin]:
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the attention module makes of ``x``, and the keys."""
+    """Return what the attention module makes of ``x``, and the keys."""
     ask = KeyRequest(block, block.attn, tokens)
     options = {} if rope is None else {"rope": _rope_rows(rope, tokens.position, block.tome.merging.protected)}
     return block.attn(x, attn_mask=ask, **options), ask.take(block, block.attn)
@@ -245,7 +245,7 @@ def _rotated(attn: Any, part: Tensor, rope: Tensor) -> Tensor:
 
 
 def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v, each ``(N, H, T, d)``."""
+    """Return q, k, v, each ``(N, H, T, d)``."""
     if attn.qkv is None:
         parts = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
         return tuple(
@@ -260,7 +260,7 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rope_rows(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
-    """The rows of ``([N,] [H,] patches, 2d)`` rotary embeddings that belong to the tokens."""
+    """Return the rows of ``([N,] [H,] patches, 2d)`` rotary embeddings that belong to the tokens."""
     if _ROPE_BY_IMAGE and rope.dim() == 3:  # some patches of each image were dropped
         rope = rope[:, None]
     if position is None:
@@ -274,7 +274,7 @@ def _rope_rows(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
 
 
 def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
-    """LayerScale, under either of its names."""
+    """Apply LayerScale, under either of its names."""
     module = getattr(block, f"ls{branch}", None)
     if module is not None:
         return module(x)

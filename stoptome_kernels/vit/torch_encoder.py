@@ -32,7 +32,7 @@ class _TorchBlock(BlockMixin):
     tome_batch_first = True
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):  # type: ignore[override]
-        """``src``: tokens, or ``(B, T, D)``."""
+        """Run the layer on ``src``: tokens, or ``(B, T, D)``."""
         masks = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         if not self.tome.merging.idle:
             _check(self, src, masks)
@@ -71,7 +71,7 @@ class _SequenceFirstBlock(_TorchBlock, _SequenceFirstAdapter):
     tome_batch_first = False
 
     def forward(self, src, *args, **options):  # type: ignore[override]
-        """``src``: tokens, or ``(T, B, D)``."""
+        """Run the layer on ``src``: tokens, or ``(T, B, D)``."""
         out = super().forward(src.transpose(0, 1) if isinstance(src, Tensor) else src, *args, **options)
         return out.transpose(0, 1) if isinstance(out, Tensor) else out
 
@@ -96,7 +96,7 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """Torch's encoder or encoder layer, if the model is one.
+    """Return torch's encoder or encoder layer, if the model is one.
 
     Raises:
         TypeError, ValueError: one with a part with which its tokens can't be merged.

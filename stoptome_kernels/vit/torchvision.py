@@ -47,7 +47,7 @@ def _needs_dense_output(tower: Any) -> bool:
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """torchvision's vision transformer in a model.
+    """Return torchvision's vision transformer in a model.
 
     Raises:
         TypeError, ValueError: one with a part with which its tokens can't be merged; another model of torchvision's.

@@ -20,17 +20,17 @@ class VisionTower:
 
     Attributes:
         runner: the module that calls the blocks.
-        blocks: from first to last.
-        mixins: what each block is patched with.
+        blocks: blocks from first to last.
+        mixins: class that each block is patched with.
         protected: leading tokens that are never merged: class token, registers.
         dense_output: whether the output must keep one row per original token.
-        width: of a token.
-        tokens: of an image; None if that is not known before it comes.
-        runner_mixin: what the runner is patched with; None for nothing.
+        width: embedding dimension.
+        tokens: number of tokens of an image; None if that is not known before it comes.
+        runner_mixin: class that the runner is patched with; None for none.
         needs_positions: whether attention asks where tokens come from (rotary embeddings).
         around: the modules from the model down to the runner.
         protected_is_default: whether ``protected`` is a guess, since the model does not say; the user may.
-        attentions: of each block the modules that are its attention, and what each is patched with.
+        attentions: for each block its attention modules, each with the class that it is patched with.
     """
 
     runner: nn.Module
@@ -48,20 +48,20 @@ class VisionTower:
 
 
 def is_instance_of(module: Any, home: str, *names: str) -> bool:
-    """Whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is imported
-    for it."""
+    """Return whether a module's class, or one that it is derived from, is ``home.name``; patched or not. Nothing is
+    imported for it."""
     return any(kind.__module__ == home and kind.__name__ in names for kind in type(module).__mro__)
 
 
 def class_path(module: Any) -> tuple[str, str]:
-    """The home and the name of a module's class before it was patched."""
+    """Return the home and the name of a module's class before it was patched."""
     kind = original_class(module)
     return kind.__module__, kind.__qualname__
 
 
 def has_overridden_method(module: Any, home: str, *methods: str) -> bool:
-    """Whether some of these methods are not those of the library's ``home``, but of a class derived from it, or put on
-    the module itself."""
+    """Return whether some of these methods are not those of the library's ``home``, but of a class derived from it, or
+    put on the module itself."""
     kind = original_class(module)
     return any(name in module.__dict__ or getattr(kind, name).__module__ != home for name in methods)
 
@@ -81,7 +81,7 @@ def check_own_method(module: Any, library: str, method: str) -> None:
 
 
 def find_submodules(model: nn.Module, home: str, *names: str) -> Iterator[tuple[nn.Module, ...]]:
-    """The paths from a model down to each module of these classes in it, outermost first."""
+    """Return the paths from a model down to each module of these classes in it, outermost first."""
 
     def walk(module: nn.Module, path: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, ...]]:
         path = (*path, module)
@@ -95,7 +95,7 @@ def find_submodules(model: nn.Module, home: str, *names: str) -> Iterator[tuple[
 
 
 def exactly_one(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
-    """The only path to a tower.
+    """Return the only path to a tower.
 
     Raises:
         ValueError: there are several.
@@ -107,7 +107,7 @@ def exactly_one(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
 
 
 def installed_below(package: str, version: tuple[int, ...]) -> bool:
-    """Whether the installed version of a library is from before ``version``; False if none is installed."""
+    """Return whether the installed version of a library is from before ``version``; False if none is installed."""
     try:
         have = importlib.metadata.version(package).split(".")[: len(version)]
     except importlib.metadata.PackageNotFoundError:

@@ -23,13 +23,13 @@ _LEAST = (5, 0)
 
 
 class Recorded(NamedTuple):
-    """What a layer gives while hidden states are recorded: the recorder takes the first of a tuple.
+    """The output of a layer while hidden states are recorded: the recorder takes the first of a tuple.
 
     Attributes:
         dense: ``(N, T, D)``, a row for each original token.
-        tokens: what the next layer works on.
+        tokens: tokens that the next layer works on.
         made: the same memory, which nobody wraps or replaces.
-        version: of ``made``, which counts what is done to it in place.
+        version: version of ``made``, which counts in-place changes.
     """
 
     dense: Tensor
@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tokens) -> Recorded:
-        """What a layer gives of these tokens."""
+        """Return what a layer gives of these tokens."""
         dense = unmerge_tokens(tokens)
         if torch.compiler.is_compiling():
             return cls(dense, tokens, dense, 0)  # what is counted is not known there
@@ -51,7 +51,7 @@ class Recorded(NamedTuple):
         return cls(dense, tokens, dense.detach(), dense._version)
 
     def untouched(self) -> Tokens:
-        """The tokens.
+        """Return the tokens.
 
         Raises:
             RuntimeError: somebody changed the hidden states, which the next layer doesn't work on.
@@ -92,16 +92,16 @@ class _HfBlock(BlockMixin):
         return merged.but(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
 
     def tome_attend(self, attn: nn.Module, x: Tensor, **options) -> Tensor:
-        """What the attention gives, called as this class calls it."""
+        """Return what the attention gives, called as this class calls it."""
         given = attn(x, **options)
         return given[0] if isinstance(given, tuple) else given
 
     def tome_branch(self, index: int, x: Tensor) -> Tensor:
-        """What is done to the first (attention) or second branch (MLP) before it is added."""
+        """Do what is done to the first (attention) or second branch (MLP) before it is added."""
         return x
 
     def tome_mlp(self, x: Tensor, normed: Tensor) -> Tensor:
-        """``x`` with the second branch added."""
+        """Return ``x`` with the second branch added."""
         block: Any = self
         return x + self.tome_branch(2, block.mlp(normed))
 
@@ -185,7 +185,7 @@ class _QkvModule(AttentionMixin):
         self.__dict__.pop("tome_implementation", None)
 
     def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
-        """``hidden_states (N, T, D)``."""
+        """Return ``hidden_states (N, T, D)``."""
         attn: Any = self
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
             raise ValueError(
@@ -232,7 +232,7 @@ class _AttentionModule(AttentionMixin):
     tome_mask = "attention_mask"
 
     def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
-        """``hidden_states (N, T, D)``."""
+        """Return ``hidden_states (N, T, D)``."""
         attn: Any = self
         return attn.output(attn.attention(hidden_states, attention_mask=ask, **options)[0], hidden_states)
 
@@ -241,9 +241,9 @@ class _Family(NamedTuple):
     """Classes of one of the library's modules.
 
     Attributes:
-        towers: that run the layers, or hold the encoder that does.
+        towers: classes that run the layers, or hold the encoder that does.
         layer: the only kind of layer that is known.
-        mixin: for the layer.
+        mixin: class that a layer is patched with.
         classes: leading class tokens, before registers.
     """
 
@@ -267,7 +267,7 @@ _FAMILIES = {
 
 
 def find(model: nn.Module) -> VisionTower | None:
-    """transformers' vision tower in a model."""
+    """Return transformers' vision tower in a model."""
     found = {name: list(find_submodules(model, _home(name), *family.towers)) for name, family in _FAMILIES.items()}
     paths = [path for some in found.values() for path in some]
     if not paths:
@@ -332,13 +332,13 @@ def _mixin(block: Any, name: str) -> type[_HfBlock]:
 
 
 def _attentions(attn: nn.Module) -> tuple[tuple[Any, type], ...]:
-    """The modules that are a layer's attention, and what each is patched with."""
+    """Return the modules that are a layer's attention, and what each is patched with."""
     attn, inner = _parts(attn)
     return ((attn, _QkvModule),) if inner is attn else ((attn, _AttentionModule), (inner, _QkvModule))
 
 
 def _wants_all(block: Any, options: dict) -> bool:
-    """Whether the caller wants the hidden states of all layers.
+    """Return whether the caller wants the hidden states of all layers.
 
     Raises:
         RuntimeError: it can't be told in the backward, when a checkpointed layer is run again.
@@ -382,12 +382,13 @@ def _check_call(block: Any, attn: Any, attention_mask: Any, options: dict) -> No
 
 
 def _seen(mask: Tensor) -> Tensor:
-    """Where a query sees a key, by a mask in either form: True, or 0 to be added."""
+    """Return where a query sees a key, by a mask in either form: True, or 0 to be added."""
     return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
-    """``(N, T)`` bool, the tokens that a layer's mask ``(N, 1, T, T)`` (True, or 0, where a query sees a key) leaves.
+    """Return ``(N, T)`` bool, the tokens that a layer's mask ``(N, 1, T, T)`` (True, or 0, where a query sees a key)
+    leaves.
 
     Raises:
         TypeError, ValueError: it is no mask of these tokens.
@@ -418,12 +419,12 @@ def _unmasked_keys(block: Any, mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _parts(attn: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """An attention module, and what is in it, or itself, where some have the projection of the output outside of the
-    rest."""
+    """Return an attention module, and what is in it, or itself, where some have the projection of the output outside of
+    the rest."""
     inner: Any = getattr(attn, "attention", attn)
     return attn, inner
 
 
 def _first(module: Any, *names: str) -> Any:
-    """The first of these attributes that there is: the library has several names for the same."""
+    """Return the first of these attributes that there is: the library has several names for the same."""
     return getattr(module, next(name for name in names if hasattr(module, name)))

@@ -47,7 +47,7 @@ def inputs(prompts: int = 4):
 
 
 def readers(hidden: torch.Tensor, prompts: int = 4) -> torch.Tensor:
-    """What upstream's encode_image reads of a tower's output: global prompts and class tokens."""
+    """Return what upstream's encode_image reads of a tower's output: global prompts and class tokens."""
     classes = hidden[:, prompts:].reshape(len(hidden), -1, FRAMES, WIDTH)[:, 0]
     return torch.cat([hidden[:, :prompts], classes], 1)
 

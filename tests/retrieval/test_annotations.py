@@ -36,7 +36,7 @@ def videos(folder, *names):
 
 
 def complaint(*arguments, **options):
-    """What load says of these arguments: one line."""
+    """Return what load says of these arguments: one line."""
     with pytest.raises(UsageError) as caught:
         load(*(str(each) if isinstance(each, Path) else each for each in arguments), **options)
     message = str(caught.value)

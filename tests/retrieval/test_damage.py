@@ -126,7 +126,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 def refusal(kind: Kind) -> str | None:
-    """What is said of a file that is refused."""
+    """Return what is said of a file that is refused."""
     try:
         kind.read()
     except (UsageError, BrokenVideo) as error:
@@ -135,7 +135,7 @@ def refusal(kind: Kind) -> str | None:
 
 
 def refused(kind: Kind) -> bool:
-    """Whether a damaged file was refused, and then as it should be."""
+    """Return whether a damaged file was refused, and then as it should be."""
     said = refusal(kind)
     if said is None:
         return False

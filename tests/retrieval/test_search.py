@@ -172,7 +172,7 @@ def test_without_faiss(tmp_path, monkeypatch):
 
 
 def nearest(folder: Path, features: Features) -> str:
-    """What the index finds for the features themselves: each video, if index and entries belong together."""
+    """Return what the index finds for the features themselves: each video, if index and entries belong together."""
     index = Index.open(folder)
     assert [found[0] for found in ids(index.search(features.tensor, 1))] == [video.id for video in features.videos]
     return index.fingerprint

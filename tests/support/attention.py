@@ -33,7 +33,7 @@ def joined(k, v, size, prefix_k, prefix_v, items):
 
 
 def eager(q, k, v, size=None, prefix_k=None, prefix_v=None, scale=None):
-    """What users write, in q's own dtype: torch's own function with the sizes as a mask."""
+    """Return what users write, in q's own dtype: torch's own function with the sizes as a mask."""
     k, v, size = joined(k, v, size, prefix_k, prefix_v, q.shape[0])
     mask = None if size is None else size.log()[:, None, None].to(q.dtype)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -188,5 +188,5 @@ def tensors(given: Any) -> list[Tensor]:
 
 
 def same(got: Any, want: Any) -> bool:
-    """Whether two answers have the same tensors, bit for bit."""
+    """Return whether two answers have the same tensors, bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(want), strict=True))

@@ -27,7 +27,7 @@ def examples(backend: str, **strategies):
 
 
 def eager_merge(x: Tensor, plan: stk.MergePlan, size: Tensor | None, mode: str = "mean") -> Tensor:
-    """What users write: scatter_reduce in x's own dtype. For plans without weight-0 tokens."""
+    """Return what users write: scatter_reduce in x's own dtype. For plans without weight-0 tokens."""
     index = plan.dest.long()[..., None].expand_as(x)
     shape = (x.shape[0], plan.tokens_out, x.shape[2])
     weight = torch.ones(x.shape[:2]) if size is None else size

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_launches.py asks of Triton's launch path, as JSON on stdout: a process of its own, since the tests' has
-Triton's interpreter. ``python tests/support/launch_path.py`` with bench/ on PYTHONPATH."""
+"""Answers to what test_launches.py asks of Triton's launch path, as JSON on stdout: a process of its own, since
+the tests' has Triton's interpreter. ``python tests/support/launch_path.py`` with bench/ on PYTHONPATH."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VIDEO, IMAGE = (12, 54, 5, 2), (2, 197, 1, 13)  # items, tokens, protected, r
 
 
 def of_ops(gpu: no_gpu.Gpu, items: int, tokens: int, protected: int, r: int) -> dict[str, dict]:
-    """What each public op launches, compiles and asks of torch; keys, rows and prefix as a block has them."""
+    """Return what each public op launches, compiles and asks of torch; keys, rows and prefix as a block has them."""
     packed, prefix = (torch.randn(items, n, 3, 12, 64).bfloat16().requires_grad_() for n in (tokens, 4))
     (q, k, v), (_, ahead_k, ahead_v) = ((part.transpose(1, 2) for part in t.unbind(2)) for t in (packed, prefix))
     x, residual = (torch.randn(items, tokens, 768, requires_grad=True) for _ in range(2))
@@ -52,7 +52,7 @@ def of_ops(gpu: no_gpu.Gpu, items: int, tokens: int, protected: int, r: int) -> 
 
 
 def of_block(gpu: no_gpu.Gpu, model: StopModel, videos: int, tokens: int, r: int) -> dict[str, dict]:
-    """What a STOP block in the middle of the stack launches and compiles, forward and for its gradient."""
+    """Return what a STOP block in the middle of the stack launches and compiles, forward and for its gradient."""
     block, frames = model.visual.transformer.resblocks[0], model.config.frames
     step = plan_layers(r, 1, tokens + 4, frames, 5, width=768).steps[0]
     x = torch.randn(videos * frames, tokens, 768, requires_grad=True)

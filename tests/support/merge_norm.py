@@ -66,7 +66,8 @@ def call(plan, inputs, backend, eps=1e-5):
 
 
 def plain(plan, inputs, eps=1e-5):
-    """What users write: h = x + residual; merge; layer_norm, with parameters wider than the stream in float32."""
+    """Return what users write: h = x + residual; merge; layer_norm, with parameters wider than the stream in
+    float32."""
     x, residual, size, weight, bias = inputs
     y = eager_merge(x + residual, plan, size)
     if y.dtype.itemsize == 2:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of examples/stop_retrieval share: a handful of videos in MSR-VTT's layout, weights, the program."""
+"""Fixtures of the tests of examples/stop_retrieval: a handful of videos in MSR-VTT's layout, weights, the program."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def call(*argv: str, processes: int = 1, timeout: float = 240, **options) -> sub
 
 
 def refused(capsys, *argv: str) -> str:
-    """What the program says of a bad call: one line, and exit code 2."""
+    """Return what the program says of a bad call: one line, and exit code 2."""
     assert run.main(argv) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1, said

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people do to models that they patch, and what comes of it in each family: as without the patch, or refused.
+"""Situations of patched models, and what comes of them in each family: as without the patch, or refused.
 
 ``python -m support.situations`` (in tests/) writes the table in docs/situations.md, which the tests check.
 """

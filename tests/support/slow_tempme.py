@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.TVPt_LoRA_b = nn.Parameter(0.3 * torch.randn(3 * width, rank))
 
     def attend(self, packed: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What comes of q, k, v ``(N, L, 3·D)``, and the keys ``(N, H, L, d)``."""
+        """Return what comes of q, k, v ``(N, L, 3·D)``, and the keys ``(N, H, L, d)``."""
         q, k, v = packed.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         scores = (q * self.scaling) @ k.transpose(2, 3)
         if size is not None:
@@ -138,7 +138,7 @@ class Clip(nn.Module):
 
 
 def merge_eagerly(clip: Clip, trace_source: bool = False, prop_attn: bool = True) -> None:
-    """What stands where the model's constructor applies TempMe's patch."""
+    """The call that stands where the model's constructor applies TempMe's patch."""
     clip._tome_info = {"size": None, "source": None, "trace_source": trace_source, "prop_attn": prop_attn}
     for block in clip.visual.transformer.resblocks:
         block.__class__ = MergingBlock

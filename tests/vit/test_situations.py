@@ -16,7 +16,7 @@ ALIKE = ("timm-map", "timm-dinov3", "transformers-siglip2-padded", "transformers
 
 
 def mark(family: Family):
-    """What takes no time of ``make check``, or of ``make test``."""
+    """Return what takes no time of ``make check``, or of ``make test``."""
     if family.name in QUICK:
         return ()
     return pytest.mark.full if family.name in ALIKE else pytest.mark.slow

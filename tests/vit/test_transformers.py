@@ -101,7 +101,7 @@ def gradients(model, case, inputs, **options):
 
 
 def checkpointing(model):
-    """What turns checkpointing on, under its present name and the former one."""
+    """Return what turns checkpointing on, under its present name and the former one."""
     return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
 
 

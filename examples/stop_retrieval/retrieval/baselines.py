@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What token merging is compared with: as many tokens fewer, without looking for similar ones.
+"""Baselines of token merging: as many tokens fewer, without looking for similar ones.
 
 Each is a stand-in for the matching of a visual tower's blocks, with the same arguments and a plan of the same shape, so
 that everything else of a model stays as it is.

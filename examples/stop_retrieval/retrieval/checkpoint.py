@@ -253,7 +253,7 @@ def _same_weights(path: str, weights: dict[str, Tensor], model: nn.Module) -> No
 
 
 def _fits(value: Tensor, like: Tensor | None) -> bool:
-    """Whether a value can take the place of another one, or of a float32 scalar."""
+    """Return whether a value can take the place of another one, or of a float32 scalar."""
     shape, dtype = (torch.Size(), torch.float32) if like is None else (like.shape, like.dtype)
     plain = value.device.type == "cpu" and value.layout is torch.strided and not value.is_quantized
     return plain and value.shape == shape and value.dtype == dtype

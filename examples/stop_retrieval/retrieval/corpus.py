@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set is to the rest of the program: videos, and captions that belong to them."""
+"""A data set as the rest of the program sees it: videos, and captions that belong to them."""
 
 from __future__ import annotations
 

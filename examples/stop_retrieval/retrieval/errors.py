@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can put right."""
+"""Errors that a user can put right."""
 
 
 class UsageError(Exception):

@@ -68,7 +68,7 @@ class Features:
 
 
 def fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """What tells features of one model from those of another: 64 hexadecimal digits, the same in every process.
+    """Return what tells features of one model from those of another: 64 hexadecimal digits, the same in every process.
 
     Args:
         state: the weights, in any order and on any device; copied to the CPU one by one.
@@ -243,7 +243,7 @@ class FeatureStore:
 
 
 def _belong(features: Tensor, kept: list[int], shard: Shard) -> bool:
-    """Whether ``kept`` names a video of the shard for each of the features, in their order."""
+    """Return whether ``kept`` names a video of the shard for each of the features, in their order."""
     return len(kept) == len(features) and kept == sorted({*kept} & {*range(shard.stop - shard.start)})
 
 

@@ -420,6 +420,6 @@ def tome_config(args: argparse.Namespace) -> stk.ToMeConfig:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What is written down of a run, as JSON keeps it."""
+    """Return what is written down of a run, as JSON keeps it."""
     skip = ("notes", "given", "tome", "hparams")
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in skip}

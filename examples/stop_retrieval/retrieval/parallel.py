@@ -74,7 +74,7 @@ class Processes:
             dist.barrier()
 
     def first_does(self, what: Callable[[], Any]) -> Any:
-        """What the first process makes of ``what``, in all of them; a UsageError of it is raised in all."""
+        """Return what the first process makes of ``what``, in all of them; a UsageError of it is raised in all."""
         if self.world == 1:
             return what()
         told: list[Any] = [None, None]

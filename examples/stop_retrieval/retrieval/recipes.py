@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained on the synthetic set: the model, the videos, and the steps, small enough for two cores of a CPU.
+"""Recipes of training on the synthetic set: the model, the videos, and the steps, small enough for two cores of a CPU.
 
 Tried and left: more counts, colours, shapes and motions, directions of motion, 56 pixels and width 128; all learn the
 same kinds of things, but not within minutes. A high first temperature learns from the nearest negatives sooner.

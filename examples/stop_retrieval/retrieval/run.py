@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line does: check everything, then train, evaluate, index, search."""
+"""The run of the command line: check everything, then train, evaluate, index, search."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Scene:
     second: Event
 
     def captions(self) -> list[str]:
-        """What can be said of it, once with each template."""
+        """Return what can be said of it, once with each template."""
         return [template.format(self.first, self.second) for template in TEMPLATES]
 
 

@@ -38,7 +38,7 @@ _ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "m
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What a set was made with, and the SHA-256 of each of its files, by their paths in its folder."""
+    """The settings of a set, and the SHA-256 of each of its files, by their paths in its folder."""
 
     version: int
     settings: dict[str, int]
@@ -142,7 +142,7 @@ def _check(numbers: dict[str, int]) -> None:
 
 
 def _found(folder: Path, settings: dict[str, int]) -> bool:
-    """Whether the set is there; raises UsageError where something else is."""
+    """Return whether the set is there; raises UsageError where something else is."""
     if not folder.exists():
         return False
     if not folder.is_dir():

@@ -67,7 +67,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Printed(logging.StreamHandler):
-    """What is logged, on standard output."""
+    """A handler that logs on standard output."""
 
     name_of_file = _STDOUT
 
@@ -79,7 +79,7 @@ class _Printed(logging.StreamHandler):
 
 
 class _Written(_Printed):
-    """What is logged, in a file that it is added to."""
+    """A handler that adds what is logged to a file."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.name_of_file = os.fspath(path)

@@ -34,8 +34,8 @@ Evaluate = Callable[[], dict]
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
-    """What the learning rates are multiplied with in a step: up to 1 in the first ``warmup`` of all steps, then down to
-    0 by half a cosine (Loshchilov & Hutter, 2017)."""
+    """Return what the learning rates are multiplied with in a step: up to 1 in the first ``warmup`` of all steps, then
+    down to 0 by half a cosine (Loshchilov & Hutter, 2017)."""
     rising = int(warmup * steps)
     if step < rising:
         return (step + 1) / rising

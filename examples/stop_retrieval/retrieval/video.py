@@ -151,8 +151,8 @@ def read_video(
 
 
 class _Limit:
-    """What may be opened: no playlists, and how large frames may be. FFmpeg keeps to it, and says in a message what it
-    refused: its error doesn't tell.
+    """The limits of what may be opened: no playlists, and how large frames may be. FFmpeg keeps to it,
+    and says in a message what it refused: its error doesn't tell.
 
     Attributes:
         options: for opening a file and for its decoder.

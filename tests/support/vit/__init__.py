@@ -104,7 +104,7 @@ class Slow:
 
 
 def recorded(module: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What a call gives, and what ``module`` gave in it."""
+    """Return what a call gives, and what ``module`` gave in it."""
     seen = []
     hook = module.register_forward_hook(lambda _module, _args, out: seen.append(out))
     try:

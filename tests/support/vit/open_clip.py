@@ -26,7 +26,7 @@ CUSTOM = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale
 
 
 def attended(block: Any, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
-    """What the block's attention gives, with the sizes as its mask, and the keys."""
+    """Return what the block's attention gives, with the sizes as its mask, and the keys."""
     if isinstance(block.attn, nn.MultiheadAttention):
         return masked(block.attn, x, state)
     mask = state.bias.expand(-1, block.attn.num_heads, x.shape[1], -1)

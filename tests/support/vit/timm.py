@@ -31,7 +31,7 @@ def dynamic(**options) -> VisionTransformer:
 
 
 def attended(block: Any, x: Tensor, slow: Slow, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the block's attention gives, with the sizes as its mask, and the keys before any rotation."""
+    """Return what the block's attention gives, with the sizes as its mask, and the keys before any rotation."""
     plain, given = F.scaled_dot_product_attention, []
 
     def weighted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **options) -> Tensor:
@@ -108,7 +108,7 @@ def scaled(block: Any, branch: int, x: Tensor) -> Tensor:
 
 
 def takes(kind: type[nn.Module], **options) -> bool:
-    """Whether the installed timm knows these settings of a model."""
+    """Return whether the installed timm knows these settings of a model."""
     known = {name for base in kind.__mro__[:2] for name in inspect.signature(base.__init__).parameters}
     return known >= options.keys()
 

@@ -21,7 +21,8 @@ def make(norm: bool = False, heads: int = 4, **options) -> nn.TransformerEncoder
 
 
 def masked(attn: nn.MultiheadAttention, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
-    """What ``nn.MultiheadAttention`` gives of ``(N, T, D)``, with the sizes as its padding mask, and the keys."""
+    """Return what ``nn.MultiheadAttention`` gives of ``(N, T, D)``, with the sizes as its padding mask, and the
+    keys."""
     width = attn.embed_dim
     bias = None if attn.in_proj_bias is None else attn.in_proj_bias[width : 2 * width]
     keys = F.linear(x, attn.in_proj_weight[width : 2 * width], bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)

@@ -34,7 +34,7 @@ VIDEO = SIZE | {"num_frames": 4, "tubelet_size": 2}
 
 
 def since(*version: int) -> bool:
-    """Whether the installed transformers is of this version or later. Older ones do less, patched or not."""
+    """Return whether the installed transformers is of this version or later. Older ones do less, patched or not."""
     return not installed_below("transformers", version)
 
 
@@ -118,7 +118,7 @@ def padded(batch: int) -> tuple:
 
 
 def attended(block: Any, x: Tensor, state: Slow) -> tuple[Tensor, Tensor]:
-    """What the layer's attention gives, with the sizes as its mask, and the keys."""
+    """Return what the layer's attention gives, with the sizes as its mask, and the keys."""
     if hasattr(block, "self_attn") or not hasattr(block.attention, "output"):
         attn = block.self_attn if hasattr(block, "self_attn") else block.attention
         (out, _), keys = recorded(attn.k_proj, lambda: attn(x, attention_mask=state.bias))
@@ -158,7 +158,7 @@ def slow_layer(block: Any, x: Tensor, state: Slow, r: int) -> Tensor:
 def slow_layers(
     blocks: list, x: Tensor, protected: int, rates: tuple[int, ...], real: Tensor | None = None
 ) -> list[Tensor]:
-    """What the layers give, each of ``(N, T, D)``: every original token's row."""
+    """Return what the layers give, each of ``(N, T, D)``: every original token's row."""
     state, out = Slow(x, protected, real), []
     first = next(index for index, r in enumerate(rates) if r)
     for index, (block, r) in enumerate(zip(blocks, rates, strict=True)):
@@ -187,7 +187,7 @@ def real_tokens(model: Any, inputs: tuple) -> Tensor | None:
 
 
 def first_input(blocks: list, model: Any, *inputs, **options) -> Tensor:
-    """What the first layer is given."""
+    """Return what the first layer is given."""
     given: list[Tensor] = []
     hook = blocks[0].register_forward_pre_hook(lambda _block, args: given.append(args[0]))
     model(*inputs, **options)
@@ -196,7 +196,7 @@ def first_input(blocks: list, model: Any, *inputs, **options) -> Tensor:
 
 
 def both(result: Any) -> Tensor:
-    """What is pooled of all tokens, and all tokens."""
+    """Return what is pooled of all tokens, and all tokens."""
     return torch.cat([result.pooler_output.flatten(1), result.last_hidden_state.flatten(1)], 1)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the modules of this package hand over, before anyone has looked for the videos."""
+"""Entries that the modules of this package hand over, before anyone has looked for the videos."""
 
 from __future__ import annotations
 
