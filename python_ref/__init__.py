@@ -7,7 +7,7 @@ nothing faster can. It needs torch alone, works on any device, never waits for t
 """
 
 from .attention import attention, attention_backward
-from .matching import arrange, build_groups, identity, match, match_sets, similarity
+from .matching import arrange, build_groups, cap_r, identity, match, match_sets, similarity
 from .merging import reduce, spread, winners
 from .norm import merge_norm, merge_norm_backward
 
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "build_groups",
+    "cap_r",
     "identity",
     "match",
     "match_sets",

@@ -14,6 +14,11 @@ _CHUNK = 1 << 24
 Places = slice | Tensor  # of the tokens of a set: a slice or int64 indices, ascending
 
 
+def cap_r(r: int, tokens: int, protected: int) -> int:
+    """Return how many tokens an item loses of ``r`` asked for: at most half of the unprotected ones."""
+    return min(r, (tokens - protected) // 2)
+
+
 def match_sets(tokens: int, protected: int) -> tuple[slice, slice]:
     """Return the two sets of step 1 of the matching: A (even indices) proposes, B (odd indices) receives.
 
@@ -90,7 +95,7 @@ def match(
 
     Args:
         metric: ``(N, H, T, C)``, any floating dtype.
-        r: tokens to remove from each item, already capped: at ``(T - protected) // 2``, or at ``sources``.
+        r: tokens to remove from each item, already capped, see ``cap_r``, or at ``sources``.
         protected: tokens of neither set, which are never merged: the leading ones, or those that lead ``order``.
         order: ``(T,)`` int32, the tokens as ``arrange`` has them; None for even sources and odd destinations.
         sources: number of sources in ``order``; without ``order`` not used.

@@ -2,29 +2,27 @@
 # csrc/cpu/binding.cpp; private: stoptome_kernels.dispatch.native checks what it passes
 
 _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
+_Groups = tuple[int, int, int, int, int]  # members, offsets; items, tokens in, tokens out
 
 def match(
-    metric: int, dtype: int, items: int, heads: int, tokens: int, channels: int, stride_item: int, stride_head: int,
-    stride_token: int, r: int, protected: int, order: int, sources: int, dest: int, members: int, offsets: int,
-    threads: int,
+    metric: tuple[int, int, int, int], shape: tuple[int, int, int, int], dtype: int, r: int, protected: int, order: int,
+    sources: int, plan: tuple[int, int, int], threads: int,
 ) -> None: ...
 def reduce(
-    x: _Strided, y: _Strided, dtype: int, mode: int, members: int, offsets: int, items: int, tokens_in: int,
-    tokens_out: int, dim: int, size: _Strided, size_out: int, fresh: bool, threads: int,
+    x: _Strided, y: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, size: _Strided, size_out: int,
+    fresh: bool, threads: int,
 ) -> None: ...
 def spread(
-    grad: _Strided, out: _Strided, dtype: int, mode: int, members: int, offsets: int, items: int, tokens_in: int,
-    tokens_out: int, dim: int, size: _Strided, x: _Strided, y: _Strided, threads: int,
+    grad: _Strided, out: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, size: _Strided, x: _Strided,
+    y: _Strided, threads: int,
 ) -> None: ...
 def merge_norm(
-    x: _Strided, residual: _Strided, y: _Strided, normed: _Strided, dtype: int, members: int, offsets: int, items: int,
-    tokens_in: int, tokens_out: int, dim: int, size: _Strided, size_out: int, weight: int, bias: int, eps: float,
-    mean: int, rstd: int, threads: int,
+    x: _Strided, residual: _Strided, y: _Strided, normed: _Strided, dtype: int, groups: _Groups, dim: int,
+    size: _Strided, size_out: int, weight: int, bias: int, eps: float, mean: int, rstd: int, threads: int,
 ) -> None: ...
 def merge_norm_backward(
-    grad_normed: _Strided, grad_y: _Strided, y: _Strided, out: _Strided, dtype: int, members: int, offsets: int,
-    items: int, tokens_in: int, tokens_out: int, dim: int, size: _Strided, mean: int, rstd: int, weight: int,
-    affine: int, threads: int,
+    grad_normed: _Strided, grad_y: _Strided, y: _Strided, out: _Strided, dtype: int, groups: _Groups, dim: int,
+    size: _Strided, mean: int, rstd: int, weight: int, affine: int, threads: int,
 ) -> None: ...
 def use_openmp_of(path: str) -> bool: ...
 def instruction_set() -> str: ...

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import build_groups, match_sets
+from .reference import build_groups, cap_r, match_sets
 
 
 def exporting() -> bool:
@@ -47,7 +47,7 @@ def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tenso
     m = metric.detach().to(_accumulator_dtype(metric.dtype))
     m = m.mean(1) if m.dim() == 4 else m
     n, tokens, _ = m.shape
-    r = min(r, (tokens - protected) // 2)
+    r = cap_r(r, tokens, protected)
     bad = (m.isnan() | m.isinf()).any(-1, keepdim=True)
     m = m.masked_fill(bad, 0.0)
     largest = m.abs().amax(-1, keepdim=True)

@@ -128,7 +128,8 @@ struct SharedItem {
 void prepare_blocks(void *context, int64_t begin, int64_t end, int thread) {
   const SharedItem &s = *static_cast<const SharedItem *>(context);
   char *shared = s.job.of(0);
-  s.job.run->prepare(s.metric, s.job.sets, shared + s.job.scratch_at, s.job.of(thread) + s.job.rows_at, shared, begin, end);
+  s.job.run->prepare(s.metric, s.job.sets, shared + s.job.scratch_at, s.job.of(thread) + s.job.rows_at, shared, begin,
+                     end);
 }
 
 void propose_tiles(void *context, int64_t begin, int64_t end, int) {
@@ -137,10 +138,18 @@ void propose_tiles(void *context, int64_t begin, int64_t end, int) {
   s.job.run->propose(s.metric, s.job.sets, shared + s.job.scratch_at, shared, s.job.partner(shared), begin, end);
 }
 
-void match(uintptr_t metric, int dtype, int64_t items, int64_t heads, int64_t tokens, int64_t channels, int64_t stride_item,
-           int64_t stride_head, int64_t stride_token, int64_t r, int64_t protected_, uintptr_t order, int64_t sources,
-           uintptr_t dest, uintptr_t members, uintptr_t offsets, int threads) {
+// Of the metric: address, strides of an item, a head and a token; and items, heads, tokens, channels.
+using MetricAt = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using MetricShape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// Of a plan that is written: dest, members, offsets.
+using PlanAt = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+
+void match(MetricAt at, MetricShape shape, int dtype, int64_t r, int64_t protected_, uintptr_t order, int64_t sources,
+           PlanAt plan, int threads) {
   py::gil_scoped_release released;
+  const auto [metric, stride_item, stride_head, stride_token] = at;
+  const auto [items, heads, tokens, channels] = shape;
+  const auto [dest, members, offsets] = plan;
   MatchJob job;
   job.metric = {reinterpret_cast<const void *>(metric), Dtype(dtype), heads, channels, stride_head, stride_token};
   job.item_bytes = stride_item * element_bytes(dtype);
@@ -194,9 +203,17 @@ void in_ranges(int64_t count, int64_t bytes, int threads, Run run) {
       &run);
 }
 
+using GroupsAt =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // members, offsets; items, tokens in, out
+
 // The groups of a plan, copied and checked; raises IndexError for a plan that is damaged.
 class CheckedGroups {
  public:
+  CheckedGroups(const GroupsAt &at, int threads)
+      : CheckedGroups(std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at), threads) {}
+  operator const Groups &() const { return groups_; }
+
+ private:
   CheckedGroups(uintptr_t members, uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out, int threads)
       : seen_at_(align64(4 * items * (tokens_in + tokens_out + 1))),
         memory_(seen_at_ + std::max(threads, 1) * align64(tokens_in)) {
@@ -207,21 +224,20 @@ class CheckedGroups {
     std::atomic<int64_t> damaged{items};
     in_ranges(items, 4 * (tokens_in + tokens_out), threads, [&](int64_t begin, int64_t end, int thread) {
       char *const seen = memory_.data() + seen_at_ + thread * align64(tokens_in);
-      const int64_t found = copy_groups(groups_, new_members, new_offsets, reinterpret_cast<uint8_t *>(seen), begin, end);
+      const int64_t found =
+          copy_groups(groups_, new_members, new_offsets, reinterpret_cast<uint8_t *>(seen), begin, end);
       int64_t first = damaged;  // of all items, whatever the threads
       while (found < end && found < first && !damaged.compare_exchange_weak(first, found)) {
       }
     });
     if (damaged < items)
-      throw py::index_error("plan is damaged: the groups of item " + std::to_string(damaged) + " don't hold each of its " +
-                            std::to_string(tokens_in) +
+      throw py::index_error("plan is damaged: the groups of item " + std::to_string(damaged) +
+                            " don't hold each of its " + std::to_string(tokens_in) +
                             " tokens once; it was changed after match(), or was not made by it");
     groups_.members = new_members;
     groups_.offsets = new_offsets;
   }
-  operator const Groups &() const { return groups_; }
 
- private:
   const int64_t seen_at_;
   const Buffer memory_;
   Groups groups_;
@@ -234,68 +250,117 @@ void over_rows(const Args &args, void (*run)(const Args &, int64_t, int64_t), in
             [&](int64_t begin, int64_t end, int) { run(args, begin, end); });
 }
 
-typedef std::tuple<uintptr_t, int64_t, int64_t> Strided;  // address, stride of an item, stride of a row
+using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, stride of an item, stride of a row
 
 Rows rows(const Strided &s) { return {reinterpret_cast<void *>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
-void reduce(Strided x, Strided y, int dtype, int mode, uintptr_t members, uintptr_t offsets, int64_t items,
-            int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out, bool fresh, int threads) {
-  const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
-  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
-  ReduceArgs args{rows(x), rows(y), Dtype(dtype), Mode(mode), groups, dim,
-                  reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
-                  reinterpret_cast<float *>(size_out), bytes > stream_bytes};
-  if (fresh) expect_writes(args.y, bytes);  // memory of the caller's stays as he has it
+void reduce(Strided x, Strided y, int dtype, int mode, GroupsAt at, int64_t dim, Strided size, uintptr_t size_out,
+            bool fresh, int threads) {
+  const CheckedGroups checked(at, threads);
+  const Groups &groups = checked;
+  const int64_t bytes = groups.items * groups.tokens_out * dim * element_bytes(dtype);
+  ReduceArgs args{rows(x),
+                  rows(y),
+                  Dtype(dtype),
+                  Mode(mode),
+                  groups,
+                  dim,
+                  reinterpret_cast<const float *>(std::get<0>(size)),
+                  std::get<1>(size),
+                  std::get<2>(size),
+                  reinterpret_cast<float *>(size_out),
+                  bytes > stream_bytes};
+  if (fresh) expect_writes(args.y, bytes);  // leave caller-owned memory alone
   over_rows(args, kernels().merge->reduce, threads);
 }
 
-void spread(Strided grad, Strided out, int dtype, int mode, uintptr_t members, uintptr_t offsets, int64_t items,
-            int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, Strided x, Strided y, int threads) {
-  const int64_t bytes = items * tokens_in * dim * element_bytes(dtype);
-  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
-  SpreadArgs args{rows(grad), rows(out), Dtype(dtype), Mode(mode), groups,
-                  dim, reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size), rows(x),
-                  rows(y), bytes > stream_bytes};
+void spread(Strided grad, Strided out, int dtype, int mode, GroupsAt at, int64_t dim, Strided size, Strided x,
+            Strided y, int threads) {
+  const CheckedGroups checked(at, threads);
+  const Groups &groups = checked;
+  const int64_t bytes = groups.items * groups.tokens_in * dim * element_bytes(dtype);
+  SpreadArgs args{rows(grad),
+                  rows(out),
+                  Dtype(dtype),
+                  Mode(mode),
+                  groups,
+                  dim,
+                  reinterpret_cast<const float *>(std::get<0>(size)),
+                  std::get<1>(size),
+                  std::get<2>(size),
+                  rows(x),
+                  rows(y),
+                  bytes > stream_bytes};
   expect_writes(args.out, bytes);
   over_rows(args, kernels().merge->spread, threads);
 }
 
-void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtype, uintptr_t members, uintptr_t offsets,
-                int64_t items, int64_t tokens_in, int64_t tokens_out, int64_t dim, Strided size, uintptr_t size_out,
-                uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, int threads) {
-  const int64_t bytes = items * tokens_out * dim * element_bytes(dtype);
-  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
-  NormArgs args{rows(x), rows(residual), rows(y), rows(normed), Dtype(dtype), groups, dim,
-                reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
-                reinterpret_cast<float *>(size_out), reinterpret_cast<const void *>(weight),
-                reinterpret_cast<const void *>(bias), eps, reinterpret_cast<void *>(mean), reinterpret_cast<void *>(rstd),
+void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtype, GroupsAt at, int64_t dim,
+                Strided size, uintptr_t size_out, uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean,
+                uintptr_t rstd, int threads) {
+  const CheckedGroups checked(at, threads);
+  const Groups &groups = checked;
+  const int64_t bytes = groups.items * groups.tokens_out * dim * element_bytes(dtype);
+  NormArgs args{rows(x),
+                rows(residual),
+                rows(y),
+                rows(normed),
+                Dtype(dtype),
+                groups,
+                dim,
+                reinterpret_cast<const float *>(std::get<0>(size)),
+                std::get<1>(size),
+                std::get<2>(size),
+                reinterpret_cast<float *>(size_out),
+                reinterpret_cast<const void *>(weight),
+                reinterpret_cast<const void *>(bias),
+                eps,
+                reinterpret_cast<void *>(mean),
+                reinterpret_cast<void *>(rstd),
                 bytes > stream_bytes};
   expect_writes(args.y, bytes);
   expect_writes(args.normed, bytes);
   const NormKernels &run = *kernels().norm;
-  const int64_t count = items * tokens_out, piece = count ? run.scratch(args.dtype, dim) : 0;  // no rows: any width
+  const int64_t count = groups.items * groups.tokens_out;
+  const int64_t piece = count ? run.scratch(args.dtype, dim) : 0;  // no rows: any width
   const Buffer scratch(piece * std::max(threads, 1));
   in_ranges(count, 2 * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
     run.forward(args, scratch.data() + thread * piece, begin, end);
   });
 }
 
-void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided out, int dtype, uintptr_t members,
-                         uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out, int64_t dim,
-                         Strided size, uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t affine, int threads) {
+void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided out, int dtype, GroupsAt at,
+                         int64_t dim, Strided size, uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t affine,
+                         int threads) {
+  const CheckedGroups checked(at, threads);
+  const Groups &groups = checked;
   // how rows are added up to the gradients of weight and bias must not depend on the number of threads
-  const int64_t count = items * tokens_out, block_rows = std::max(kBlockRows, (count + kMostBlocks - 1) / kMostBlocks);
+  const int64_t count = groups.items * groups.tokens_out;
+  const int64_t block_rows = std::max(kBlockRows, (count + kMostBlocks - 1) / kMostBlocks);
   const int64_t blocks = (count + block_rows - 1) / block_rows;
-  const int64_t real = dtype == int(Dtype::f64) ? 8 : 4, bytes = items * tokens_in * dim * element_bytes(dtype);
+  const int64_t real = dtype == int(Dtype::f64) ? 8 : 4;
+  const int64_t bytes = groups.items * groups.tokens_in * dim * element_bytes(dtype);
   const NormKernels &run = *kernels().norm;
-  const int64_t piece = count ? run.scratch(Dtype(dtype), dim) : 0, parts = affine ? align64(blocks * 2 * dim * real) : 0;
+  const int64_t piece = count ? run.scratch(Dtype(dtype), dim) : 0;
+  const int64_t parts = affine ? align64(blocks * 2 * dim * real) : 0;
   const Buffer memory(parts + piece * std::max(threads, 1));
-  const CheckedGroups groups(members, offsets, items, tokens_in, tokens_out, threads);
-  NormGradArgs args{rows(grad_normed), rows(grad_y), rows(y), rows(out), Dtype(dtype), groups, dim,
-                    reinterpret_cast<const float *>(std::get<0>(size)), std::get<1>(size), std::get<2>(size),
-                    reinterpret_cast<const void *>(mean), reinterpret_cast<const void *>(rstd),
-                    reinterpret_cast<const void *>(weight), reinterpret_cast<void *>(affine),
-                    affine ? memory.data() : nullptr, block_rows, bytes > stream_bytes};
+  NormGradArgs args{rows(grad_normed),
+                    rows(grad_y),
+                    rows(y),
+                    rows(out),
+                    Dtype(dtype),
+                    groups,
+                    dim,
+                    reinterpret_cast<const float *>(std::get<0>(size)),
+                    std::get<1>(size),
+                    std::get<2>(size),
+                    reinterpret_cast<const void *>(mean),
+                    reinterpret_cast<const void *>(rstd),
+                    reinterpret_cast<const void *>(weight),
+                    reinterpret_cast<void *>(affine),
+                    affine ? memory.data() : nullptr,
+                    block_rows,
+                    bytes > stream_bytes};
   expect_writes(args.out, bytes);
   in_ranges(blocks, block_rows * dim * element_bytes(dtype), threads, [&](int64_t begin, int64_t end, int thread) {
     run.backward(args, memory.data() + parts + thread * piece, begin, end);

@@ -7,11 +7,11 @@
 
 namespace stk {
 
-#define STK_DECLARE(isa)                    \
-  namespace isa {                           \
-  extern const MatchKernels match_kernels;  \
-  extern const MergeKernels merge_kernels;  \
-  extern const NormKernels norm_kernels;    \
+#define STK_DECLARE(isa)                   \
+  namespace isa {                          \
+  extern const MatchKernels match_kernels; \
+  extern const MergeKernels merge_kernels; \
+  extern const NormKernels norm_kernels;   \
   }
 STK_DECLARE(baseline)
 #ifdef STK_HAVE_AVX2

@@ -138,9 +138,9 @@ struct Kernels {
   const NormKernels *norm;
 };
 
-const Kernels &kernels();                      // the best set that this processor runs
-const Kernels *kernels_named(const char *);    // null: not in this build or not on this processor
-void use_kernels(const Kernels *);             // for tests; null: the best again
+const Kernels &kernels();                    // the best set that this processor runs
+const Kernels *kernels_named(const char *);  // null: not in this build or not on this processor
+void use_kernels(const Kernels *);           // for tests; null: the best again
 
 // Copies members and offsets of items [begin, end), each element read once, and checks the copies: offsets rise from 0 to
 // tokens_in, and members hold each token once. Gives the first item that is damaged, else end. `seen` holds
@@ -151,7 +151,7 @@ int64_t copy_groups(const Groups &from, int32_t *members, int32_t *offsets, uint
 // tokens in neither set. `scratch` holds plan_scratch(sets) bytes.
 int64_t plan_scratch(const Sets &);
 template <class Real>
-void plan_item(Proposals<Real>, const Sets &, int64_t tokens, int64_t protected_, int64_t r, void *scratch, int32_t *dest,
-               int32_t *members, int32_t *offsets);
+void plan_item(Proposals<Real>, const Sets &, int64_t tokens, int64_t protected_, int64_t r, void *scratch,
+               int32_t *dest, int32_t *members, int32_t *offsets);
 
 }  // namespace stk

@@ -25,8 +25,8 @@ STK_INLINE int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) 
 template <class Real>
 struct Layout {
   static constexpr int64_t lanes = Vec<Real>::lanes;
-  int64_t tiles, panels;            // of A, of B
-  int64_t width;                    // channels, rounded up to whole vectors
+  int64_t tiles, panels;  // of A, of B
+  int64_t width;          // channels, rounded up to whole vectors
   int64_t a, b, bias, end;
   Layout(int64_t channels, int64_t sources, int64_t targets) {
     tiles = blocks_of(sources, kRows);
@@ -39,9 +39,6 @@ struct Layout {
   }
 };
 
-// The mean over heads is wanted up to a positive factor only (the similarity does not see it): heads are summed, times a
-// power of two of at most 1 / heads, so that finite heads have a finite sum.
-// Writes `channels` values and zeros up to `width`.
 // Asks for the lines of `count` elements, `ahead` bytes from p; an address, not a pointer: it may lie behind the tensor.
 template <int count, class T>
 STK_INLINE void fetch(const T *p, int64_t ahead) {
@@ -49,11 +46,13 @@ STK_INLINE void fetch(const T *p, int64_t ahead) {
     __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(p + k) + uintptr_t(ahead)));
 }
 
-// A token's heads lie together or apart, and the next token of the same set is two strides on, or anywhere: too irregular
+// The mean over heads is wanted up to a positive factor only (the similarity does not see it): heads are summed, times a
+// power of two of at most 1 / heads, so that finite heads have a finite sum. Writes `channels` values and zeros up to
+// `width`. A token's heads lie together or apart, and the next token of the same set is two strides on, or anywhere: too irregular
 // for the processor to foresee, so its lines are asked for while this one is summed.
 template <class T, class Real>
-STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, int64_t channels, int64_t width, int64_t ahead,
-                          Real *row) {
+STK_INLINE void sum_heads(const T *token, int64_t heads, int64_t stride_head, int64_t channels, int64_t width,
+                          int64_t ahead, Real *row) {
   constexpr int lanes = Vec<Real>::lanes;
   Real shrink = 1;
   while (shrink * heads > 1) shrink /= 2;
@@ -123,7 +122,7 @@ template <class Real>
 STK_INLINE void transpose(const Real *from, int64_t stride, Real *to) {
   constexpr int lanes = Vec<Real>::lanes;
 #if defined(__GNUC__) && !defined(__clang__)
-  typedef typename Vec<Real>::itype ivec;
+  using ivec = typename Vec<Real>::itype;
   typename Vec<Real>::type v[lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) v[i] = load(from + i * stride);
@@ -327,7 +326,8 @@ MatchSizes sizes(Dtype dtype, int64_t channels, const Sets &sets) {
   return dtype == Dtype::f64 ? sizes_as<double>(channels, sets) : sizes_as<float>(channels, sets);
 }
 
-void prepare_dtype(const Metric &m, const Sets &sets, void *scratch, void *rows, void *best, int64_t begin, int64_t end) {
+void prepare_dtype(const Metric &m, const Sets &sets, void *scratch, void *rows, void *best, int64_t begin,
+                   int64_t end) {
   (m.dtype == Dtype::f64 ? prepare_any<double> : prepare_any<float>)(m, sets, scratch, rows, best, begin, end);
 }
 

@@ -15,7 +15,7 @@ template <class T, bool vector, Mode mode>
 STK_INLINE void reduce_span(const Group &g, const T *x, int64_t stride, const float *size, int64_t size_stride,
                             typename WideOf<T>::type total, int64_t at, T *y) {
   using S = Span<T, vector>;
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   typename S::wide sum = {};
   bool first = true;
   for (int64_t k = 0; k < g.count; ++k) {
@@ -46,7 +46,7 @@ STK_INLINE void prefetch_after(const ReduceArgs &args, const Group &g, int64_t i
 
 template <class T, Mode mode>
 void reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   constexpr int step = Span<T, true>::step;
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;
   for (int64_t row = begin; row < end; ++row) {
@@ -87,8 +87,7 @@ STK_INLINE void spread_max(const SpreadArgs &args, const Group &g, int64_t item,
     bool taken = false;
     for (int64_t k = 0; k < g.count; ++k) {
       const int64_t token = token_of(g.member[k]);
-      const bool wins =
-          !taken && g.member[k] >= 0 && same(widen(row_of<T>(args.x, item, token)[d]), widen(y[d]));
+      const bool wins = !taken && g.member[k] >= 0 && same(widen(row_of<T>(args.x, item, token)[d]), widen(y[d]));
       row_of<T>(args.out, item, token)[d] = wins ? grad[d] : T{};
       taken |= wins;
     }
@@ -97,7 +96,7 @@ STK_INLINE void spread_max(const SpreadArgs &args, const Group &g, int64_t item,
 
 template <class T, Mode mode>
 void spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   constexpr int step = Span<T, true>::step;
   const int64_t bytes = args.dim * int64_t(sizeof(T));
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;

@@ -47,7 +47,7 @@ int64_t row_bytes(int64_t dim) {
 // y, rounded to T, and the sum over it.
 template <class T>
 STK_INLINE typename WideOf<T>::type merged_row(const NormArgs &args, const Group &g, int64_t item, T *y) {
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   const T *x = row_of<T>(args.x, item, 0), *residual = row_of<T>(args.residual, item, 0);
   const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
   const int64_t x_stride = args.x.stride_row, residual_stride = args.residual.stride_row;
@@ -79,7 +79,7 @@ STK_INLINE typename WideOf<T>::type merged_row(const NormArgs &args, const Group
 
 template <class T>
 void forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t end) {
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   const int64_t dim = args.dim, bytes = dim * int64_t(sizeof(T));
   const Real *weight = static_cast<const Real *>(args.weight), *bias = static_cast<const Real *>(args.bias);
   T *const y_scratch = static_cast<T *>(scratch);
@@ -101,7 +101,7 @@ void forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t en
     });
     const Real rstd = Real(1) / root(Sum<Real>::of(squares) / Real(dim) + Real(args.eps));
     along<T>(dim, [&](int64_t d, auto span, int) __attribute__((always_inline)) {
-      typedef Span<Real, decltype(span)::step != 1> Wide;
+      using Wide = Span<Real, decltype(span)::step != 1>;
       auto v = (span.get(y + d) - mean) * rstd;
       if (weight) v *= Wide::get(weight + d);
       if (bias) v += Wide::get(bias + d);
@@ -133,7 +133,7 @@ STK_INLINE void row_gradient(const NormGradArgs &args, int64_t item, int64_t out
   const Real *weight = static_cast<const Real *>(args.weight);
   Sum<Real> sum, product;
   along<T>(args.dim, [&](int64_t d, auto span, int part) __attribute__((always_inline)) {
-    typedef Span<Real, decltype(span)::step != 1> Wide;
+    using Wide = Span<Real, decltype(span)::step != 1>;
     const auto hat = (span.get(y + d) - mean) * rstd;
     auto up = span.get(grad + d);
     if (to_weight) {
@@ -146,7 +146,7 @@ STK_INLINE void row_gradient(const NormGradArgs &args, int64_t item, int64_t out
   });
   const Real shift = Sum<Real>::of(sum) / Real(args.dim), slope = Sum<Real>::of(product) / Real(args.dim);
   along<T>(args.dim, [&](int64_t d, auto span, int) __attribute__((always_inline)) {
-    typedef Span<Real, decltype(span)::step != 1> Wide;
+    using Wide = Span<Real, decltype(span)::step != 1>;
     const auto hat = (span.get(y + d) - mean) * rstd;
     auto up = span.get(grad + d);
     if (weight) up *= Wide::get(weight + d);
@@ -158,7 +158,7 @@ STK_INLINE void row_gradient(const NormGradArgs &args, int64_t item, int64_t out
 
 template <class T>
 void backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64_t end) {
-  typedef typename WideOf<T>::type Real;
+  using Real = typename WideOf<T>::type;
   const int64_t dim = args.dim, bytes = dim * int64_t(sizeof(T)), all = args.groups.items * args.groups.tokens_out;
   Real *const given = static_cast<Real *>(scratch);
   T *const narrowed = reinterpret_cast<T *>(static_cast<char *>(scratch) + row_bytes<Real>(dim));
@@ -185,7 +185,7 @@ void backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64
         if (g.valid != 1) share = (size ? Real(size[g.member[k] * args.size_stride_token]) : Real(1)) / total;
         T *const made = args.stream ? narrowed : out;
         along<T>(dim, [&](int64_t d, auto span, int) __attribute__((always_inline)) {
-          typedef Span<Real, decltype(span)::step != 1> Wide;
+          using Wide = Span<Real, decltype(span)::step != 1>;
           span.put(made + d, share * Wide::get(given + d));
         });
         if (args.stream) copy_row(out, made, bytes, true);

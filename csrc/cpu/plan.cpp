@@ -10,8 +10,8 @@ namespace stk {
 int64_t plan_scratch(const Sets &sets) { return int64_t(sizeof(int32_t)) * (2 * sets.sources + sets.targets); }
 
 template <class Real>
-void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int64_t protected_, int64_t r, void *scratch,
-               int32_t *dest, int32_t *members, int32_t *offsets) {
+void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int64_t protected_, int64_t r,
+               void *scratch, int32_t *dest, int32_t *members, int32_t *offsets) {
   const Real *best = proposals.best;
   const int32_t *partner = proposals.partner;
   const int64_t sources = sets.sources, targets = sets.targets;
@@ -24,9 +24,8 @@ void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int6
     merged[i] = 0;
   }
   if (r < sources)
-    std::nth_element(order, order + r, order + sources, [best](int32_t i, int32_t j) {
-      return best[i] > best[j] || (best[i] == best[j] && i < j);
-    });
+    std::nth_element(order, order + r, order + sources,
+                     [best](int32_t i, int32_t j) { return best[i] > best[j] || (best[i] == best[j] && i < j); });
   for (int64_t k = 0; k < r; ++k) merged[order[k]] = 1;
 
   // how many members each output has, then where each group begins
@@ -66,7 +65,7 @@ void plan_item(Proposals<Real> proposals, const Sets &sets, int64_t tokens, int6
 
 template void plan_item<float>(Proposals<float>, const Sets &, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
                                int32_t *);
-template void plan_item<double>(Proposals<double>, const Sets &, int64_t, int64_t, int64_t, void *, int32_t *, int32_t *,
-                                int32_t *);
+template void plan_item<double>(Proposals<double>, const Sets &, int64_t, int64_t, int64_t, void *, int32_t *,
+                                int32_t *, int32_t *);
 
 }  // namespace stk

@@ -13,14 +13,14 @@ template <class T, bool vector>
 struct Span;
 template <class T>
 struct Span<T, true> {
-  typedef typename Vec<typename WideOf<T>::type>::type wide;
+  using wide = typename Vec<typename WideOf<T>::type>::type;
   static constexpr int step = Vec<typename WideOf<T>::type>::lanes;
   STK_INLINE wide get(const T *p) { return load(p); }
   STK_INLINE void put(T *p, wide v) { store(p, v); }
 };
 template <class T>
 struct Span<T, false> {
-  typedef typename WideOf<T>::type wide;
+  using wide = typename WideOf<T>::type;
   static constexpr int step = 1;
   STK_INLINE wide get(const T *p) { return widen(*p); }
   STK_INLINE void put(T *p, wide v) { *p = narrow(v, T{}); }

@@ -11,7 +11,7 @@ namespace stk {
 void use_openmp_of(const char *torch_library);
 bool has_openmp();
 
-typedef void (*Body)(void *context, int64_t begin, int64_t end, int thread);
+using Body = void (*)(void *context, int64_t begin, int64_t end, int thread);
 
 // Calls body on ranges that cover [0, count), at most one for each of `threads` threads, each at least `grain` long.
 // Ranges depend on the thread count alone. `body` must not throw.

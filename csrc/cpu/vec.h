@@ -27,18 +27,18 @@ struct Vec;
 template <>
 struct Vec<float> {
   static constexpr int lanes = kBytes / 4;
-  typedef float type __attribute__((vector_size(kBytes)));
-  typedef int32_t itype __attribute__((vector_size(kBytes)));
-  typedef int32_t bits;
+  using type __attribute__((vector_size(kBytes))) = float;
+  using itype __attribute__((vector_size(kBytes))) = int32_t;
+  using bits = int32_t;
   static constexpr bits abs_mask = 0x7fffffff, infinity = 0x7f800000;
   static constexpr int mantissa = 23, bias2 = 254;
 };
 template <>
 struct Vec<double> {
   static constexpr int lanes = kBytes / 8;
-  typedef double type __attribute__((vector_size(kBytes)));
-  typedef int64_t itype __attribute__((vector_size(kBytes)));
-  typedef int64_t bits;
+  using type __attribute__((vector_size(kBytes))) = double;
+  using itype __attribute__((vector_size(kBytes))) = int64_t;
+  using bits = int64_t;
   static constexpr bits abs_mask = 0x7fffffffffffffff, infinity = 0x7ff0000000000000;
   static constexpr int mantissa = 52, bias2 = 2046;
 };
@@ -73,15 +73,21 @@ struct f16 {
 
 struct Add {
   template <class V>
-  STK_INLINE V of(V a, V b) { return a + b; }
+  STK_INLINE V of(V a, V b) {
+    return a + b;
+  }
 };
 struct Max {
   template <class V>
-  STK_INLINE V of(V a, V b) { return a > b ? a : b; }
+  STK_INLINE V of(V a, V b) {
+    return a > b ? a : b;
+  }
 };
 struct Min {
   template <class V>
-  STK_INLINE V of(V a, V b) { return a < b ? a : b; }
+  STK_INLINE V of(V a, V b) {
+    return a < b ? a : b;
+  }
 };
 
 template <class Op, class Lane, int bytes, class V>
@@ -95,7 +101,7 @@ STK_INLINE Lane across(V v) {
     const Two t = bitcast<Two>(v);
     return Op::of(t.low, t.high);
   } else {
-    typedef Lane Half __attribute__((vector_size(bytes / 2)));
+    using Half __attribute__((vector_size(bytes / 2))) = Lane;
     struct Two {
       Half low, high;
     };
@@ -122,7 +128,7 @@ STK_INLINE float narrow(float v, float) { return v; }
 STK_INLINE bf16 narrow(float v, bf16) {
   const uint32_t b = bitcast<uint32_t>(v);
   if ((b & 0x7fffffffu) > 0x7f800000u) return {uint16_t(b >> 16 | 0x40)};  // NaN stays one
-  return {uint16_t((b + 0x7fffu + (b >> 16 & 1u)) >> 16)};                  // to nearest, ties to even
+  return {uint16_t((b + 0x7fffu + (b >> 16 & 1u)) >> 16)};                 // to nearest, ties to even
 }
 STK_INLINE f16 narrow(float v, f16) {
   const uint32_t b = bitcast<uint32_t>(v), sign = b >> 16 & 0x8000u, rest = b & 0x7fffffffu;
@@ -135,23 +141,23 @@ STK_INLINE f16 narrow(float v, f16) {
 
 template <class T>
 struct WideOf {
-  typedef float type;
+  using type = float;
 };
 template <>
 struct WideOf<double> {
-  typedef double type;
+  using type = double;
 };
 
 // -- vectors of the wide type from and to memory ----------------------------------------------------------------------
 
-typedef Vec<float>::type vfloat;
-typedef Vec<double>::type vdouble;
+using vfloat = Vec<float>::type;
+using vdouble = Vec<double>::type;
 
 STK_INLINE vfloat load(const float *p) { return load_bytes<vfloat>(p); }
 STK_INLINE vdouble load(const double *p) { return load_bytes<vdouble>(p); }
 STK_INLINE vfloat load(const bf16 *p) {
-  typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
-  typedef uint32_t whole __attribute__((vector_size(kBytes)));
+  using half __attribute__((vector_size(kBytes / 2))) = uint16_t;
+  using whole __attribute__((vector_size(kBytes))) = uint32_t;
   return bitcast<vfloat>(__builtin_convertvector(load_bytes<half>(p), whole) << 16);
 }
 STK_INLINE vfloat load(const f16 *p) {
@@ -169,8 +175,8 @@ STK_INLINE vfloat load(const f16 *p) {
 STK_INLINE void store(float *p, vfloat v) { store_bytes(p, v); }
 STK_INLINE void store(double *p, vdouble v) { store_bytes(p, v); }
 STK_INLINE void store(bf16 *p, vfloat v) {
-  typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
-  typedef uint32_t whole __attribute__((vector_size(kBytes)));
+  using half __attribute__((vector_size(kBytes / 2))) = uint16_t;
+  using whole __attribute__((vector_size(kBytes))) = uint32_t;
   const whole b = bitcast<whole>(v);
   const whole rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
   const whole nan = (whole)((b & 0x7fffffffu) > 0x7f800000u);

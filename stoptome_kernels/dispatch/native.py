@@ -31,8 +31,14 @@ def unavailable_reason(device: str, dtype: torch.dtype, explicit: bool) -> str |
     return None
 
 
-def _rows(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
+def _rows(x: Tensor | None) -> tuple[int, int, int]:
+    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _groups(members: Tensor, offsets: Tensor) -> tuple[int, int, int, int, int]:
+    """Return a plan's groups as the kernels take them; both tensors must be contiguous."""
+    items, tokens_in = members.shape
+    return members.data_ptr(), offsets.data_ptr(), items, tokens_in, offsets.shape[1] - 1
 
 
 def _address(t: Tensor | None) -> int:
@@ -49,9 +55,9 @@ def match(
     members = metric.new_empty((n, tokens), dtype=torch.int32)
     offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
     _native.match(
-        metric.data_ptr(), _DTYPES[metric.dtype], n, heads, tokens, channels,
-        metric.stride(0), metric.stride(1), metric.stride(2), r, protected, _address(order), sources,
-        dest.data_ptr(), members.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
+        (metric.data_ptr(), metric.stride(0), metric.stride(1), metric.stride(2)), (n, heads, tokens, channels),
+        _DTYPES[metric.dtype], r, protected, _address(order), sources,
+        (dest.data_ptr(), members.data_ptr(), offsets.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
     return dest, members, offsets
 
@@ -66,14 +72,13 @@ def reduce(
 ) -> tuple[Tensor, Tensor]:
     """See ``stoptome_kernels.reference.reduce``; ``out`` is where to write, contiguous."""
     x, members, offsets = unit_stride(x), members.contiguous(), offsets.contiguous()
-    n, tokens, dim = x.shape
+    n, _, dim = x.shape
     tokens_out = offsets.shape[1] - 1
     y = x.new_empty((n, tokens_out, dim)) if out is None else out[0]
     size_out = x.new_empty((n, tokens_out), dtype=torch.float32) if out is None else out[1]
     _native.reduce(
-        _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n, tokens,
-        tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), out is None,
-        torch.get_num_threads(),
+        _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], _groups(members, offsets), dim, _rows(size),
+        size_out.data_ptr(), out is None, torch.get_num_threads(),
     )  # fmt: skip
     return y, size_out
 
@@ -89,13 +94,12 @@ def spread(
 ) -> Tensor:
     """See ``stoptome_kernels.reference.spread``."""
     grad, members, offsets = unit_stride(grad), members.contiguous(), offsets.contiguous()
-    n, tokens_out, dim = grad.shape
+    n, _, dim = grad.shape
     out = grad.new_empty((n, members.shape[1], dim))
     x, y = (None if t is None else unit_stride(t) for t in (x, y))
     _native.spread(
-        _rows(grad), _rows(out), _DTYPES[grad.dtype], _MODES[mode], members.data_ptr(), offsets.data_ptr(), n,
-        members.shape[1], tokens_out, dim, _NOTHING if size is None else _rows(size),
-        _NOTHING if x is None else _rows(x), _NOTHING if y is None else _rows(y), torch.get_num_threads(),
+        _rows(grad), _rows(out), _DTYPES[grad.dtype], _MODES[mode], _groups(members, offsets), dim, _rows(size),
+        _rows(x), _rows(y), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -116,14 +120,14 @@ def merge_norm(
     x, residual = unit_stride(x.to(stream)), unit_stride(residual.to(stream))
     members, offsets = members.contiguous(), offsets.contiguous()
     weight, bias = (None if t is None else t.to(wide).contiguous() for t in (weight, bias))
-    n, tokens, dim = x.shape
+    n, _, dim = x.shape
     tokens_out = offsets.shape[1] - 1
     y, normed = (x.new_empty((n, tokens_out, dim)) for _ in range(2))
     size_out, mean, rstd = (x.new_empty((n, tokens_out), dtype=dtype) for dtype in (torch.float32, wide, wide))
     _native.merge_norm(
-        _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], members.data_ptr(), offsets.data_ptr(), n,
-        tokens, tokens_out, dim, _NOTHING if size is None else _rows(size), size_out.data_ptr(), _address(weight),
-        _address(bias), eps, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
+        _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], _groups(members, offsets), dim,
+        _rows(size), size_out.data_ptr(), _address(weight), _address(bias), eps, mean.data_ptr(), rstd.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, normed, size_out, mean, rstd
 
@@ -141,23 +145,18 @@ def merge_norm_backward(
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
     """See ``stoptome_kernels.reference.merge_norm_backward``."""
-    grad_normed, y, members, offsets = (
-        unit_stride(grad_normed),
-        unit_stride(y),
-        members.contiguous(),
-        offsets.contiguous(),
-    )
+    grad_normed, y = unit_stride(grad_normed), unit_stride(y)
+    members, offsets = members.contiguous(), offsets.contiguous()
     grad_y = None if grad_y is None else unit_stride(grad_y)
     weight = None if weight is None else weight.to(mean.dtype).contiguous()
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    n, tokens_out, dim = grad_normed.shape
+    n, _, dim = grad_normed.shape
     grad = grad_normed.new_empty((n, members.shape[1], dim))
     sums = mean.new_empty((2 if affine else 0, dim))
     _native.merge_norm_backward(
-        _rows(grad_normed), _NOTHING if grad_y is None else _rows(grad_y), _rows(y), _rows(grad), _DTYPES[grad.dtype],
-        members.data_ptr(), offsets.data_ptr(), n, members.shape[1], tokens_out, dim,
-        _NOTHING if size is None else _rows(size), mean.data_ptr(), rstd.data_ptr(), _address(weight),
-        sums.data_ptr() if affine else 0, torch.get_num_threads(),
+        _rows(grad_normed), _rows(grad_y), _rows(y), _rows(grad), _DTYPES[grad.dtype], _groups(members, offsets), dim,
+        _rows(size), mean.data_ptr(), rstd.data_ptr(), _address(weight), sums.data_ptr() if affine else 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     return grad, sums
 

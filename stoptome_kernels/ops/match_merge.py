@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..reference import arrange, identity, winners
+from ..reference import arrange, cap_r, identity, winners
 from .library import define, gradient
 
 # -- match ------------------------------------------------------------------------------------------------------------
 
 
 def _capped(metric: Tensor, r: int, protected: int) -> int:
-    return min(r, (metric.shape[-2] - protected) // 2)
+    return cap_r(r, metric.shape[-2], protected)
 
 
 def _match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
+from ..reference import cap_r
 from .table import table
 
 Rate = int | Sequence[int] | tuple[int, float]
@@ -282,11 +283,11 @@ def plan_layers(
                 f"items there: choose a number that divides {items}"
             )
         item, items, length = item * join, items // join, length * join
-        inter = min(_share(length, inter_share), (length - item) // 2) if join > 1 else 0
+        inter = cap_r(_share(length, inter_share), length, item) if join > 1 else 0
         attended = length - inter
         clips = any(layer >= first for first in groups)
         wanted = _share(attended, intra_share) if clips else rates[layer]
-        r = min(wanted, (attended - item) // 2)
+        r = cap_r(wanted, attended, item)
         length = attended - r
         steps.append(Step(join, inter, r, items, frames // items, attended, length))
     return Schedule(tuple(steps), tokens, width)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..patching.subclass import PatchedModule, original_class
 from ..patching.trial import check_blocks_match
+from ..reference import cap_r
 from ..tome.config import ToMeConfig
 from ..tome.report import Description
 from ..tome.schedule import Schedule, Step
@@ -56,9 +57,9 @@ class TempMeTokens(NamedTuple):
                 f"there: choose a number that divides {items}"
             )
         items, frames, length = items // join, frames * join, self.stream.x.shape[1] * join
-        inter = min(inter, (length - frames) // 2)
+        inter = cap_r(inter, length, frames)
         attended = length - inter
-        r = min(r, (attended - frames) // 2)
+        r = cap_r(r, attended, frames)
         return Step(join, inter, r, items, frames, attended, attended - r)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..api import match, merge, merge_norm
 from ..patching.guards import may_read_weights
 from ..plan import MergePlan
-from ..reference import match_sets
+from ..reference import cap_r, match_sets
 from ..tome.config import ToMeConfig
 from ..tome.report import Description, warn_capped
 from ..tome.schedule import Schedule, plan_layers
@@ -146,7 +146,7 @@ class VitMergeState:
         layers = tuple(source[:, None].int() for source in self._last)
         left, tokens = self._last[0].shape[1], []
         for rate in self.rates:
-            left -= cap_rate(rate, left, self.protected)
+            left -= cap_r(rate, left, self.protected)
             tokens.append(left)
         return Trace(layers, tuple(tokens), (1,) * len(layers), self.protected)
 
@@ -211,7 +211,7 @@ class VitBlockContext:
         """
         x, size, source, position, *_ = tokens
         merging = self.merging
-        r = cap_rate(merging.rates[self.index], x.shape[1], merging.protected)
+        r = cap_r(merging.rates[self.index], x.shape[1], merging.protected)
         if r < merging.rates[self.index]:
             merging.warn(x.shape[1] if source is None else source.shape[1])
         if r == 0:
@@ -243,11 +243,6 @@ class VitBlockContext:
         if tokens.kept or not self.is_last:
             return tokens
         return unmerge_tokens(tokens) if merging.dense_output else tokens.x
-
-
-def cap_rate(rate: int, tokens: int, protected: int) -> int:
-    """Return how many tokens a layer can merge of those it was asked to: at most half of the unprotected ones."""
-    return min(rate, (tokens - protected) // 2)
 
 
 def _follow_positions(position: Tensor | None, plan: MergePlan) -> Tensor:
