@@ -131,11 +131,30 @@ def norm_programs(tiles: int, meta: dict) -> int:
     return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 
+# Queries and keys of a block, by bits of a number, by the most channels of a head and the most keys (None: any number):
+# forward, gradient by queries, gradient by keys. Float32 takes so many registers that its gradients are left to FMAs.
+# Beyond 64 keys narrow blocks leave room for six programs a multiprocessor: on an H200 331 µs at ViT-B/16, where blocks
+# of 64 keys took 423.
+_ATTENTION = (
+    (16, 64, 64, ((64, 64), (32, 64), (32, 64))),
+    (16, 64, None, ((64, 16), (64, 32), (32, 64))),
+    (16, None, None, ((32, 64), (32, 64), (32, 32))),
+    (32, 64, None, ((32, 32), (32, 16), (32, 32))),
+    (32, None, None, ((16, 32), (16, 16), (16, 32))),
+)
+
+
 @cache
 def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compiled: bool = True) -> dict:
     """Return the constants of each kernel of attention; ``whole``, if not None, is what replaces ``queries`` and
     ``keys``."""
-    thirds = compiled and dtype == torch.float32
+    full, few = dtype == torch.float32, channels <= 64
+    blocks = next(
+        blocks
+        for bits, widest, most, blocks in _ATTENTION
+        if bits == (32 if full else 16) and channels <= (widest or channels) and keys <= (most or keys)
+    )
+    thirds = compiled and full
     common = {
         "THIRDS": thirds,
         # the interpreter takes bfloat16 for integers
@@ -145,23 +164,16 @@ def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compil
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
-    rows, columns = (max(16, _pow2(n)) for n in (queries, keys))
-    full, long = dtype == torch.float32, channels > 64
-    several = keys > 64 and not full and not long  # blocks of keys
-    # three programs of 4 warps fit a multiprocessor's registers (bench/results/aot); float32 takes so many of them that
-    # its gradients are left to FMAs
-    attend = {**common, "BLOCK_Q": min(rows, (16 if full else 32) if long else 32 if full else 64)}
-    attend["BLOCK_K"] = min(columns, 32 if full else 16 if several else 64)
-    by_queries = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 64 if several else 32)}
-    by_queries["BLOCK_K"] = min(columns, 32 if full or several else 64)
-    by_keys = {**attend, "BLOCK_Q": min(attend["BLOCK_Q"], 32), "BLOCK_K": min(columns, 32 if full or long else 64)}
+    attend, by_queries, by_keys = (
+        {**common, "BLOCK_Q": min(rows, max(16, _pow2(queries))), "BLOCK_K": min(columns, max(16, _pow2(keys)))}
+        for rows, columns in blocks
+    )
+    # values are loaded before the scores are computed: on an H200 206 µs for 246 at STOP's shape
+    attend["EARLY"] = not full and few
     if full:
         fma = {"THIRDS": False, "TYPE": tl.float32, "num_warps": 8}
-        by_queries |= {**fma, "BLOCK_K": 16}
+        by_queries |= fma
         by_keys |= fma
     # on an H200 0.8 of the time that 190 registers take, which Triton 3.6 would use: three programs for two
-    whole = {**by_keys, "maxnreg": 168} if keys <= 64 and not full and not long else None
-    # Values are loaded before the scores are computed: on an H200 206 µs for 246 at STOP's shape. At ViT-B/16 narrow
-    # blocks of keys, which leave room for six programs, take 331 µs; blocks of 64 took 423.
-    attend["EARLY"] = not full and not long
+    whole = {**by_keys, "maxnreg": 168} if keys <= 64 and not full and few else None
     return {"attend": attend, "whole": whole, "queries": by_queries, "keys": by_keys}

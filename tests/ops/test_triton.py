@@ -152,6 +152,22 @@ def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, dim, sized, affine
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_cover_what_they_must(dtype):
+    """A gradient in one launch sees all keys of a head in a block; the pieces of a row make up the row."""
+    for keys in (1, 16, 17, 30, 58, 64, 65, 197, 256):
+        for channels in (16, 40, 64, 65, 128):
+            found = config.attention(54, keys, channels, dtype, True)
+            assert found["whole"] is None or found["whole"]["BLOCK_K"] >= keys
+            for one in filter(None, found.values()):
+                assert one["BLOCK_D"] >= channels
+                assert all(one[side] >= 16 and one[side] & (one[side] - 1) == 0 for side in ("BLOCK_Q", "BLOCK_K"))
+    for dim in (1, 8, 64, 320, 384, 768, 1000, 1024, 1152, 1280, 4096):
+        found = config.merge(dim, 52, dtype, "mean", True)
+        assert dim <= found["CHUNKS"] * found["BLOCK_D"] < dim + found["BLOCK_D"]
+        assert config.norm(dim, 52, dtype)["BLOCK_D"] >= dim
+
+
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all keys, else two."""
     from stoptome_kernels.kernels import attention
