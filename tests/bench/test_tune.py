@@ -52,7 +52,7 @@ KERNELS = {
     "reduce_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
     "match": {"BLOCK_C": 32, "num_warps": 2},
     "attend": {"BLOCK_Q": 32, "EARLY": True},
-    "spread_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2},
+    "spread_rows": {"ROWS": 2, "BLOCK_D": 16, "CHUNKS": 2, "maxnreg": None},
     "grad_keys": {"BLOCK_Q": 32},
 }
 
