@@ -70,7 +70,7 @@ def _plan(i: data.Inputs) -> tuple[Tensor, Tensor]:
 
 
 def match_job(i: data.Inputs) -> Job:
-    """Return whether a plan is right depends on rounding: tune.py asks verify.Truth, bounds are not used."""
+    """Return the matching of all items. What is right depends on rounding: tune.py asks verify.Truth, not bounds."""
     n, tokens, out = i.x.shape[0], i.shape.tokens, i.shape.tokens_out
     metric, r, protected = _metric(i), tokens - out, i.shape.protected
     dest, members = (i.x.new_empty((n, tokens), dtype=torch.int32) for _ in range(2))

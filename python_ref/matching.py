@@ -15,7 +15,8 @@ Places = slice | Tensor  # of the tokens of a set: a slice or int64 indices, asc
 
 
 def cap_r(r: int, tokens: int, protected: int) -> int:
-    """Return how many tokens an item loses of ``r`` asked for: at most half of the unprotected ones."""
+    """Return how many tokens an item loses of ``r`` asked for: at most half of the unprotected ones. Given sets are
+    capped at the number of sources instead."""
     return min(r, (tokens - protected) // 2)
 
 
@@ -58,7 +59,7 @@ def unit_tokens(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _similarities(metric: Tensor, a: Places, b: Places) -> Iterator[Tensor]:
-    """Return the similarity of A and B, ``(N, rows, |B|)`` for a few rows of A at a time, so that sets of any size
+    """Yield the similarity of A and B, ``(N, rows, |B|)`` for a few rows of A at a time, so that sets of any size
     fit."""
     m, bad = unit_tokens(metric)
     left, left_bad, right, right_bad = m[:, a], bad[:, a], m[:, b], bad[:, b]
@@ -95,7 +96,7 @@ def match(
 
     Args:
         metric: ``(N, H, T, C)``, any floating dtype.
-        r: tokens to remove from each item, already capped, see ``cap_r``, or at ``sources``.
+        r: tokens to remove from each item, already capped: by ``cap_r``, or at ``sources``.
         protected: tokens of neither set, which are never merged: the leading ones, or those that lead ``order``.
         order: ``(T,)`` int32, the tokens as ``arrange`` has them; None for even sources and odd destinations.
         sources: number of sources in ``order``; without ``order`` not used.

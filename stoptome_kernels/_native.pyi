@@ -4,6 +4,8 @@
 _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
 _Groups = tuple[int, int, int, int, int]  # members, offsets; items, tokens in, tokens out
 
+INTERFACE: int
+
 def match(
     metric: tuple[int, int, int, int], shape: tuple[int, int, int, int], dtype: int, r: int, protected: int, order: int,
     sources: int, plan: tuple[int, int, int], threads: int,

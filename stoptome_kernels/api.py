@@ -64,7 +64,7 @@ def match(
     protected = checks.count(1 if protected is None else protected, "protected", "leading tokens that are never merged")
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.no_vmap_or_jvp(metric, "metric")
-    if onnx.exporting():
+    if onnx.is_onnx_exporting():
         checks.match(metric, r, protected, backend)
         return MergePlan(*onnx.match(metric, r, protected), protected)
     dest, members, offsets = torch.ops.stoptome.match(metric.detach(), r, protected, backend)
@@ -81,7 +81,7 @@ def _match_sets(metric: Tensor, r: int, protected: int | None, backend: str, set
     checks.choice(backend, "backend", checks.BACKENDS)
     checks.no_vmap_or_jvp(metric, "metric")
     src, dst = (checks.index(index, f"sets[{k}]", metric) for k, index in enumerate(sets))
-    if onnx.exporting():
+    if onnx.is_onnx_exporting():
         raise NotImplementedError("match with sets can't be exported to ONNX: leave that layer out of the export")
     dest, members, offsets = torch.ops.stoptome.match_sets(metric.detach(), r, src, dst, backend)
     return MergePlan(dest, members, offsets, 0)
@@ -138,7 +138,7 @@ def merge(
         _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     size = None if size is None else size.detach()
-    if onnx.exporting():
+    if onnx.is_onnx_exporting():
         ops.match_merge.check_merge(x, plan.members, plan.offsets, size, mode, backend)
         return onnx.merge(x, plan.dest, plan._weightless(), plan.tokens_out, size, mode)
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
@@ -187,7 +187,7 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
         ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
         _check_backend(backend, y)
         return y
-    if onnx.exporting():
+    if onnx.is_onnx_exporting():
         ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
         return onnx.unmerge(y, plan.dest)
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
@@ -260,7 +260,7 @@ def merge_norm(
         return y, ops.merge_norm.layer_norm(y, weight, bias, eps), size
     size = None if size is None else size.detach()
     index = (plan.members, plan.offsets)
-    if onnx.exporting():
+    if onnx.is_onnx_exporting():
         ops.merge_norm.check_merge_norm(x, residual, *index, size, weight, bias, eps, backend)
         tokens = (plan.dest, plan._weightless(), plan.tokens_out)
         return onnx.merge_norm(x, residual, *tokens, size, weight, bias, eps)
@@ -332,7 +332,7 @@ def attention(
     how = dispatch.choose_attention(
         backend, q.device.type, q.dtype, ops.attention.limit(q, k, prefix_k) is None, size is None and prefix_k is None
     )
-    if how == "sdpa" or onnx.exporting():
+    if how == "sdpa" or onnx.is_onnx_exporting():
         return ops.attention.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
     if how == "reference":  # not as an operator: so it can be differentiated twice
         scale = ops.attention.default_scale(q) if scale is None else scale

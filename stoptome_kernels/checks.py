@@ -154,7 +154,7 @@ def match_sets(metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str) -
 
 
 def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
-    """Return the values of ``sets``, on the CPU: in range, none twice, none in both."""
+    """Check the values of ``sets``, on the CPU: in range, none twice, none in both."""
     for value, name in ((src, "sets[0]"), (dst, "sets[1]")):
         for wrong in value[(value < 0) | (value >= tokens)][:1].tolist():
             _in_range(wrong, name, tokens)

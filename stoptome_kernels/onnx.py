@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators of this package in operations that ONNX has, which run while ``torch.onnx.export`` captures a program.
+"""The operators of this package in operations that ONNX has; ``api`` runs them while ``torch.onnx.export`` captures a
+program. Attention is torch's own function there, ``ops.attention.sdpa``, and matching of given sets is refused.
 
 The same meaning as python_ref's, which is written with ones that ONNX lacks (segment_reduce, frexp, a stable sort);
 sums are in float32 (float64 for float64) in whatever order the runtime adds. Plans are given and returned as tensors.
@@ -14,12 +15,12 @@ from torch import Tensor
 from .reference import build_groups, cap_r, match_sets
 
 
-def exporting() -> bool:
+def is_onnx_exporting() -> bool:
     """Return whether ``torch.onnx.export`` is capturing the program."""
     return torch.onnx.is_in_onnx_export()
 
 
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it is False whenever torch.compile traces
+is_onnx_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it is False whenever torch.compile traces
 
 
 def group_tokens(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def group_tokens(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Ten
         weightless: ``(N, T)`` bool, tokens that are merged with weight 0.
         tokens_out: number of output tokens.
     """
-    if not exporting():
+    if not is_onnx_exporting():
         return build_groups(dest, weightless, tokens_out)
     # a stable sort has no ONNX form: no two of these keys are equal
     dest, tokens = dest.long(), dest.shape[1]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from . import video, vit
-from .patching.subclass import check_unpatchable, patched_modules, unpatch_class
+from .patching.subclass import check_can_unpatch, patched_modules, unpatch_class
 from .tome.config import ToMeConfig, describe_missing_flags
 from .tome.report import Description, logger, warn
 from .tome.schedule import Rate
@@ -148,7 +148,7 @@ def remove_tome_patch(model: nn.Module) -> nn.Module:
     modules = patched_modules(_module(model))
     vit.remove_stale_recorders(model)
     for module in modules:
-        check_unpatchable(module)
+        check_can_unpatch(module)
     video.remove_additions(model)
     for module in model.modules():
         kept = not hasattr(module, "reset_merging") and module.__dict__.get("tome")

@@ -373,6 +373,7 @@ void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.dispatch.";
+  m.attr("INTERFACE") = 2;  // of the arguments below; dispatch/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

@@ -14,6 +14,8 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
+    if getattr(_native, "INTERFACE", 1) != 2:
+        _missing = "the native kernels are of another version of this package; reinstall: pip install -v ."
     # one pool of threads in the process: the OpenMP runtime that torch itself depends on
     _native.use_openmp_of(torch._C.__file__)
 

@@ -89,7 +89,7 @@ define(
 
 
 def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute LayerNorm over the last axis, in y's dtype; computed in float32 (float64 for float64) where it is given
+    """Apply LayerNorm over the last axis, in y's dtype; computed in float32 (float64 for float64) where it is given
     different dtypes, as PyTorch's own is in any case."""
     rows = y
     if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards: what hooks, replaced forwards and sharding keep a patch from doing, and copies without them.
+"""Guards: hooks, replaced forwards and sharding, which keep a patch from doing its work, and copies without them.
 
 A call of a module is more than its class's forward: hooks, a forward put on the instance (accelerate, a user's own),
 weights that are elsewhere until it is called, adapters in place of a weight. Whoever reads weights leaves all of that
@@ -35,7 +35,7 @@ def may_read_weights(*modules: Any) -> bool:
     Modules inside them are not looked at.
     """
     for module in modules:
-        if not has_no_hooks(module):
+        if not calls_only_class_forward(module):
             return False
         for weight in module._parameters.values():
             if weight is not None and (type(weight) not in _PLAIN or weight.is_meta):
@@ -47,10 +47,10 @@ def may_read_weights(*modules: Any) -> bool:
     return True
 
 
-def has_no_hooks(module: Any) -> bool:
+def calls_only_class_forward(module: Any) -> bool:
     """Return whether calling a module is its class's forward and nothing else, whatever its weights are."""
     return not (
-        has_own_hooks(module)
+        has_hooks_or_forward(module)
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
@@ -58,7 +58,7 @@ def has_no_hooks(module: Any) -> bool:
     )
 
 
-def has_own_hooks(module: Any) -> bool:
+def has_hooks_or_forward(module: Any) -> bool:
     """Return whether hooks or a forward were put on this very module."""
     return bool(
         module._forward_hooks

@@ -86,7 +86,7 @@ def patched_modules(root: nn.Module) -> list[Any]:
     return [module for module in root.modules() if isinstance(module, PatchedModule)]
 
 
-def check_unpatchable(module: Any) -> None:
+def check_can_unpatch(module: Any) -> None:
     """Raise what keeps a patched module from getting its class back.
 
     Raises:

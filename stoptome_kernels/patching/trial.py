@@ -42,10 +42,10 @@ def check_blocks_match(
     for index, block in blocks.items():
         if not any(map(has_no_data, parameters_and_buffers(block))):
             with _LOCK:
-                _check_block(index, block, shape, theirs, ours)
+                _check_block_matches(index, block, shape, theirs, ours)
 
 
-def _check_block(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
+def _check_block_matches(index: int, block: nn.Module, shape: tuple[int, ...], theirs: Any, ours: Any) -> None:
     what = f"block {index}, a {type(block).__name__},"
     twin = copy_without_hooks(block).eval()
     plain = has_plain_float_weights(twin)

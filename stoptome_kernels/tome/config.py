@@ -211,7 +211,7 @@ def _lookalike(given: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _parse_dashed(text: str, name: str) -> tuple:
-    """Return numbers with dashes between them, ``3-6-9``; an empty string is none."""
+    """Parse numbers with dashes between them, ``3-6-9``; an empty string gives none."""
     try:
         numbers = [float(part) for part in text.split("-")] if text.strip() else []
         return tuple(int(number) if number == int(number) else number for number in numbers)

@@ -185,7 +185,7 @@ def run_block(
     inline_prompts: int = 0,
     frame_prompts: Tensor | None = None,
     frame_embedding: Tensor | None = None,
-    is_last: bool = False,
+    class_tokens_only: bool = False,
     trace: bool = False,
 ) -> tuple[VideoTokens, BlockPlans]:
     """Run one block: join items, attention inside each item and of the global prompts over the video, merging, MLP.
@@ -198,7 +198,8 @@ def run_block(
         inline_prompts: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
         frame_prompts: ``(B, T, P, D)``, the prompts of this layer that stand outside of it: keys and values alone.
         frame_embedding: ``(1, items before joining, 1, D)``, added to the tokens of each item that is joined here.
-        is_last: whether only class tokens and global prompts are wanted: x comes back as ``(B·I, class tokens, D)``.
+        class_tokens_only: whether only class tokens and global prompts are wanted: x comes back as ``(B·I, class
+            tokens, D)``.
         trace: match even where only the trace needs it.
 
     Returns:
@@ -223,7 +224,7 @@ def run_block(
 
     normed = apply_norm(block, block.ln_1, x)
     metric = None  # the keys
-    if is_last:  # the class tokens alone ask
+    if class_tokens_only:  # the class tokens alone ask
         (q,) = project_qkv(attn, normed[:, : step.frames], 0, 1)
         k, v = project_qkv(attn, normed, 1, 3)
     elif step.r and _metric_columns_cheaper(attn, x):
@@ -249,12 +250,12 @@ def run_block(
             prompts = feed_forward(block, prompts, apply_norm(block, block.ln_2, prompts))
 
     plan = None
-    if step.r and (trace or not is_last):
+    if step.r and (trace or not class_tokens_only):
         plan = match(k if metric is None else metric, step.r, protected)
-    if is_last:
+    if class_tokens_only:
         x, size = x[:, : step.frames], None
     ln = block.ln_2
-    if plan is None or is_last:
+    if plan is None or class_tokens_only:
         x = x + attended
         normed = apply_norm(block, ln, x)
     elif reads_norm_weights(block, ln):
@@ -306,7 +307,7 @@ def run_stack(
         options: dict[str, Any] = {
             "prop_attn": prop_attn, "inline_prompts": inline_prompts, "frame_prompts": deep, "trace": trace,
             "frame_embedding": getattr(block, "tome_frame_embedding", None),
-            "is_last": layer == layers - 1 and not return_all_tokens,
+            "class_tokens_only": layer == layers - 1 and not return_all_tokens,
         }  # fmt: skip
         if checkpointing and torch.is_grad_enabled():
             stream, merged = checkpoint(block, stream, step, use_reentrant=False, **options)

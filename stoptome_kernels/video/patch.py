@@ -16,7 +16,7 @@ from ..tome.report import family_of, warn_capped
 from ..tome.schedule import Schedule
 from . import tempme, upstream
 from .state import VideoMergeState
-from .towers import Tower, check_tower, find_tower
+from .towers import VideoTower, check_tower, find_tower
 from .weights import part_classes
 
 # what becomes of the module that calls the blocks, and of a block
@@ -123,7 +123,7 @@ def remove_additions(model: nn.Module) -> None:
             own.reset_merging()
 
 
-def _check_frame_embeddings(tower: Tower, rows: list[int], wanted: int) -> None:
+def _check_frame_embeddings(tower: VideoTower, rows: list[int], wanted: int) -> None:
     """Raise if a parameter comes or goes after DistributedDataParallel, which would not keep it the same everywhere."""
     parallel = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in tower.around)
     changes = any(

@@ -130,4 +130,4 @@ class VideoMergeState:
         if self._last is None:
             raise RuntimeError("nothing to trace yet: run the model on a video first")
         plans, schedule, batch, prompts = self._last
-        return compose_trace(plans, schedule, batch, prompts, inline_prompts=prompts % 2 == 1)
+        return compose_trace(plans, schedule, batch, prompts, prompts_inline=prompts % 2 == 1)

@@ -25,7 +25,7 @@ from ..tome.report import Description
 from ..tome.schedule import Schedule, Step
 from .blocks import BlockPlans, VideoTokens, run_block
 from .state import VideoMergeState
-from .towers import Tower, tempme_embedding
+from .towers import VideoTower, tempme_embedding
 from .weights import WeightReadingBlock, part_classes
 
 _CALL: dict[str, Any] = {"M_frame_num": 1, "M_token_num": [0]}  # as the model calls a block that is to merge nothing
@@ -104,7 +104,7 @@ class TempMeBlockContext:
 
     merging: TempMeMergeState
     index: int
-    merges: bool
+    takes_tempme_call: bool
 
 
 class TempMeBlock(WeightReadingBlock):
@@ -125,7 +125,7 @@ class TempMeBlock(WeightReadingBlock):
             embedding = embedding_of(self) if join > 1 and merging.config.frame_pos else None
             merging.warn_of_frozen([self])
         step = course.step(join, inter, r)
-        if place.merges and step.frames == 1 and not inter and not r and course.stream.size is None:
+        if place.takes_tempme_call and step.frames == 1 and not inter and not r and course.stream.size is None:
             out = super().forward(course.stream.x, **call)  # type: ignore[misc]
             return _pack_output(course, VideoTokens(out), step, BlockPlans(), place)
         if join == 1 and len(call["M_token_num"]) > 1:
@@ -210,7 +210,7 @@ def embedding_of(block: Any) -> nn.Parameter | None:
     return getattr(block, "tome_frame_embedding", None) if own is None else own
 
 
-def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
+def missing_embeddings(tower: VideoTower, joined: list[int]) -> list[int]:
     """Return, of the items that each block joins, those that it has no embedding of the model's own for.
 
     Raises:
@@ -228,7 +228,7 @@ def missing_embeddings(tower: Tower, joined: list[int]) -> list[int]:
     return missing
 
 
-def install(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames: int | None, family: str) -> None:
+def install(tower: VideoTower, config: ToMeConfig, schedule: Schedule | None, frames: int | None, family: str) -> None:
     """Give a tower whose classes are patched its settings; without a schedule it follows the model's own."""
     clip = find_clip(tower)
     counts = clip.__dict__.get("_tome_info")
@@ -240,11 +240,11 @@ def install(tower: Tower, config: ToMeConfig, schedule: Schedule | None, frames:
     merging = TempMeMergeState(config, schedule, counts, frames, len(tower.blocks), made, family)
     tower.runner.tome = merging
     for index, block in enumerate(tower.blocks):
-        block.tome = TempMeBlockContext(merging, index, _has_tempme_patch(block))
+        block.tome = TempMeBlockContext(merging, index, _takes_tempme_call(block))
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take away what ``put`` gave to other modules than the patched ones."""
+    """Take away what ``install`` gave to other modules than the patched ones."""
     made = [
         merging.counts
         for module in model.modules()
@@ -255,7 +255,7 @@ def uninstall(model: nn.Module) -> None:
             del module._tome_info
 
 
-def find_clip(tower: Tower) -> Any:
+def find_clip(tower: VideoTower) -> Any:
     """Return TempMe's CLIP, which keeps the counts of a forward.
 
     Raises:
@@ -270,18 +270,18 @@ def find_clip(tower: Tower) -> Any:
     return clip
 
 
-def model_prop_attn(tower: Tower) -> bool:
+def model_prop_attn(tower: VideoTower) -> bool:
     """Return whether the model itself wants proportional attention; a CLIP alone does not say."""
     return all(module.__dict__.get("tome_propattn", True) for module in tower.around)
 
 
-def _has_tempme_patch(block: nn.Module) -> bool:
+def _takes_tempme_call(block: nn.Module) -> bool:
     """Return whether TempMe's own patch was applied to a block: its forward can be called as the model calls it."""
     taken = inspect.signature(original_class(block).forward).parameters  # type: ignore[attr-defined]
     return "M_frame_num" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-def check_blocks(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+def check_blocks(tower: VideoTower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on a frame, ``(L, 1, D)``.
 
     Raises:
@@ -296,7 +296,7 @@ def _original_output(block: Any, x: Tensor) -> Tensor | None:
     None where it can't do without what the model around it prepares: then there is nothing to compare with.
     """
     x = x.transpose(0, 1)
-    if not _has_tempme_patch(block):
+    if not _takes_tempme_call(block):
         return block.forward(x).transpose(0, 1)
     counts = block.__dict__.get("_tome_info")
     if counts is None:
@@ -308,7 +308,7 @@ def _original_output(block: Any, x: Tensor) -> Tensor | None:
 def _patched_output(block: Any, x: Tensor) -> Tensor:
     """Return the same computed our way: a block without TempMe's patch leaves its low-rank update out."""
     block.tome_classes = part_classes(block)
-    if not _has_tempme_patch(block):
+    if not _takes_tempme_call(block):
         block.attn.TVPt_LoRA_b.data.zero_()  # of a copy
     stream = VideoTokens(x.transpose(0, 1))
     return run_block(block, stream, TempMeTokens(stream, len(x), 1).step(1, 0, 0))[0].x.transpose(0, 1)

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..patching.guards import check_method_not_replaced, check_unsharded, has_no_hooks, warn_of_shared_blocks
+from ..patching.guards import (
+    calls_only_class_forward,
+    check_method_not_replaced,
+    check_unsharded,
+    warn_of_shared_blocks,
+)
 
 _KNOWN = {"attn", "ln_1", "ln_2", "mlp", "LoRA"}
 _WRAPPERS = ("module", "_orig_mod", "clip", "visual")  # DistributedDataParallel, torch.compile, CLIP4Clip, CLIP
 
 
-class Tower(NamedTuple):
+class VideoTower(NamedTuple):
     """A visual tower whose tokens can be merged.
 
     Attributes:
@@ -44,7 +49,7 @@ class Tower(NamedTuple):
         return self.protected - 1
 
 
-def find_tower(model: nn.Module) -> Tower:
+def find_tower(model: nn.Module) -> VideoTower:
     """Return the visual tower of a model.
 
     Args:
@@ -95,7 +100,7 @@ def find_tower(model: nn.Module) -> Tower:
         kind, prompts = "sequence", 0
     runner = transformer if kind in ("sequence", "tempme") else tower
     tokens = 1 + prompts + patches
-    return Tower(kind, runner, tuple(blocks), tuple(around), tokens, 1 + prompts, frames, width)
+    return VideoTower(kind, runner, tuple(blocks), tuple(around), tokens, 1 + prompts, frames, width)
 
 
 def tempme_embedding(block: Any) -> Any:
@@ -112,7 +117,7 @@ def _frames_of_video(model: Any) -> int | None:
     return None
 
 
-def check_tower(tower: Tower) -> None:
+def check_tower(tower: VideoTower) -> None:
     """Raise what keeps a tower from being patched.
 
     Raises:
@@ -143,7 +148,7 @@ def _check_block(block: Any, kind: str) -> None:
     for name in ("ln_1", "ln_2"):
         if not isinstance(getattr(block, name), nn.LayerNorm):
             raise TypeError(f"{what}.{name} must be a torch.nn.LayerNorm, got {getattr(block, name)}")
-    if not has_no_hooks(block.attn) or not has_no_hooks(block.attn.out_proj):
+    if not calls_only_class_forward(block.attn) or not calls_only_class_forward(block.attn.out_proj):
         raise ValueError(
             f"{what}.attn has hooks or a forward of its own, which would have no effect, since its weights are read "
             "instead of calling it: remove that (hooks of torch.nn.utils.prune by prune.remove) before patching"

@@ -13,7 +13,7 @@ from .blocks import BlockPlans
 
 
 def compose_trace(
-    plans: tuple[BlockPlans, ...], schedule: Schedule, batch: int, prompts: int, inline_prompts: bool
+    plans: tuple[BlockPlans, ...], schedule: Schedule, batch: int, prompts: int, prompts_inline: bool
 ) -> Trace:
     """Return the trace of a stack from what its blocks merged.
 
@@ -22,12 +22,12 @@ def compose_trace(
         schedule: schedule by which the blocks ran.
         batch: videos B.
         prompts: frame prompts P of each frame.
-        inline_prompts: the plans index the prompts too (otherwise they index class tokens and patches alone).
+        prompts_inline: the plans index the prompts too (otherwise they index class tokens and patches alone).
     """
     first = schedule.steps[0]
     frames = first.items * first.frames
     patches = schedule.tokens_in - 1 - prompts
-    carried = prompts if inline_prompts else 0
+    carried = prompts if prompts_inline else 0
     device = next((plan.dest.device for pair in plans for plan in pair if plan is not None), torch.device("cpu"))
     length = 1 + carried + patches
     place = torch.arange(frames * length, device=device).view(1, frames, length).repeat(batch, 1, 1)
@@ -41,7 +41,7 @@ def compose_trace(
             if plan is not None:
                 place = _follow_plan(place, plan, length)
                 length = plan.tokens_out
-        layers.append(_with_prompts(place, length, classes, prompts, bool(inline_prompts)).int())
+        layers.append(_with_prompts(place, length, classes, prompts, bool(prompts_inline)).int())
     return Trace(tuple(layers), schedule.tokens, schedule.items, 1 + prompts)
 
 
@@ -66,9 +66,9 @@ def _follow_plan(place: Tensor, plan: MergePlan, length: int) -> Tensor:
     return table.gather(1, place.flatten(1)).view(batch, frames, tokens)
 
 
-def _with_prompts(place: Tensor, length: int, classes: int, prompts: int, inline_prompts: bool) -> Tensor:
+def _with_prompts(place: Tensor, length: int, classes: int, prompts: int, prompts_inline: bool) -> Tensor:
     """Put the prompt rows in, where the plans did not know them."""
-    if inline_prompts or not prompts:
+    if prompts_inline or not prompts:
         return place
     item, local = place // length, place % length
     added = classes * prompts

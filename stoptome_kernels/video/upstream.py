@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching.guards import has_no_data, has_own_hooks
+from ..patching.guards import has_hooks_or_forward, has_no_data
 from ..patching.subclass import PatchedModule
 from ..patching.trial import check_blocks_match
 from ..tome.schedule import Step, plan_layers
 from .blocks import VideoTokens, run_block
 from .state import VideoMergeState
-from .towers import Tower
+from .towers import VideoTower
 from .weights import WeightReadingBlock, part_classes
 
 
@@ -65,7 +65,7 @@ class SequenceTransformer(PatchedModule):
         if tome.schedule.idle:
             tome.record_no_merge(x.shape[1], 0)
             return super().forward(x, video_frame, **options)  # type: ignore[misc]
-        if has_own_hooks(self.resblocks):  # type: ignore[attr-defined]
+        if has_hooks_or_forward(self.resblocks):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"resblocks of {type(self).__name__} have hooks or a forward of their own, which would not be called, "
                 "since merging calls the blocks one by one: put them on the blocks, or remove_tome_patch() first"
@@ -85,7 +85,7 @@ class SequenceTransformer(PatchedModule):
 _TRIED = 3  # frames of a video
 
 
-def check_blocks(tower: Tower, blocks: dict[int, nn.Module]) -> None:
+def check_blocks(tower: VideoTower, blocks: dict[int, nn.Module]) -> None:
     """Try out each block on two videos, ``(G + L·T, B, D)`` or ``(L, B·T, D)``, as upstream calls it and our way.
 
     Raises:
@@ -124,7 +124,7 @@ class _Scale(nn.Module):
 
 
 @torch.no_grad()
-def check_runner(tower: Tower) -> None:
+def check_runner(tower: VideoTower) -> None:
     """Refuse a tower whose own loop does more to global prompts and class tokens than to call one block after another.
 
     Raises:

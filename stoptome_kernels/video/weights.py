@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import merge_norm
-from ..patching.guards import copy_without_hooks, has_no_hooks, has_plain_float_weights, may_read_weights
+from ..patching.guards import calls_only_class_forward, copy_without_hooks, has_plain_float_weights, may_read_weights
 from ..patching.subclass import PatchedModule
 
 
@@ -48,12 +48,12 @@ def part_classes(block: Any) -> tuple[type, ...]:
 
     Of norms those alone that compute what torch's LayerNorm does, in whatever dtype: others are called.
     """
-    norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _is_layer_norm(norm))
+    norms = (type(norm) for norm in (block.ln_1, block.ln_2) if _computes_layer_norm(norm))
     return type(block.attn), type(getattr(block.mlp, "gelu", None)), *norms
 
 
 @torch.no_grad()
-def _is_layer_norm(norm: nn.LayerNorm) -> bool:
+def _computes_layer_norm(norm: nn.LayerNorm) -> bool:
     if type(norm) is nn.LayerNorm or norm.weight is None or not has_plain_float_weights(norm):
         return type(norm) is nn.LayerNorm
     twin = copy_without_hooks(norm)
@@ -101,7 +101,7 @@ def check_attention(block: Any) -> None:
     found = ""
     if type(attn) not in block.tome_classes:
         found = f"is now a {type(attn).__name__} of {type(attn).__module__}"
-    elif not has_no_hooks(attn):
+    elif not calls_only_class_forward(attn):
         found = "has hooks or a forward of its own"
     elif not may_read_weights(attn):
         found = "has weights that are offloaded or not plain tensors"
@@ -124,7 +124,7 @@ def check_attention(block: Any) -> None:
 
 
 def _is_linear(out: Any) -> bool:
-    return isinstance(out, nn.Linear) and type(out) in _LINEAR and has_no_hooks(out)
+    return isinstance(out, nn.Linear) and type(out) in _LINEAR and calls_only_class_forward(out)
 
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting token merging into a vision transformer of another library, and taking it out again."""
+"""Putting token merging into a vision transformer of another library."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..tome.report import family_of
 from ..tome.schedule import parse_r
 from .block import AttentionMixin, BlockMixin
 from .recording import RecordingEncoder
-from .state import TowerShape, VitBlockContext, VitMergeState
+from .state import TowerInfo, VitBlockContext, VitMergeState
 from .tokens import Tokens
-from .towers import VisionTower
+from .towers import VitTower
 
 
-def apply(vit: VisionTower, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> nn.Module:
+def apply(vit: VitTower, config: ToMeConfig, unmerge: bool, protected: int | None = None) -> nn.Module:
     """Patch the blocks of a vision transformer.
 
     Args:
@@ -91,7 +91,7 @@ def apply(vit: VisionTower, config: ToMeConfig, unmerge: bool, protected: int | 
     return vit.runner
 
 
-def _with_protected(vit: VisionTower, protected: int | None) -> VisionTower:
+def _with_protected(vit: VitTower, protected: int | None) -> VitTower:
     if protected is None:
         return vit
     protected = checks.count(protected, "protected", "leading tokens")
@@ -103,11 +103,11 @@ def _with_protected(vit: VisionTower, protected: int | None) -> VisionTower:
     return replace(vit, protected=protected)
 
 
-def _shape(vit: VisionTower) -> TowerShape:
-    return TowerShape(family_of(vit.runner), vit.protected, vit.width, vit.tokens, vit.needs_positions)
+def _shape(vit: VitTower) -> TowerInfo:
+    return TowerInfo(family_of(vit.runner), vit.protected, vit.width, vit.tokens, vit.needs_positions)
 
 
-def _check_blocks(vit: VisionTower, blocks: dict[int, Any]) -> None:
+def _check_blocks(vit: VitTower, blocks: dict[int, Any]) -> None:
     """Refuse a block that computes something else than its library's did when this was written.
 
     Raises:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import attention
-from ..patching.guards import has_no_hooks
+from ..patching.guards import calls_only_class_forward
 from ..patching.subclass import PatchedModule
 from .state import VitBlockContext, VitMergeState
 from .tokens import Tokens, unmerge_tokens
@@ -198,7 +198,7 @@ class Substitute:
 
 
 def reading(blocks: Iterable[Any]) -> list[Callable]:
-    """Yield the blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
+    """Return the blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
 
     Merged tokens go from one to the next beside the loop; what goes through the blocks, their hooks and wrappers are
     ``tokens.Tokens`` all the same.
@@ -269,49 +269,6 @@ def attend_like_library(attn: Any, fused: bool, q: Tensor, k: Tensor, v: Tensor,
 def _is_identity(dropout: nn.Module) -> bool:
     """Return whether calling a module on attention weights does nothing."""
     kind = type(dropout)
-    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))) and has_no_hooks(
-        dropout
-    )
-
-
-def reject_other_arguments(attn: Any, args: tuple, options: dict) -> None:
-    """Raise if somebody, a hook say, asks more of an attention than its block does.
-
-    Raises:
-        ValueError: with the argument's name.
-    """
-    if args:
-        raise ValueError(f"{type(attn).__name__} got {len(args)} more arguments than its block passes: {_TAKE_OFF}")
-    _refuse(attn, options, f"which is not supported while tokens are merged: {_TAKE_OFF}")
-
-
-def reject_replaced_method(block: Any, method: str) -> None:
-    """Raise if a method of a block's class, which merging has its own code for, was replaced on the block itself.
-
-    Raises:
-        RuntimeError: it was.
-    """
-    if method in block.__dict__:
-        raise RuntimeError(
-            f"{type(block).__name__} has a {method} of its own, which would have no effect while tokens are merged: "
-            f"{_TAKE_OFF}"
-        )
-
-
-_TAKE_OFF = "remove that, or remove_tome_patch() first"
-
-
-def reject_masks(block: Any, **given) -> None:
-    """Raise if a mask is given: mask positions do not exist after merging.
-
-    Raises:
-        ValueError: one of these arguments is given.
-    """
-    way_out = "call the model without it, or remove_tome_patch() first"
-    _refuse(block, given, f"which is not supported while tokens are merged: {way_out}")
-
-
-def _refuse(module: Any, given: dict, why: str) -> None:
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{type(module).__name__} got {name}, {why}")
+    return (
+        kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))
+    ) and calls_only_class_forward(dropout)

@@ -6,12 +6,12 @@ from __future__ import annotations
 from torch import nn
 
 from . import open_clip, timm, torch_encoder, torchvision, transformers
-from .towers import VisionTower
+from .towers import VitTower
 
 _FAMILIES = (timm, open_clip, torchvision, transformers, torch_encoder)
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return the vision transformer in a model; None if there is none of a library's that is known.
 
     Raises:

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.guards import check_method_not_replaced
-from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention, reject_other_arguments
+from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention
+from .guards import reject_other_arguments
 from .tokens import Tokens
 from .towers import has_overridden_method, is_instance_of
 
 _HOME = "torch.nn.modules.activation"
 
 
-def check_attention(block: Any, attn: Any) -> None:
+def check_supported(block: Any, attn: Any) -> None:
     """Raise what keeps a block's attention from counting merged tokens by their sizes.
 
     Raises:

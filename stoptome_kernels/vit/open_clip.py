@@ -10,20 +10,11 @@ from torch import Tensor, nn
 
 from ..patching.subclass import PatchedModule, original_class
 from . import multihead
-from .block import (
-    AttentionMixin,
-    BlockMixin,
-    IntermediatesMixin,
-    KeyRequest,
-    Substitute,
-    attend_like_library,
-    reading,
-    reject_masks,
-    reject_replaced_method,
-)
+from .block import AttentionMixin, BlockMixin, IntermediatesMixin, KeyRequest, Substitute, attend_like_library, reading
+from .guards import reject_masks, reject_replaced_method
 from .tokens import Tokens
 from .towers import (
-    VisionTower,
+    VitTower,
     check_own_method,
     class_path,
     exactly_one,
@@ -120,7 +111,7 @@ class _Blocks(Substitute):
 _KINDS: dict[type, type] = {_ResidualBlock: multihead.MultiheadMixin, _CustomBlock: _Attention}
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return open_clip's vision transformer in a model.
 
     Raises:
@@ -139,7 +130,7 @@ def find(model: nn.Module) -> VisionTower | None:
         raise ValueError(f"{type(transformer).__name__} has batch_first=False; build it with batch_first=True")
     blocks = tuple(transformer.resblocks)
     mixins = tuple(_mixin(block) for block in blocks)
-    return VisionTower(
+    return VitTower(
         tower, blocks, mixins, 1, _needs_dense_output(tower), transformer.width,
         len(tower.positional_embedding), _Tower, around=(*path, transformer),
         attentions=tuple(((block.attn, _KINDS[mixin]),) for block, mixin in zip(blocks, mixins, strict=True)),
@@ -178,7 +169,7 @@ def _mixin(block: Any) -> type[BlockMixin]:
     if home == _HOME and name == "ResidualAttentionBlock":
         if hasattr(block, "ln_1_kv"):
             raise TypeError(f"can't merge tokens in {what} with cross attention (ln_1_kv): build it without")
-        multihead.check_attention(block, block.attn)
+        multihead.check_supported(block, block.attn)
         return _ResidualBlock
     if home != _HOME or name != "CustomResidualAttentionBlock" or class_path(block.attn) != (_HOME, "Attention"):
         raise TypeError(

@@ -35,7 +35,7 @@ _REENTRANT = (
 )
 
 
-class TowerShape(NamedTuple):
+class TowerInfo(NamedTuple):
     """The tokens of a tower.
 
     Attributes:
@@ -68,7 +68,7 @@ class VitMergeState:
         self,
         config: ToMeConfig,
         rates: tuple[int, ...],
-        shape: TowerShape,
+        shape: TowerInfo,
         dense_output: bool,
         user_unmerge: bool = False,
     ):

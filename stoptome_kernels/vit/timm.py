@@ -11,20 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..patching.subclass import PatchedModule, original_class
-from .block import (
-    AttentionMixin,
-    BlockMixin,
-    IntermediatesMixin,
-    KeyRequest,
-    Substitute,
-    attend_like_library,
-    reading,
-    reject_masks,
-    reject_other_arguments,
-)
+from .block import AttentionMixin, BlockMixin, IntermediatesMixin, KeyRequest, Substitute, attend_like_library, reading
+from .guards import reject_masks, reject_other_arguments
 from .tokens import Tokens
 from .towers import (
-    VisionTower,
+    VitTower,
     check_own_method,
     exactly_one,
     find_submodules,
@@ -170,7 +161,7 @@ class _Model(IntermediatesMixin):
         return original_class(self).forward_intermediates(model, *args, **options)  # type: ignore[attr-defined]
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return timm's vision transformer in a model."""
     paths = [path for home in (_VIT, _EVA) for path in find_submodules(model, *home)]
     if not paths:
@@ -183,7 +174,7 @@ def find(model: nn.Module) -> VisionTower | None:
     attentions = tuple(((block.attn, _Attention),) for block in tower.blocks)
     patches = tower.patch_embed.num_patches
     dynamic = getattr(tower, "dynamic_img_size", False) or patches is None
-    return VisionTower(
+    return VitTower(
         tower, tuple(tower.blocks), mixins, tower.num_prefix_tokens, _needs_dense_output(tower), tower.embed_dim,
         None if dynamic else tower.num_prefix_tokens + patches, _Model, is_instance_of(tower, *_EVA), path,
         attentions=attentions,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens of a batch of images as they travel from block to block, and their merging in a block."""
+"""Tokens of a batch of images as they travel from block to block; padding among them counts next to nothing."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..patching.guards import check_method_not_replaced
 from ..patching.subclass import PatchedModule
 from . import multihead
-from .block import BlockMixin, TowerMixin, reject_masks, reject_replaced_method
+from .block import BlockMixin, TowerMixin
+from .guards import reject_masks, reject_replaced_method
 from .tokens import Tokens
-from .towers import VisionTower, class_path, has_overridden_method, is_instance_of
+from .towers import VitTower, class_path, has_overridden_method, is_instance_of
 
 _HOME = "torch.nn.modules.transformer"
 _WRAPPERS = {
@@ -95,7 +96,7 @@ def _check(block: Any, src: Any, masks: dict[str, Any]) -> None:
         )
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return torch's encoder or encoder layer, if the model is one.
 
     Raises:
@@ -120,7 +121,7 @@ def find(model: nn.Module) -> VisionTower | None:
         return None
     mixins = tuple(_mixin(block) for block in blocks)
     # the first token is the class token where there is one; where there is none, keeping it does no harm
-    return VisionTower(
+    return VitTower(
         tower, blocks, mixins, 1, True, blocks[0].linear1.in_features, protected_is_default=True, around=tuple(path),
         runner_mixin=None if tower is blocks[0] else _TorchEncoder,
         attentions=tuple(((block.self_attn, multihead.MultiheadMixin),) for block in blocks),
@@ -135,5 +136,5 @@ def _mixin(block: Any) -> type[BlockMixin]:
             f"can't merge tokens in {type(block).__name__}: supported is torch.nn.TransformerEncoderLayer itself, not "
             "a subclass"
         )
-    multihead.check_attention(block, block.self_attn)
+    multihead.check_supported(block, block.self_attn)
     return _TorchBlock if block.self_attn.batch_first else _SequenceFirstBlock

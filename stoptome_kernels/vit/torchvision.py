@@ -11,7 +11,7 @@ from ..patching.subclass import PatchedModule
 from . import multihead
 from .block import BlockMixin, TowerMixin
 from .tokens import Tokens
-from .towers import VisionTower, class_path, exactly_one, find_submodules, has_overridden_method
+from .towers import VitTower, class_path, exactly_one, find_submodules, has_overridden_method
 
 _HOME = "torchvision.models.vision_transformer"
 
@@ -46,7 +46,7 @@ def _needs_dense_output(tower: Any) -> bool:
     return has_overridden_method(tower, _HOME, "forward") or has_overridden_method(tower.encoder, _HOME, "forward")
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return torchvision's vision transformer in a model.
 
     Raises:
@@ -71,8 +71,8 @@ def find(model: nn.Module) -> VisionTower | None:
                 f"can't merge tokens in torchvision's VisionTransformer with {type(block).__name__} as a block: "
                 "supported is EncoderBlock; patch before another library replaces it"
             )
-        multihead.check_attention(block, block.self_attention)
-    return VisionTower(
+        multihead.check_supported(block, block.self_attention)
+    return VitTower(
         tower, blocks, (_EncoderBlock,) * len(blocks), 1, _needs_dense_output(tower), tower.hidden_dim,
         tower.seq_length, _Tower, around=path,
         attentions=tuple(((block.self_attention, multihead.MultiheadMixin),) for block in blocks),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the blocks of a vision transformer inside a model, whichever library it is from."""
+"""A vision transformer inside a model, whichever library it is from, and questions about its modules and versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..patching.subclass import original_class
 
 
 @dataclass(frozen=True)
-class VisionTower:
+class VitTower:
     """A vision transformer whose tokens can be merged.
 
     Attributes:
@@ -109,7 +109,7 @@ def exactly_one(paths: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
 def installed_below(package: str, version: tuple[int, ...]) -> bool:
     """Return whether the installed version of a library is from before ``version``; False if none is installed."""
     try:
-        have = importlib.metadata.version(package).split(".")[: len(version)]
+        have = (importlib.metadata.version(package) or "").split(".")[: len(version)]  # None of a broken install
     except importlib.metadata.PackageNotFoundError:
         return False
     return tuple(int(re.match(r"\d*", part)[0] or 0) for part in have) < version  # type: ignore[index]

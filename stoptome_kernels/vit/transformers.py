@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..patching.subclass import PatchedModule
-from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention, reject_masks
+from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention
+from .guards import reject_masks
 from .recording import encoder_mixin, is_recorded, remove_stale_recorders
 from .tokens import PADDING, Tokens, unmerge_tokens
-from .towers import VisionTower, class_path, exactly_one, find_submodules, require_version
+from .towers import VitTower, class_path, exactly_one, find_submodules, require_version
 
 _LEAST = (5, 0)
 
@@ -97,7 +98,7 @@ class _HfBlock(BlockMixin):
         return given[0] if isinstance(given, tuple) else given
 
     def tome_branch(self, index: int, x: Tensor) -> Tensor:
-        """Do what is done to the first (attention) or second branch (MLP) before it is added."""
+        """Change the first (attention) or second branch (MLP) before it is added."""
         return x
 
     def tome_mlp(self, x: Tensor, normed: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class _QkvModule(AttentionMixin):
         self.__dict__.pop("tome_implementation", None)
 
     def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
-        """Return ``hidden_states (N, T, D)``."""
+        """Attend, with ``hidden_states (N, T, D)``."""
         attn: Any = self
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
             raise ValueError(
@@ -232,7 +233,7 @@ class _AttentionModule(AttentionMixin):
     tome_mask = "attention_mask"
 
     def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
-        """Return ``hidden_states (N, T, D)``."""
+        """Attend, with ``hidden_states (N, T, D)``."""
         attn: Any = self
         return attn.output(attn.attention(hidden_states, attention_mask=ask, **options)[0], hidden_states)
 
@@ -266,7 +267,7 @@ _FAMILIES = {
 }
 
 
-def find(model: nn.Module) -> VisionTower | None:
+def find(model: nn.Module) -> VitTower | None:
     """Return transformers' vision tower in a model."""
     found = {name: list(find_submodules(model, _home(name), *family.towers)) for name, family in _FAMILIES.items()}
     paths = [path for some in found.values() for path in some]
@@ -292,7 +293,7 @@ def find(model: nn.Module) -> VisionTower | None:
     )
     around = path if runner is tower else (*path, runner)
     runner_mixin = encoder_mixin(issubclass(_FAMILIES[name].mixin, _Dinov2Block))
-    return VisionTower(
+    return VitTower(
         runner, blocks, mixins, protected, True, tower.config.hidden_size, protected + patches, runner_mixin,
         around=around, attentions=attentions,
     )  # fmt: skip

@@ -51,7 +51,7 @@ def test_stop_block(case, apart, dtype):
     scale = want.abs().max()
     assert (got.x - want_rows.flatten(0, 1)).abs().max() < 2e-6 * scale
     assert (got.prompts - want[:shared].transpose(0, 1)).abs().max() < 2e-6 * scale
-    got, _ = run_block(block, stream, step, **options, is_last=True)
+    got, _ = run_block(block, stream, step, **options, class_tokens_only=True)
     assert (got.x[:, 0] - want_rows.flatten(0, 1)[:, 0]).abs().max() < 2e-6 * scale
     assert (got.prompts - want[:shared].transpose(0, 1)).abs().max() < 2e-6 * scale
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs, and what importing the package does not do."""
 
+import importlib
 import subprocess
 import sys
 
@@ -91,6 +92,19 @@ def test_float64_on_triton_says_why():
     device = "cuda" if GPU else "cpu"
     with pytest.raises(RuntimeError, match="float64"):
         stk.match(METRIC.double().to(device), 2, backend="triton")
+
+
+def test_native_kernels_of_another_version_are_not_called(monkeypatch):
+    native = pytest.importorskip("stoptome_kernels._native", reason="the native kernels were not built")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "INTERFACE", 1)
+        importlib.reload(dispatch.native)
+        assert "of another version" in stk.backends()["native"]
+        with pytest.raises(RuntimeError, match=r"another version of this package; reinstall"):
+            stk.match(METRIC, 2, backend="native")
+        assert stk.match(METRIC, 2).r == 2
+    importlib.reload(dispatch.native)
+    assert stk.backends()["native"] is None
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ def both(monkeypatch):
     def call(function):
         want = function()
         with monkeypatch.context() as patch:
-            patch.setattr(onnx, "exporting", lambda: True)
+            patch.setattr(onnx, "is_onnx_exporting", lambda: True)
             return want, function()
 
     return call
@@ -78,7 +78,7 @@ def test_composed(both):
 
 
 def test_errors(both, monkeypatch):
-    monkeypatch.setattr(onnx, "exporting", lambda: True)
+    monkeypatch.setattr(onnx, "is_onnx_exporting", lambda: True)
     x = torch.randn(2, 10, 4)
     with pytest.raises(TypeError, match="metric"):
         stk.match(x.long(), 2)
