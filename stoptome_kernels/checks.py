@@ -289,7 +289,7 @@ def max_backward_inputs(x: Tensor | None, y: Tensor | None, grad: Tensor, member
 
 
 def merge_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Check what merge_norm asks beside what merge asks of x, plan and size."""
+    """Check what merge_norm asks besides what merge asks of x, plan and size."""
     if x.shape[2] == 0:
         raise ValueError(f"x must have at least one channel in its last axis, got shape {tuple(x.shape)}")
     _floating(residual, "residual")

@@ -10,7 +10,7 @@
 namespace stk {
 namespace {
 
-// Copies what another thread may write meanwhile: behind it the compiler must not read `from` again in place of `to`.
+// Copies what another thread may write meanwhile: after it the compiler must not read `from` again in place of `to`.
 void copy_once(int32_t *to, const int32_t *from, int64_t count) {
   if (count) std::memcpy(to, from, size_t(count) * sizeof(int32_t));
   std::atomic_signal_fence(std::memory_order_seq_cst);

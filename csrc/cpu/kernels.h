@@ -104,7 +104,7 @@ struct NormGradArgs {
 
 struct MatchSizes {
   int64_t tiles, panels;  // blocks of A and of B
-  int64_t scratch, rows;  // bytes: what one item's prepared tokens take, and what `prepare` needs beside
+  int64_t scratch, rows;  // bytes: what one item's prepared tokens take, and what `prepare` needs besides
 };
 
 // Steps 1 to 4 of the matching of one item: `prepare` blocks [0, tiles + panels), then `propose` for tiles [0, tiles).

@@ -39,7 +39,7 @@ struct Layout {
   }
 };
 
-// Asks for the lines of `count` elements, `ahead` bytes from p; an address, not a pointer: it may lie behind the tensor.
+// Asks for the lines of `count` elements, `ahead` bytes from p; an address, not a pointer: it may lie after the tensor.
 template <int count, class T>
 STK_INLINE void fetch(const T *p, int64_t ahead) {
   for (int k = 0; k < count; k += 64 / int(sizeof(T)))

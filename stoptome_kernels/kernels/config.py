@@ -127,7 +127,7 @@ def norm_resident(meta: dict) -> int:
 
 def norm_programs(tiles: int, meta: dict) -> int:
     """Return how many programs the backward with the gradients of weight and bias gets: so few that the sums they write
-    are little beside the rows, at most what the 132 multiprocessors of an H100 run at once."""
+    are few next to the rows, at most what the 132 multiprocessors of an H100 run at once."""
     return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 

@@ -34,7 +34,7 @@ class PatchedModule:
         )
 
     def tome_undo(self) -> None:
-        """Take away what the patch put on the module beside its class and ``tome``."""
+        """Take away what the patch put on the module besides its class and ``tome``."""
 
 
 def rebuild(mixin: type, original: type):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading what torch.save and torch.jit.save write, without running anything that the file holds.
 
-Both write a zip archive: ``data.pkl``, a pickle of the values, and beside it each tensor's memory with a CRC-32. Before
-version 1.6 torch.save wrote pickles one behind the other, then the memory. A pickle is a program, and so is what
+Both write a zip archive: ``data.pkl``, a pickle of the values, and next to it each tensor's memory with a CRC-32.
+Before version 1.6 torch.save wrote one pickle after another, then the memory. A pickle is a program, and so is what
 torch.jit.load reads; here pickles are interpreted, by the few instructions that tensors take, and one parser alone sees
 a file, so that what was checked is what is used.
 """
@@ -294,7 +294,7 @@ def _of_module(module: Any) -> dict[str, Tensor]:
 
 
 def _legacy(file: IO[bytes], length: int) -> Any:
-    """Return the values of pickles one behind the other: a mark, two of no meaning here, the values, and the keys of
+    """Return the values of one pickle after another: a mark, two of no meaning here, the values, and the keys of
     their memory, which follows."""
 
     def blank(key: str, dtype: torch.dtype, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from .. import checks
 from . import archive
 from .config import StopConfig
 
-_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's archives
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # next to the weights in OpenAI's archives
 _UNUSED = ("visual.frame_embedding",)  # upstream has it with time_embedding, and never reads it
 
 

@@ -37,7 +37,7 @@ class Interpreter:
     a meaning.
 
     Args:
-        data: the pickle, of any protocol, or a file that stands before it, and behind it afterwards.
+        data: the pickle, of any protocol, or a file that is positioned before it, and after it in the end.
     """
 
     def __init__(self, data: bytes | bytearray | IO[bytes]):

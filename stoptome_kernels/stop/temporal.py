@@ -78,11 +78,11 @@ class TemporalPrompt(nn.Module):
         """Return the prompts that all layers add to their own: ``(B, T·4, 768)``.
 
         Args:
-            tokens: ``(B, T, 50, 768)`` behind ``ln_pre``, class token first.
+            tokens: ``(B, T, 50, 768)`` after ``ln_pre``, class token first.
             salient: salient cells, as ``forward`` returns them.
 
         The weights of the frames are scaled by the smallest and the largest of the batch: as upstream, a video's
-        features depend a little on the videos beside it.
+        features depend a little on the other videos of a batch.
         """
         batch, frames = tokens.shape[:2]
         rows = tokens[:, :, 1:].flatten(1, 2).transpose(0, 1)

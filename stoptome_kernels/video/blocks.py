@@ -195,7 +195,7 @@ def run_block(
         stream: tokens from the layer before.
         step: step of the schedule.
         prop_attn: keys count as often as the tokens that they stand for.
-        inline_prompts: prompt rows of each frame that stand in ``stream.x`` behind the class tokens.
+        inline_prompts: prompt rows of each frame that follow the class tokens in ``stream.x``.
         frame_prompts: ``(B, T, P, D)``, the prompts of this layer that stand outside of it: keys and values alone.
         frame_embedding: ``(1, items before joining, 1, D)``, added to the tokens of each item that is joined here.
         class_tokens_only: whether only class tokens and global prompts are wanted: x comes back as ``(B·I, class
@@ -203,7 +203,7 @@ def run_block(
         trace: match even where only the trace needs it.
 
     Returns:
-        The stream behind the block, and the plans by which it merged.
+        The tokens after the block, and the plans by which it merged.
     """
     x, prompts, size = stream
     if x.requires_grad and not torch.is_grad_enabled():
@@ -290,7 +290,7 @@ def run_stack(
         checkpointing: keep only what stands between the blocks, and compute the rest again in backward.
 
     Returns:
-        The stream behind the last block, and what each block merged.
+        The tokens after the last block, and what each block merged.
     """
     # A and B are even and odd indices counted with the prompts: outside of the items they may only be an even number
     inline_prompts = 0 if frame_prompts is None or frame_prompts.shape[3] % 2 == 0 else frame_prompts.shape[3]
@@ -318,7 +318,7 @@ def run_stack(
 
 
 def _replace_prompts(x: Tensor, deep: Tensor, step: Step, fresh: bool) -> Tensor:
-    """Put a layer's prompts ``(B, T, P, D)`` behind the class tokens of each item, for the first time if ``fresh``."""
+    """Put a layer's prompts ``(B, T, P, D)`` after the class tokens of each item, for the first time if ``fresh``."""
     frames, items = step.frames // step.join, step.items * step.join  # before this layer joins any
     rows = deep.unflatten(1, (items, frames)).flatten(0, 1).flatten(1, 2)
     behind = frames if fresh else frames + rows.shape[1]

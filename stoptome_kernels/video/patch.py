@@ -113,7 +113,7 @@ def apply(
 
 
 def remove_additions(model: nn.Module) -> None:
-    """Take from a model what its patch put on modules beside their classes: TempMe's schedule, frame embeddings, and
+    """Take from a model what its patch put on modules besides their classes: TempMe's schedule, frame embeddings, and
     the settings of a tower of ours, which has a class of its own."""
     tempme.uninstall(model)
     for module in model.modules():

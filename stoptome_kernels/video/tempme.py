@@ -116,7 +116,7 @@ class TempMeBlock(WeightReadingBlock):
         if args or "M_frame_num" not in call:
             return super().forward(x, *args, **call)  # type: ignore[misc]
         place, merging = self.tome, self.tome.merging
-        course = _unpack_input(x, place)
+        carried = _unpack_input(x, place)
         if merging.schedule is None:
             join, inter, r, embedding = _parse_call(self, **call)
         else:
@@ -124,10 +124,10 @@ class TempMeBlock(WeightReadingBlock):
             join, inter, r = planned.join, planned.inter, planned.r
             embedding = embedding_of(self) if join > 1 and merging.config.frame_pos else None
             merging.warn_of_frozen([self])
-        step = course.step(join, inter, r)
-        if place.takes_tempme_call and step.frames == 1 and not inter and not r and course.stream.size is None:
-            out = super().forward(course.stream.x, **call)  # type: ignore[misc]
-            return _pack_output(course, VideoTokens(out), step, BlockPlans(), place)
+        step = carried.step(join, inter, r)
+        if place.takes_tempme_call and step.frames == 1 and not inter and not r and carried.stream.size is None:
+            out = super().forward(carried.stream.x, **call)  # type: ignore[misc]
+            return _pack_output(carried, VideoTokens(out), step, BlockPlans(), place)
         if join == 1 and len(call["M_token_num"]) > 1:
             raise ValueError(
                 f"layer {place.index}: merge_frame_num is 1, which joins nothing; leave that layer out of merge_layer, "
@@ -136,13 +136,13 @@ class TempMeBlock(WeightReadingBlock):
         if embedding is not None and embedding.shape[1] != step.items * join:
             raise ValueError(
                 f"layer {place.index} joins {step.items * join} items of a video, but its frame embedding is for "
-                f"{embedding.shape[1]}: make the model for videos of {course.items} frames (max_frames)"
+                f"{embedding.shape[1]}: make the model for videos of {carried.items} frames (max_frames)"
             )
         stream, plans = run_block(
-            self, course.stream, step, prop_attn=merging.config.prop_attn, frame_embedding=embedding,
+            self, carried.stream, step, prop_attn=merging.config.prop_attn, frame_embedding=embedding,
             trace=merging.config.trace_source,
         )  # fmt: skip
-        return _pack_output(course, stream, step, plans, place)
+        return _pack_output(carried, stream, step, plans, place)
 
 
 class TempMeTransformer(PatchedModule):
@@ -189,18 +189,18 @@ def _parse_call(block: Any, M_frame_num: int, M_token_num: list[int], frame_pos:
 
 
 def _pack_output(
-    course: TempMeTokens, stream: VideoTokens, step: Step, plans: BlockPlans, place: TempMeBlockContext
+    carried: TempMeTokens, stream: VideoTokens, step: Step, plans: BlockPlans, place: TempMeBlockContext
 ) -> TempMeTokens | Tensor:
     merging = place.merging
     merging.counts.update(frame_num=step.items, token_num=step.tokens, cls_num=step.frames)
-    kept = (*course.plans, plans) if merging.config.trace_source else course.plans
-    course = TempMeTokens(
-        stream, course.tokens, course.items, (*course.steps, step), kept
+    kept = (*carried.plans, plans) if merging.config.trace_source else carried.plans
+    carried = TempMeTokens(
+        stream, carried.tokens, carried.items, (*carried.steps, step), kept
     )  # torch 2.6 traces no _replace
     if place.index < merging.layers - 1:
-        return course
-    schedule = Schedule(course.steps, course.tokens, stream.x.shape[2])
-    merging.record(course.plans, schedule, stream.x.shape[0] // step.items)
+        return carried
+    schedule = Schedule(carried.steps, carried.tokens, stream.x.shape[2])
+    merging.record(carried.plans, schedule, stream.x.shape[0] // step.items)
     return stream.x
 
 

@@ -28,7 +28,7 @@ def apply(vit: VitTower, config: ToMeConfig, unmerge: bool, protected: int | Non
     Args:
         vit: vision transformer to patch; patched already, it gets the new settings.
         config: the settings, without clip merging.
-        unmerge: give all tokens back behind the last block, whoever reads them.
+        unmerge: whether all tokens come back after the last block, whoever reads them.
         protected: leading tokens that are never merged, where the model doesn't say; None for its own or the guess.
 
     Returns:

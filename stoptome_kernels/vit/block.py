@@ -21,9 +21,9 @@ class BlockMixin(PatchedModule):
     """A block that takes and gives ``tokens.Tokens`` between the first and the last block of its tower.
 
     Where nothing is merged yet, and nothing is to be, the block's own forward runs. A library's mixin says by
-    ``tome_forward`` what its blocks compute, and by ``tome_example_inputs`` what they want beside tokens. All parts are
-    called as the block's own forward calls them, its attention with ``KeyRequest`` in place of a mask; only a norm that
-    is nothing but a LayerNorm is fused with the merge before it.
+    ``tome_forward`` what its blocks compute, and by ``tome_example_inputs`` what they want besides tokens. All parts
+    are called as the block's own forward calls them, its attention with ``KeyRequest`` in place of a mask; only a norm
+    that is nothing but a LayerNorm is fused with the merge before it.
     """
 
     tome: VitBlockContext
@@ -41,7 +41,7 @@ class BlockMixin(PatchedModule):
         raise NotImplementedError
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
-        """Return arguments beside ``tokens`` tokens with which the block can be tried out."""
+        """Return arguments besides ``tokens`` tokens with which the block can be tried out."""
         return (), {}
 
     def extra_repr(self) -> str:
@@ -98,8 +98,8 @@ class AttentionMixin(PatchedModule):
             return super().forward(*args, **options)  # type: ignore[misc]
         return self.tome_attend(options.pop(self.tome_mask), *args, **options)
 
-    def tome_attend(self, ask: KeyRequest, *args, **options):
-        """Attend by sizes, and give the keys to ``ask``."""
+    def tome_attend(self, request: KeyRequest, *args, **options):
+        """Attend by sizes, and give the keys to ``request``."""
         raise NotImplementedError
 
     def tome_settle(self) -> None:
@@ -200,8 +200,8 @@ class Substitute:
 def reading(blocks: Iterable[Any]) -> list[Callable]:
     """Return the blocks of a patched tower as a loop over plain tensors calls them: each gives every token a row.
 
-    Merged tokens go from one to the next beside the loop; what goes through the blocks, their hooks and wrappers are
-    ``tokens.Tokens`` all the same.
+    Merged tokens go from one to the next outside of the loop; what goes through the blocks, their hooks and wrappers
+    are ``tokens.Tokens`` all the same.
     """
     carried = _Carried()
 

@@ -45,7 +45,7 @@ def check_supported(block: Any, attn: Any) -> None:
 class MultiheadMixin(AttentionMixin):
     """``nn.MultiheadAttention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: KeyRequest, query: Tensor, *args, **options):
+    def tome_attend(self, request: KeyRequest, query: Tensor, *args, **options):
         """Attend: ``query (N, T, D)``, or ``(T, N, D)`` without ``batch_first``, is key and value too."""
         attn: Any = self
         inputs = {**dict(zip(("key", "value"), args, strict=False)), **options}
@@ -58,8 +58,8 @@ class MultiheadMixin(AttentionMixin):
             )
         given = (query,) if (key is None or key is query) and (value is None or value is query) else (query, key, value)
         q, k, v = packed_qkv(attn, *(x if attn.batch_first else x.transpose(0, 1) for x in given))
-        out = proportional_attention(q, k, v, ask.size, dropout=attn.dropout if attn.training else 0.0)
-        ask.keys = k
+        out = proportional_attention(q, k, v, request.size, dropout=attn.dropout if attn.training else 0.0)
+        request.keys = k
         # its weights, since torch doesn't call out_proj either
         out = F.linear(out, attn.out_proj.weight, attn.out_proj.bias)
         return (out if attn.batch_first else out.transpose(0, 1)), None
@@ -69,10 +69,10 @@ def call_attention(
     block: BlockMixin, attn: Any, x: Tensor, tokens: Tokens, batch_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return what a block's attention makes of ``x (N, T, D)``, and the keys ``(N, H, T, d)``."""
-    ask = KeyRequest(block, attn, tokens)
+    request = KeyRequest(block, attn, tokens)
     x = x if batch_first else x.transpose(0, 1)
-    out = attn(x, x, x, need_weights=False, attn_mask=ask)[0]
-    return (out if batch_first else out.transpose(0, 1)), ask.take(block, attn)
+    out = attn(x, x, x, need_weights=False, attn_mask=request)[0]
+    return (out if batch_first else out.transpose(0, 1)), request.take(block, attn)
 
 
 def packed_qkv(attn: Any, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -56,22 +56,22 @@ def _rest(block: Any, tokens: Tokens, residual: Tensor, keys: Tensor) -> Tokens:
 
 
 def _attention(block: Any, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    ask = KeyRequest(block, block.attn, tokens)
-    return block.attn(x, attn_mask=ask), ask.take(block, block.attn)
+    request = KeyRequest(block, block.attn, tokens)
+    return block.attn(x, attn_mask=request), request.take(block, block.attn)
 
 
 class _Attention(AttentionMixin):
     """open_clip's own ``Attention``, which takes ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: KeyRequest, x: Tensor):
+    def tome_attend(self, request: KeyRequest, x: Tensor):
         """Attend, with ``x (N, T, D)``."""
         attn: Any = self
         q, k, v = multihead.packed_qkv(attn, x)
         q, k = attn.ln_q(q), attn.ln_k(k)
-        ask.keys = k
+        request.keys = k
         if attn.head_scale is not None:
             v = v * attn.head_scale  # of what a head gives; attention is linear in v
-        out = attend_like_library(attn, attn.use_fsdpa, q, k, v, ask.size)
+        out = attend_like_library(attn, attn.use_fsdpa, q, k, v, request.size)
         return attn.out_drop(attn.out_proj(attn.ln_inner(out)))
 
 

@@ -172,7 +172,7 @@ class VitBlockContext:
         """Return what a block was given, as tokens.
 
         Raises:
-            RuntimeError: a plain tensor behind the first block, or tokens from a reentrant checkpoint.
+            RuntimeError: a plain tensor after the first block, or tokens from a reentrant checkpoint.
             TypeError: no tensor.
         """
         if isinstance(x, Tokens):

@@ -38,7 +38,7 @@ _ATTENTION = {
 class _PreNorm(BlockMixin):
     """``Block``."""
 
-    tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")  # beside tokens, in this order
+    tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")  # besides tokens, in this order
 
     def tome_forward(self, tokens: Tokens, *args, rope: Tensor | None = None, **masks) -> Tokens:
         block: Any = self
@@ -53,7 +53,7 @@ class _PreNorm(BlockMixin):
 
 
 class _PostNorm(BlockMixin):
-    """``ResPostBlock``: normalised behind each branch."""
+    """``ResPostBlock``: normalised after each branch."""
 
     tome_takes: tuple[str, ...] = ("attn_mask", "is_causal")
 
@@ -98,7 +98,7 @@ def _rope(block: Any, args: tuple, rope: Tensor | None, masks: dict) -> Tensor |
 class _Attention(AttentionMixin):
     """``Attention``, ``AttentionRope``, ``EvaAttention``, which take ``block.KeyRequest`` for an ``attn_mask``."""
 
-    def tome_attend(self, ask: KeyRequest, x: Tensor, *args, rope: Tensor | None = None, **options):
+    def tome_attend(self, request: KeyRequest, x: Tensor, *args, rope: Tensor | None = None, **options):
         """Attend, with ``x (N, T, D)``, and ``rope``, the rows of the tokens' places."""
         attn: Any = self
         reject_other_arguments(self, args, options)
@@ -106,13 +106,13 @@ class _Attention(AttentionMixin):
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
             q, k = attn.q_norm(q), attn.k_norm(k)
-        ask.keys = k  # before any rotation: tokens are compared by what they show, not by where they are
+        request.keys = k  # before any rotation: tokens are compared by what they show, not by where they are
         if rope is not None:
             q, k = (_rotated(attn, part, rope).type_as(v) for part in (q, k))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = attend_like_library(attn, attn.fused_attn, q, k, v, ask.size)
+        out = attend_like_library(attn, attn.fused_attn, q, k, v, request.size)
         if hasattr(attn, "norm"):
             out = attn.norm(out)
         if gate is not None:
@@ -222,9 +222,9 @@ def _mixin(block: Any) -> type[BlockMixin]:
 
 def _attention(block: Any, x: Tensor, tokens: Tokens, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what the attention module makes of ``x``, and the keys."""
-    ask = KeyRequest(block, block.attn, tokens)
+    request = KeyRequest(block, block.attn, tokens)
     options = {} if rope is None else {"rope": _rope_rows(rope, tokens.position, block.tome.merging.protected)}
-    return block.attn(x, attn_mask=ask, **options), ask.take(block, block.attn)
+    return block.attn(x, attn_mask=request, **options), request.take(block, block.attn)
 
 
 def _rotated(attn: Any, part: Tensor, rope: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..api import unmerge
 from ..onnx import group_tokens
 from ..plan import MergePlan
 
-# What a padding token counts in averages: nothing beside a real token, while an average of padding alone exists; the
+# The weight of a padding token in averages: nothing next to a real token, while an average of padding alone exists; the
 # sum of many is still far below 1, by which padding is told.
 PADDING = 2.0**-100
 

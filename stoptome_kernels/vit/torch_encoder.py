@@ -45,7 +45,7 @@ class _TorchBlock(BlockMixin):
         first = block.norm_first
         x = block.norm1(tokens.x) if first else tokens.x
         residual, keys = multihead.call_attention(block, block.self_attn, x, tokens, block.tome_batch_first)
-        norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, behind the attention's sum
+        norm = block.norm2 if first else block.norm1  # before the MLP of merged tokens, after the attention's sum
         merged, normed = block.tome.merge(tokens, block.dropout1(residual), keys, norm)
         changed = block._ff_block(normed)
         return merged.but(x=merged.x + changed if first else block.norm2(normed + changed))

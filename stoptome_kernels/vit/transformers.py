@@ -2,7 +2,7 @@
 """Hugging Face transformers: the vision towers of CLIP, SigLIP and SigLIP2, ViT, DINOv2 (with registers too) and
 VideoMAE, alone or inside whole models.
 
-Every original token has a row again behind the last layer, and behind every layer while hidden states are recorded:
+Every original token has a row again after the last layer, and after every layer while hidden states are recorded:
 heads, poolers, backbones and multimodal models read grids, and their number of tokens is a promise to the caller.
 """
 
@@ -86,9 +86,9 @@ class _HfBlock(BlockMixin):
     def tome_forward(self, tokens: Tokens, attention_mask: Any = None, **options) -> Tokens:
         attn, norm1, norm2 = (getattr(self, name) for name in self.tome_names)
         _check_call(self, attn, attention_mask, options)
-        ask = KeyRequest(self, attn, tokens)
-        residual = self.tome_attend(attn, norm1(tokens.x), attention_mask=ask, **options)
-        keys = ask.take(self, attn)
+        request = KeyRequest(self, attn, tokens)
+        residual = self.tome_attend(attn, norm1(tokens.x), attention_mask=request, **options)
+        keys = request.take(self, attn)
         merged, normed = self.tome.merge(tokens, self.tome_branch(1, residual), keys, norm2)
         return merged.but(x=self.tome_mlp(merged.x, normed))  # type: ignore[arg-type]
 
@@ -185,7 +185,7 @@ class _QkvModule(AttentionMixin):
     def tome_undo(self) -> None:
         self.__dict__.pop("tome_implementation", None)
 
-    def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
+    def tome_attend(self, request: KeyRequest, hidden_states: Tensor, *args, **options):
         """Attend, with ``hidden_states (N, T, D)``."""
         attn: Any = self
         if (name := _implementation(attn)) not in (*_IMPLEMENTATIONS, attn.tome_implementation):
@@ -204,9 +204,9 @@ class _QkvModule(AttentionMixin):
             for projection, bias in zip(projections, biases, strict=True)
         )
         q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
-        ask.keys = k
+        request.keys = k
         dropout = _first(attn, "dropout", "attention_dropout", "dropout_prob") if attn.training else 0.0
-        out = proportional_attention(q, k, v, ask.size, _first(attn, "scale", "scaling"), dropout)
+        out = proportional_attention(q, k, v, request.size, _first(attn, "scale", "scaling"), dropout)
         output = getattr(attn, "out_proj", None) or getattr(attn, "o_proj", None)  # None: it is outside
         return (out if output is None else output(out)), None
 
@@ -232,10 +232,10 @@ class _AttentionModule(AttentionMixin):
 
     tome_mask = "attention_mask"
 
-    def tome_attend(self, ask: KeyRequest, hidden_states: Tensor, *args, **options):
+    def tome_attend(self, request: KeyRequest, hidden_states: Tensor, *args, **options):
         """Attend, with ``hidden_states (N, T, D)``."""
         attn: Any = self
-        return attn.output(attn.attention(hidden_states, attention_mask=ask, **options)[0], hidden_states)
+        return attn.output(attn.attention(hidden_states, attention_mask=request, **options)[0], hidden_states)
 
 
 class _Family(NamedTuple):
