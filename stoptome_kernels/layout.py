@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of tensors in memory that the kernels ask for."""
+"""Layouts of tensors in memory that the kernels ask for, and the dtype that they add in."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     return F.pad(size.detach().to(dtype).log(), (keys.shape[2] - size.shape[1], 0))[:, None, None]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layout import accumulator_dtype
 from .reference import build_groups, cap_r, match_sets
 
 
@@ -45,7 +46,7 @@ def group_tokens(dest: Tensor, weightless: Tensor, tokens_out: int) -> tuple[Ten
 
 def match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``dest``, ``members`` and ``offsets``, see ``stoptome_kernels.match``."""
-    m = metric.detach().to(_accumulator_dtype(metric.dtype))
+    m = metric.detach().to(accumulator_dtype(metric.dtype))
     m = m.mean(1) if m.dim() == 4 else m
     n, tokens, _ = m.shape
     r = cap_r(r, tokens, protected)
@@ -85,7 +86,7 @@ def merge(
     counts = counts.masked_fill(weightless, 0.0)
     into = dest.long()
     total = counts.new_zeros(x.shape[0], tokens_out).scatter_add(1, into, counts)
-    rows, weight = x.to(_accumulator_dtype(x.dtype)), counts[..., None].to(_accumulator_dtype(x.dtype))
+    rows, weight = x.to(accumulator_dtype(x.dtype)), counts[..., None].to(accumulator_dtype(x.dtype))
     into = into[..., None].expand(-1, -1, x.shape[2])
     empty = rows.new_zeros(x.shape[0], tokens_out, x.shape[2])
     if mode == "mean":
@@ -117,7 +118,3 @@ def merge_norm(
     y, total = merge(x + residual, dest, weightless, tokens_out, size, "mean")
     weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
     return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps), total
-
-
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -87,7 +87,7 @@ _WARP = 1024
 
 
 @cache
-def merge(dim: int, rows: int, dtype: torch.dtype, work: str, sized: bool) -> dict:
+def merge(dim: int, rows: int, dtype: torch.dtype, work: str) -> dict:
     """Return the configuration of merging in a mode, or of its adjoint (``work``: "mean", "grad of mean", …): rows and
     channels of a tile, how many tiles make a row."""
     block = max(8, _pow2(dim))

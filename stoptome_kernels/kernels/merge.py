@@ -254,7 +254,7 @@ def reduce_launch(
     same."""
     n, tokens, dim = x.shape
     groups = y.shape[1]
-    meta = config.merge(dim, groups, x.dtype, mode, size is not None)
+    meta = config.merge(dim, groups, x.dtype, mode)
     blocks = triton.cdiv(groups, meta["ROWS"])
     arguments = (x, members, offsets, size, y, size_out, tokens, groups, blocks, x.stride(0), x.stride(1))
     return reduce_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
@@ -272,7 +272,7 @@ def spread_launch(
 ) -> tuple:
     """Return what spread runs: (kernel, grid, arguments, constants and options)."""
     n, groups, dim = grad.shape
-    meta = config.merge(dim, groups, grad.dtype, f"grad of {mode}", size is not None)
+    meta = config.merge(dim, groups, grad.dtype, f"grad of {mode}")
     blocks = triton.cdiv(groups, meta["ROWS"])
     strides = (0, 0, 0, 0) if x is None or y is None else (*x.stride()[:2], *y.stride()[:2])
     programs = n * blocks * meta["CHUNKS"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..layout import empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
+from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from .library import define, gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
@@ -80,10 +80,6 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _accumulator_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -113,7 +109,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     n, heads, queries, _ = q.shape
-    return empty_heads_last(q, n, heads, queries), q.new_empty((n, heads, queries), dtype=_accumulator_dtype(q))
+    return empty_heads_last(q, n, heads, queries), q.new_empty((n, heads, queries), dtype=accumulator_dtype(q.dtype))
 
 
 define(
@@ -167,7 +163,7 @@ def _check_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, ba
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     checks.saved_tensor(grad, "grad", tuple(q.shape), q.dtype, q.device)
     checks.saved_tensor(out, "out", tuple(q.shape), q.dtype, q.device)
-    checks.saved_tensor(lse, "lse", tuple(q.shape[:3]), _accumulator_dtype(q), q.device)
+    checks.saved_tensor(lse, "lse", tuple(q.shape[:3]), accumulator_dtype(q.dtype), q.device)
 
 
 # the gradients of a prefix that is not there are empty: an operator returns the same number of tensors in any case

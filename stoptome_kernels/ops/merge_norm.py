@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..layout import accumulator_dtype
 from .library import define, gradient
 
 # -- forward ----------------------------------------------------------------------------------------------------------
@@ -37,10 +38,6 @@ def stream_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
 def dispatch_tensor(x: Tensor, residual: Tensor) -> Tensor:
     """Return the one of the two that decides which backends can run."""
     return residual if residual.dtype == torch.float64 else x
-
-
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _merge_norm(
@@ -74,8 +71,7 @@ def _merge_norm_fake(
     n, out, dim, dtype = x.shape[0], offsets.shape[1] - 1, x.shape[2], stream_dtype(x, residual)
     rows = (x.new_empty(n, out, dim, dtype=dtype) for _ in range(2))
     numbers = (
-        x.new_empty(n, out, dtype=kind)
-        for kind in (torch.float32, _accumulator_dtype(dtype), _accumulator_dtype(dtype))
+        x.new_empty(n, out, dtype=kind) for kind in (torch.float32, accumulator_dtype(dtype), accumulator_dtype(dtype))
     )
     return (*rows, *numbers)  # type: ignore[return-value]
 
@@ -93,7 +89,7 @@ def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     different dtypes, as PyTorch's own is in any case."""
     rows = y
     if any(t is not None and t.dtype != y.dtype for t in (weight, bias)):
-        wide = _accumulator_dtype(y.dtype)
+        wide = accumulator_dtype(y.dtype)
         rows, weight, bias = y.to(wide), *(None if t is None else t.to(wide) for t in (weight, bias))
     # autocast may compute it in another dtype
     return torch.nn.functional.layer_norm(rows, y.shape[-1:], weight, bias, eps).to(y.dtype)
@@ -107,8 +103,8 @@ def _check_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, 
     shape, dtype, device = tuple(grad_normed.shape), grad_normed.dtype, grad_normed.device
     checks.saved_tensor(grad_y, "grad_y", shape, dtype, device)
     checks.saved_tensor(y, "y", shape, dtype, device)
-    checks.saved_tensor(mean, "mean", shape[:2], _accumulator_dtype(dtype), device)
-    checks.saved_tensor(rstd, "rstd", shape[:2], _accumulator_dtype(dtype), device)
+    checks.saved_tensor(mean, "mean", shape[:2], accumulator_dtype(dtype), device)
+    checks.saved_tensor(rstd, "rstd", shape[:2], accumulator_dtype(dtype), device)
     checks.size(size, members)
     checks.affine(weight, "weight", grad_normed)
 
@@ -136,7 +132,7 @@ def _backward_fake(grad_normed, grad_y, y, mean, rstd, members, offsets, size, w
     n, tokens, dim = grad_normed.shape[0], members.shape[1], grad_normed.shape[2]
     return (
         grad_normed.new_empty(n, tokens, dim),
-        grad_normed.new_empty(2 if affine else 0, dim, dtype=_accumulator_dtype(grad_normed.dtype)),
+        grad_normed.new_empty(2 if affine else 0, dim, dtype=accumulator_dtype(grad_normed.dtype)),
     )
 
 

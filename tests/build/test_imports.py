@@ -21,8 +21,9 @@ ORDER = """
     ops
     dispatch
     kernels
-    layout plan
+    plan
     checks onnx
+    layout
     reference
 """
 PLACES = {name.strip('"'): line for line, names in enumerate(ORDER.split("\n")) for name in names.split()}

@@ -163,7 +163,7 @@ def test_tiles_cover_what_they_must(dtype):
                 assert one["BLOCK_D"] >= channels
                 assert all(one[side] >= 16 and one[side] & (one[side] - 1) == 0 for side in ("BLOCK_Q", "BLOCK_K"))
     for dim in (1, 8, 64, 320, 384, 768, 1000, 1024, 1152, 1280, 4096):
-        found = config.merge(dim, 52, dtype, "mean", True)
+        found = config.merge(dim, 52, dtype, "mean")
         assert dim <= found["CHUNKS"] * found["BLOCK_D"] < dim + found["BLOCK_D"]
         assert config.norm(dim, 52, dtype)["BLOCK_D"] >= dim
 
