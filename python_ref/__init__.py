@@ -7,6 +7,7 @@ nothing faster can. It needs torch alone, works on any device, never waits for t
 """
 
 from .attention import attention, attention_backward
+from .conv import fft_conv3d, fft_conv3d_backward
 from .matching import arrange, build_groups, cap_r, identity, match, match_sets, similarity
 from .merging import reduce, spread, winners
 from .norm import merge_norm, merge_norm_backward
@@ -17,6 +18,8 @@ __all__ = [
     "attention_backward",
     "build_groups",
     "cap_r",
+    "fft_conv3d",
+    "fft_conv3d_backward",
     "identity",
     "match",
     "match_sets",

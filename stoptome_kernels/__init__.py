@@ -19,7 +19,7 @@ except ImportError as error:
         "in it, or leave the folder to use an installed copy"
     ) from error
 
-from .api import attention, match, merge, merge_norm, unmerge
+from .api import attention, fft_conv3d, match, merge, merge_norm, unmerge
 from .dispatch import backends
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
@@ -42,6 +42,7 @@ __all__ = [
     "attention",
     "backends",
     "describe",
+    "fft_conv3d",
     "is_patched",
     "match",
     "merge",

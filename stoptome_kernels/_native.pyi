@@ -5,6 +5,7 @@ _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
 _Groups = tuple[int, int, int, int, int]  # members, offsets; items, tokens in, tokens out
 
 INTERFACE: int
+CONV_BLOCK: int
 
 def match(
     metric: tuple[int, int, int, int], shape: tuple[int, int, int, int], dtype: int, r: int, protected: int, order: int,
@@ -26,6 +27,11 @@ def merge_norm_backward(
     grad_normed: _Strided, grad_y: _Strided, y: _Strided, out: _Strided, dtype: int, groups: _Groups, dim: int,
     size: _Strided, mean: int, rstd: int, weight: int, affine: int, threads: int,
 ) -> None: ...
+def conv(
+    shape: tuple[tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]], dtype: int, x: int, y: int,
+    waves: tuple[int, int], filters: int, filters_grad: int, threads: int,
+) -> None: ...
+def expect_writes(out: int, bytes: int) -> None: ...
 def use_openmp_of(path: str) -> bool: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...

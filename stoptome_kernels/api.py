@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: match, merge, unmerge, merge_norm, attention."""
+"""The public functions: match, merge, unmerge, merge_norm, attention, fft_conv3d."""
 
 from __future__ import annotations
 
@@ -338,6 +338,47 @@ def attention(
         scale = ops.attention.default_scale(q) if scale is None else scale
         return reference.attention(q, k, v, size, prefix_k, prefix_v, scale)[0]
     return torch.ops.stoptome.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)[0]
+
+
+def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Convolve over time, height and width in the frequency domain: ``conv3d`` with the padding that keeps the size,
+    made for large kernels and few channels (3 × 11 × 11 taps and 9 channels, say).
+
+    Args:
+        x: ``(B, C, T, H, W)``, float32, float64, bfloat16 or float16, any strides.
+        weight: ``(O, C, kt, kh, kw)``, odd sizes kt, kh and kw; x's dtype or float32.
+        bias: ``(O,)``, added to each output channel; None for no bias.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``, which is torch's own ``conv3d``.
+
+    Returns:
+        ``(B, O, T, H, W)`` in x's dtype: ``conv3d(x, weight, bias, padding=(kt // 2, kh // 2, kw // 2))`` up to
+        rounding. Transforms and products are in float32 (float64 for float64), never tf32.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or device; the message names it.
+        RuntimeError: an explicit backend can't run here; the message says why.
+
+    The rounding error is relative to the root mean square of a plane, where that of ``conv3d`` is relative to the
+    values under the kernel: it is lower for natural images, and higher next to an outlier. For the same reason a NaN or
+    an infinity makes the planes of its frame, and those of kt // 2 frames before and after, NaN everywhere.
+
+    Under autocast x is cast as by ``conv3d``. Once differentiable in x, weight and bias, in reverse mode. The same
+    input gives the same result and gradients bit for bit on one machine with the same number of threads.
+
+    Source: Mathieu et al., Fast Training of Convolutional Networks through FFTs, ICLR 2014.
+    """
+    checks.tensor(x, "x", "(B, C, T, H, W)")
+    checks.tensor(weight, "weight", "(O, C, kt, kh, kw)")
+    if bias is not None:
+        checks.tensor(bias, "bias", "(O,)")
+    for value, name in ((x, "x"), (weight, "weight"), (bias, "bias")):
+        if value is not None:
+            checks.no_vmap_or_jvp(value, name)
+    x = ops.conv.as_autocast(x)
+    if onnx.is_onnx_exporting():
+        checks.fft_conv3d(x, weight, bias, backend)
+        return reference.fft_conv3d(x, weight, bias)
+    return torch.ops.stoptome.fft_conv3d(x, weight, bias, backend)
 
 
 def _check_plan(plan: object) -> None:

@@ -396,3 +396,31 @@ def _heads(value: Tensor, name: str, shape: str) -> None:
     if value.dim() != 4:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     _floating(value, name)
+
+
+def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
+    """Check that a convolution's input, weight and bias fit each other."""
+    for value, name, shape in ((x, "x", "(B, C, T, H, W)"), (weight, "weight", "(O, C, kt, kh, kw)")):
+        if value.dim() != 5:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        _floating(value, name)
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must have x's C = {x.shape[1]} channels in its axis 1, got {tuple(weight.shape)}")
+    if 0 in (*x.shape[1:], *weight.shape):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must not be empty, but in x's B")
+    for taps in weight.shape[2:]:
+        if taps % 2 == 0:
+            raise ValueError(
+                f"weight must have odd kt, kh and kw, so that zeros on both sides keep the size, got "
+                f"{tuple(weight.shape)}; use torch.nn.functional.conv3d"
+            )
+    if bias is not None:
+        _floating(bias, "bias")
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias must have shape (O,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for value, name in ((weight, "weight"), (bias, "bias")):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one of them")
+        if value is not None and value.dtype == torch.float64 != x.dtype:
+            raise TypeError(f"{name} is float64, but x is {x.dtype}; cast one of them")
+    choice(backend, "backend", BACKENDS)

@@ -35,16 +35,19 @@ std::atomic<int64_t> stream_bytes{int64_t(8) << 20};
 // one fault for 2 MiB instead of 512: on one machine filling 53 MiB took 2.8 ms instead of 14.
 std::atomic<int64_t> huge_bytes{int64_t(4) << 20};
 
-void expect_writes(const Rows &out, int64_t bytes) {
+void expect_writes(uintptr_t out, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < huge_bytes) return;
   constexpr uintptr_t page = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data) + page - 1) & ~(page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data) + uintptr_t(bytes)) & ~(page - 1);
+  const uintptr_t begin = (out + page - 1) & ~(page - 1), end = (out + uintptr_t(bytes)) & ~(page - 1);
   (void)madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
 #else
   (void)out, (void)bytes;
 #endif
+}
+
+void expect_writes(const Rows &out, int64_t bytes) {
+  expect_writes(reinterpret_cast<uintptr_t>(out.data), bytes);
 }
 
 int64_t element_bytes(int dtype) { return dtype == int(Dtype::f64) ? 8 : dtype == int(Dtype::f32) ? 4 : 2; }
@@ -368,17 +371,56 @@ void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided
   if (affine) run.affine(args, blocks);
 }
 
+// (inputs, outputs, taps, height), (frames_in, frames_out, shift), (rows, columns)
+using ConvShape = std::tuple<std::tuple<int64_t, int64_t, int64_t, int64_t>, std::tuple<int64_t, int64_t, int64_t>,
+                             std::tuple<int64_t, int64_t>>;
+
+// Products of planes and filters, or, where filters_grad is given, its sums over the frames of y.
+void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintptr_t, uintptr_t> waves,
+          uintptr_t filters, uintptr_t filters_grad, int threads) {
+  const auto [inputs, outputs, taps, height] = std::get<0>(shape);
+  const auto [frames_in, frames_out, shift] = std::get<1>(shape);
+  const auto [rows, columns] = std::get<2>(shape);
+  const int64_t blocks = (columns + kConvBlock - 1) / kConvBlock;
+  // as many groups of output channels as give each thread two items
+  const int64_t team = std::max(threads, 1);
+  const int64_t groups = std::clamp<int64_t>(2 * team / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(outputs, 1));
+  const ConvArgs args{{inputs, outputs, taps, height, frames_in, frames_out, shift, rows, columns},
+                      Dtype(dtype),
+                      reinterpret_cast<const void *>(x),
+                      reinterpret_cast<void *>(y),
+                      reinterpret_cast<const void *>(std::get<0>(waves)),
+                      reinterpret_cast<const void *>(std::get<1>(waves)),
+                      reinterpret_cast<const void *>(filters),
+                      reinterpret_cast<void *>(filters_grad),
+                      groups};
+  const ConvKernels &run = *kernels().conv;
+  const int64_t piece = align64(run.scratch(args));
+  const Buffer scratch(piece * team);
+  const int64_t bytes = (inputs * frames_in + outputs * frames_out) * 2 * kConvBlock * element_bytes(dtype);
+  if (filters_grad)
+    return in_ranges(blocks * groups, rows * bytes, threads, [&](int64_t begin, int64_t end, int thread) {
+      run.gradient(args, scratch.data() + thread * piece, begin, end);
+    });
+  in_ranges(blocks * (rows / 2 + 1), 2 * bytes, threads, [&](int64_t begin, int64_t end, int thread) {
+    run.product(args, scratch.data() + thread * piece, begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace stk
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.dispatch.";
-  m.attr("INTERFACE") = 2;  // of the arguments below; dispatch/native.py asks for it
+  m.attr("INTERFACE") = 3;  // of the arguments below; dispatch/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);
   m.def("merge_norm", &stk::merge_norm);
   m.def("merge_norm_backward", &stk::merge_norm_backward);
+  m.def("expect_writes", [](uintptr_t out, int64_t bytes) { stk::expect_writes(out, bytes); });
+  m.def("conv", &stk::conv);
+  m.attr("CONV_BLOCK") = stk::kConvBlock;
   m.def("use_openmp_of", [](const std::string &path) {
     stk::use_openmp_of(path.c_str());
     return stk::has_openmp();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the instruction-set specific kernels (match, merge, norm.cpp) offer to the rest. Shapes as in the Python docs:
+// What the instruction-set specific kernels (match, merge, norm, conv.cpp) offer to the rest. Shapes as in the Python docs:
 // metric (N, H, T, C), rows (N, T, D), members (N, T), offsets (N, T_out + 1). Strides are in elements; the last axis of
 // every tensor is contiguous. All sizes are 64-bit: tensors of more than 2^31 elements are addressed like any other.
 #pragma once
@@ -130,12 +130,44 @@ struct NormKernels {
   void (*affine)(const NormGradArgs &, int64_t blocks);  // adds the parts up
 };
 
+constexpr int kConvBlock = 16;  // frequencies along the width that a block of filters holds
+
+// Planes of frequencies of one piece of a video: x (inputs, frames_in, rows, columns), y (outputs, frames_out, rows,
+// columns), and a filter of taps x height for each pair of channels. Frame t of y and tap k meet frame t + k + shift of x;
+// there are zeros before the first frame and after the last.
+struct ConvSizes {
+  int64_t inputs, outputs, taps, height;
+  int64_t frames_in, frames_out, shift;
+  int64_t rows, columns;
+};
+
+struct ConvArgs {
+  ConvSizes sizes;
+  Dtype dtype;         // f32 or f64
+  const void *x;       // complex, contiguous
+  void *y;             // complex, contiguous; the gradient of y where that of the filters is wanted
+  const void *cosine;  // (rows / 2 + 1, height / 2 + 1), of 2 pi u a / rows
+  const void *sine;
+  const void *filters;  // folded: (blocks, outputs, inputs, taps, height, 2, kConvBlock)
+  void *filters_grad;   // as filters, added to; null: y is wanted
+  int64_t groups;       // of output channels, for the gradient of the filters
+};
+
+struct ConvKernels {
+  int64_t (*scratch)(const ConvArgs &);  // bytes that a thread needs
+  // [begin, end) of all blocks * (rows / 2 + 1)
+  void (*product)(const ConvArgs &, void *scratch, int64_t begin, int64_t end);
+  // [begin, end) of all blocks * groups
+  void (*gradient)(const ConvArgs &, void *scratch, int64_t begin, int64_t end);
+};
+
 // One of these for each instruction set; dispatch.cpp picks the best that the processor has.
 struct Kernels {
   const char *name;
   const MatchKernels *match;
   const MergeKernels *merge;
   const NormKernels *norm;
+  const ConvKernels *conv;
 };
 
 const Kernels &kernels();                    // the best set that this processor runs

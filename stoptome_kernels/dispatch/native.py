@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import heads_last, log_size_bias, unit_stride, with_prefix
+from .. import frequency
+from ..layout import accumulator_dtype, heads_last, log_size_bias, unit_stride, with_prefix
 
 _missing: str | None = None
 try:
@@ -14,7 +16,7 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
-    if getattr(_native, "INTERFACE", 1) != 2:
+    if getattr(_native, "INTERFACE", 1) != 3:
         _missing = "the native kernels are of another version of this package; reinstall: pip install -v ."
     # one pool of threads in the process: the OpenMP runtime that torch itself depends on
     _native.use_openmp_of(torch._C.__file__)
@@ -212,3 +214,134 @@ def attention_backward(
     # summed in float32 and rounded once, as on every backend
     shared = (x[:, :, :ahead].unflatten(0, (m, -1)).sum(1, dtype=lse.dtype).to(q.dtype) for x in (dkeys, dvalues))
     return heads_last(dq), heads_last(dkeys[:, :, ahead:]), heads_last(dvalues[:, :, ahead:]), *shared
+
+
+# -- convolution in the frequency domain ------------------------------------------------------------------------------
+
+
+def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``stoptome_kernels.reference.fft_conv3d``."""
+    return frequency.convolve(_Products, x, weight, bias)
+
+
+def fft_conv3d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``stoptome_kernels.reference.fft_conv3d_backward``."""
+    return frequency.convolve_backward(_Products, grad, x, weight, needed)
+
+
+class _Products:
+    """The products of spectra by native kernels, as a ``frequency.Products``.
+
+    Filters are transformed along the width alone, ``(blocks, O, C, kt, kh, 2, 16)``: 16 frequencies of a block, real
+    and imaginary parts; along the height the sums of taps at the same distance from the middle one, then their
+    differences. See csrc/cpu/conv.cpp, which goes on from there.
+    """
+
+    budget = 52 << 20  # a video of STOP's layers of 9 channels
+
+    @staticmethod
+    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See ``frequency.Products``. In huge pages, if the system gives them."""
+        out = like.new_empty(shape, dtype=dtype)
+        _native.expect_writes(out.data_ptr(), out.numel() * out.element_size())
+        return out
+
+    @classmethod
+    def spectra(cls, x: Tensor, sizes: frequency.Sizes) -> Tensor:
+        """See ``frequency.Products``. A few planes at a time: what is in the cache is transformed twice as fast."""
+        wide = accumulator_dtype(x.dtype)
+        out = cls.empty(x, (*x.shape[:3], sizes.rows, sizes.columns), _COMPLEX[wide])
+        at_once = _planes_at_once()
+        padded = x.new_zeros((at_once, sizes.rows, sizes.padded_width), dtype=wide)
+        inside = padded[:, : sizes.height, : sizes.width]
+        for video, spectra in zip(x.unbind(), out.unbind(), strict=True):
+            for channel, spectrum in zip(video.unbind(), spectra.unbind(), strict=True):
+                for first in range(0, len(channel), at_once):
+                    planes = channel[first : first + at_once]
+                    inside[: len(planes)].copy_(planes)
+                    torch.fft.rfft2(padded[: len(planes)], out=spectrum[first : first + at_once])
+        return out
+
+    @staticmethod
+    def planes(spectra: Tensor, sizes: frequency.Sizes, bias: Tensor | None, out: Tensor) -> None:
+        """See ``frequency.Products``."""
+        at_once, size = _planes_at_once(), (sizes.rows, sizes.padded_width)
+        for video, to in zip(spectra.unbind(), out.unbind(), strict=True):
+            for channel in range(len(video)):
+                for first in range(0, video.shape[1], at_once):
+                    padded = torch.fft.irfft2(video[channel, first : first + at_once], s=size, norm="forward")
+                    plane = padded[:, : sizes.height, : sizes.width]
+                    if bias is not None:
+                        plane.add_(bias[channel])
+                    to[channel, first : first + at_once].copy_(plane)
+
+    @staticmethod
+    def filters(weight: Tensor, sizes: frequency.Sizes) -> Tensor:
+        """See ``frequency.Products`` and the layout above."""
+        tall = weight.shape[3]
+        wave = _waves_across(weight.shape[4], sizes)
+        rows = (weight.double().flatten(0, 3) @ wave.flatten(1)).view(*weight.shape[:4], 2, sizes.columns)
+        above, middle, below = rows.split([tall // 2, 1, tall // 2], 3)
+        above = above.flip(3)
+        folded = torch.cat([middle, below + above, below - above], 3).to(weight.dtype)
+        blocks = -(-sizes.columns // _native.CONV_BLOCK)
+        folded = F.pad(folded, (0, blocks * _native.CONV_BLOCK - sizes.columns))
+        return folded.unflatten(-1, (blocks, -1)).permute(5, 0, 1, 2, 3, 4, 6).contiguous()
+
+    @staticmethod
+    def weight_grad(sums: Tensor, kernel: torch.Size, sizes: frequency.Sizes) -> Tensor:
+        """See ``frequency.Products``: the transpose of ``filters``, where a frequency counts for its mirror, too."""
+        half = kernel[3] // 2
+        folded = sums.permute(1, 2, 3, 4, 5, 0, 6).flatten(-2)[..., : sizes.columns].double()
+        middle, even, odd = folded.split([1, half, half], 3)
+        rows = torch.cat([(even - odd).flip(3), middle, even + odd], 3)
+        wave = 2 * _waves_across(kernel[4], sizes)
+        wave[..., :: sizes.columns - 1] /= 2  # the first and the last are their own
+        return (rows.flatten(4) @ wave.flatten(1).t()).to(sums.dtype)
+
+    @classmethod
+    def multiply(cls, spectra: Tensor, filters: Tensor, kernel: torch.Size, frames: int, shift: int) -> Tensor:
+        """See ``frequency.Products``."""
+        out = cls.empty(spectra, (len(spectra), kernel[0], frames, *spectra.shape[3:]), spectra.dtype)
+        for x, y in zip(spectra.unbind(), out.unbind(), strict=True):
+            _conv(x, y, filters, None, kernel, shift)
+        return out
+
+    @staticmethod
+    def correlate(spectra: Tensor, grad: Tensor, sums: Tensor, kernel: torch.Size, shift: int) -> None:
+        """See ``frequency.Products``."""
+        for x, y in zip(spectra.unbind(), grad.unbind(), strict=True):
+            _conv(x, y, None, sums, kernel, shift)
+
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def _planes_at_once() -> int:
+    return 3 * torch.get_num_threads()
+
+
+def _waves_across(taps: int, sizes: frequency.Sizes) -> Tensor:
+    """Return what maps the taps along the width to real and imaginary parts, ``(taps, 2, columns)`` float64, with the
+    factor of both transforms."""
+    half = taps // 2
+    cosine, sine = (wave.t() for wave in frequency.waves(sizes.columns, sizes.padded_width, half + 1))
+    cosine, sine = torch.cat([cosine[1:].flip(0), cosine]), torch.cat([-sine[1:].flip(0), sine])
+    return torch.stack([cosine, sine], 1) / (sizes.rows * sizes.padded_width)
+
+
+def _conv(
+    x: Tensor, y: Tensor, filters: Tensor | None, sums: Tensor | None, kernel: torch.Size, shift: int
+) -> None:
+    """Multiply the spectra ``x (C, F, rows, columns)`` by the filters and write ``y (O, F', rows, columns)``; or, with
+    y the gradient of that, add the filters' gradient to ``sums``."""
+    rows, columns = x.shape[2:]
+    wide = torch.float32 if x.dtype == torch.complex64 else torch.float64
+    down = tuple(wave.to(wide) for wave in frequency.waves(rows // 2 + 1, rows, kernel[3] // 2 + 1))
+    _native.conv(
+        ((kernel[1], kernel[0], kernel[2], kernel[3]), (x.shape[1], y.shape[1], shift), (rows, columns)),
+        _DTYPES[wide], x.data_ptr(), y.data_ptr(), (down[0].data_ptr(), down[1].data_ptr()), _address(filters),
+        _address(sums), torch.get_num_threads(),
+    )  # fmt: skip

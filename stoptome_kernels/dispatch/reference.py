@@ -7,11 +7,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import attention, match, merge_norm, merge_norm_backward, spread
+from ..reference import (
+    attention,
+    fft_conv3d,
+    fft_conv3d_backward,
+    match,
+    merge_norm,
+    merge_norm_backward,
+    spread,
+)
 
 __all__ = [
     "attention",
     "attention_backward",
+    "fft_conv3d",
+    "fft_conv3d_backward",
     "match",
     "merge_norm",
     "merge_norm_backward",

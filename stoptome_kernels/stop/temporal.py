@@ -12,16 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..api import fft_conv3d
+from ..patching.guards import may_read_weights
+
 _STRENGTH = 0.05  # of what is added to pixels and prompts
+_GRID = 7  # cells on each side of a frame
 _SALIENT = 6  # this many cells of a frame are above the threshold
 
 
 class _Conv(nn.Conv3d):
-    """Convolution over (time, height, width) that keeps the size."""
+    """Convolution over (time, height, width) that keeps the size, in the frequency domain unless ``fast`` is False."""
+
+    fast = True
 
     def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int, int]):
         time, height, width = kernel
         super().__init__(channels_in, channels_out, kernel, padding=(time // 2, height // 2, width // 2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return fft_conv3d(input, self.weight, self.bias) if self.fast else super().forward(input)
 
 
 class _PReLU(nn.PReLU):
@@ -40,9 +49,14 @@ class Prompted(NamedTuple):
 
 class TemporalPrompt(nn.Module):
     """Adds a learnt pattern to the pixels, twice as strong where a cell is salient, and makes prompts for the layers
-    from the patches of all frames."""
+    from the patches of all frames.
 
-    def __init__(self) -> None:
+    Attributes:
+        fast: convolve in the frequency domain, and compute what follows a convolution without what it doesn't read;
+            False for torch's ``conv3d`` and the published steps one by one, the same up to rounding.
+    """
+
+    def __init__(self, fast: bool = True) -> None:
         super().__init__()
         pixels, frames = (3, 11, 11), (5, 11, 11)
         self.Conv = nn.Sequential(
@@ -56,21 +70,52 @@ class TemporalPrompt(nn.Module):
         self.InterConv = nn.Sequential(_Conv(1, 9, hidden), _PReLU(), _Conv(9, 1, hidden))
         self.InterMLP = nn.Sequential(nn.Linear(49, 16), _PReLU(), nn.Linear(16, 4))
         self.Cal_Net_Inter = _Conv(1, 1, frames)
+        self.fast = fast
+
+    @property
+    def fast(self) -> bool:
+        return self.Cal_Net.fast
+
+    @fast.setter
+    def fast(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, _Conv):
+                module.fast = bool(value)
 
     def forward(self, video: Tensor) -> Prompted:
         """Return ``video (B, T, 3, 224, 224)`` with its prompt added, and the salient cells."""
         channels_first = video.transpose(1, 2)
-        pattern = self.dropout1(self.Conv(channels_first))
-        pattern = self.dropout2(self.MLP(pattern.movedim(1, -1))).movedim(-1, 2)
-        pattern = self.dropout2(pattern)  # twice, as the published model was trained
         salient = self._salient(channels_first)
-        everywhere = salient.repeat(1, 1, *(side // 7 for side in video.shape[-2:]))[:, :, None]
-        return Prompted(video + _STRENGTH * pattern * (1 + everywhere.to(pattern.dtype)), salient)
+        hidden = self.dropout1(self.Conv(channels_first))
+        strength = _STRENGTH * (1 + salient.to(video.dtype))
+        strength = strength.repeat(1, 1, *(side // _GRID for side in video.shape[-2:]))[:, :, None]
+        if not (self.fast and may_read_weights(self.MLP, *self.MLP)):
+            pattern = self._drop(self.MLP(hidden.movedim(1, -1)).movedim(-1, 2))
+            return Prompted(video + pattern * strength, salient)
+        if torch.is_grad_enabled() or video.is_cuda or torch.compiler.is_compiling():
+            return Prompted(video + self._drop(self._pattern(hidden)) * strength, salient)
+        frames = torch.empty_like(video, memory_format=torch.contiguous_format)
+        for t in range(video.shape[1]):  # what one frame takes stays in the cache
+            at = slice(t, t + 1)
+            torch.addcmul(video[:, at], self._drop(self._pattern(hidden[:, :, at])), strength[:, at], out=frames[:, at])
+        return Prompted(frames, salient)
+
+    def _pattern(self, hidden: Tensor) -> Tensor:
+        """Apply ``MLP`` to ``(B, 16, T, H, W)`` where its channels are → ``(B, T, 3, H, W)``."""
+        first, activation, last = self.MLP
+        rows = _linear(last, activation(_linear(first, hidden.flatten(2))))
+        return rows.unflatten(2, hidden.shape[2:]).transpose(1, 2)
+
+    def _drop(self, pattern: Tensor) -> Tensor:
+        return self.dropout2(self.dropout2(pattern))  # twice, as the published model was trained
 
     def _salient(self, channels_first: Tensor) -> Tensor:
-        score = self.Cal_Net(channels_first).squeeze(1)
-        # upstream's grid: a pixel (y, x) belongs to cell (y mod 7, x mod 7), not to the patch that it lies in
-        score = score.unflatten(3, (-1, 7)).unflatten(2, (-1, 7)).mean((2, 4))
+        if self.fast and may_read_weights(self.Cal_Net):
+            score = _grid_means(self.Cal_Net, channels_first)
+        else:
+            score = self.Cal_Net(channels_first).squeeze(1)
+            # upstream's grid: a pixel (y, x) belongs to cell (y mod 7, x mod 7), not to the patch that it lies in
+            score = score.unflatten(3, (-1, _GRID)).unflatten(2, (-1, _GRID)).mean((2, 4))
         threshold = score.flatten(2).sort(2, descending=True).values[:, :, _SALIENT]
         return score > threshold[..., None, None]
 
@@ -94,7 +139,47 @@ class TemporalPrompt(nn.Module):
         return _STRENGTH * (prompts * (1 + weight[..., None, None])).reshape(batch, -1, tokens.shape[3])
 
     def _frame_weights(self, mixed: Tensor, salient: Tensor) -> Tensor:
-        score = self.Cal_Net_Inter(mixed).squeeze(1)
-        score = (score * (1 + salient.flatten(2)[..., None].to(score.dtype))).mean((2, 3))
+        if self.fast and may_read_weights(self.Cal_Net_Inter):
+            score = _row_means(self.Cal_Net_Inter, mixed)
+        else:
+            score = self.Cal_Net_Inter(mixed).squeeze(1).mean(3)
+        score = (score * (1 + salient.flatten(2).to(score.dtype))).mean(2)
         low, high = score.min(), score.max()
         return (score - low) / (high - low).clamp_min(torch.finfo(score.dtype).tiny)  # one video of one frame: 0
+
+
+def _linear(layer: nn.Module, columns: Tensor) -> Tensor:
+    """Apply a linear layer to the channels of ``(B, C, N)``, which stay where they are."""
+    weight = layer.weight.expand(columns.shape[0], -1, -1)
+    return torch.baddbmm(layer.bias[:, None], weight, columns)
+
+
+# The two scores below are means of a convolution, which is linear: the means of its inputs are taken first, and the
+# kernel is applied to those. Taps reach over the edges, so that the means of each tap differ by what lies there.
+
+
+@torch.no_grad()  # of a decision there is no gradient
+def _grid_means(conv: nn.Conv3d, video: Tensor) -> Tensor:
+    """Return the mean of ``conv(video)``, ``video (B, C, T, H, W)`` → ``(B, T, 7, 7)``, over the pixels of each cell
+    of the grid: those of equal y mod 7 and x mod 7."""
+    reach = conv.kernel_size[1] // 2
+    span = _GRID + 2 * reach  # from the first cell's first tap to the last cell's last
+    with torch.autocast(video.device.type, enabled=False):
+        x = F.pad(video.float(), (reach,) * 4)
+        x = x.unfold(3, span, _GRID).mean(3)  # (B, C, T, W', span)
+        x = x.unfold(3, span, _GRID).mean(3)
+        weight, bias = conv.weight.float(), conv.bias.float()
+        return F.conv3d(x, weight, bias, padding=(conv.kernel_size[0] // 2, 0, 0)).squeeze(1)
+
+
+def _row_means(conv: nn.Conv3d, rows: Tensor) -> Tensor:
+    """Return the mean of ``conv(rows)``, ``rows (B, 1, T, n, D)`` → ``(B, T, n)``, over the last axis."""
+    time, tall, wide = conv.kernel_size
+    reach, channels = wide // 2, rows.shape[-1]
+    with torch.autocast(rows.device.type, enabled=False):
+        x = rows.squeeze(1).float()
+        before, after = x[..., :reach].cumsum(-1), x[..., -reach:].flip(-1).cumsum(-1)
+        missed = torch.cat([after.flip(-1), torch.zeros_like(x[..., :1]), before], -1)
+        x = ((x.sum(-1, keepdim=True) - missed) / channels).permute(0, 3, 1, 2)  # (B, taps, T, n)
+        weight = conv.weight[0, 0].float().permute(2, 0, 1)[None]
+        return F.conv2d(x, weight, conv.bias.float(), padding=(time // 2, tall // 2)).squeeze(1)
