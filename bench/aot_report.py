@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't b
 
 import torch
 import triton
-from stoptome_kernels.kernels import attention, match, merge, norm
+from stoptome_kernels.kernels import attention, conv, match, merge, norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -97,7 +97,23 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
         ("grad of merge_norm, x", norm.norm_grad_launch(y, y, *saved, size, row, x, False)),
         ("grad of merge_norm, n", norm.norm_grad_launch(y, None, *saved, None, None, x, False)),
     ]
-    return found + attention_launches(shape, dtype)
+    return found + attention_launches(shape, dtype) + conv_launches(shape, dtype)
+
+
+def conv_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
+    """STOP's widest convolution over pixels and its gradients for one video: spectra are float32 whatever the model."""
+    if shape != "stop-b32-video" or dtype != torch.float32:
+        return []
+    plane = 240 * 121
+    x, y, filters = (
+        torch.empty(*sizes, plane, 2, device="meta") for sizes in ((1, 9, 12), (1, 16, 12), (16, 9, 3))
+    )
+    mirrored = torch.empty(9, 16, 3, plane, 2, device="meta")
+    return [
+        ("fft_conv3d", conv.multiply_launch(x, filters, y, -1)),
+        ("grad of fft_conv3d, x", conv.multiply_launch(y, mirrored, x, -1)),
+        ("grad of fft_conv3d, w", conv.correlate_launch(x, y, filters, -1)),
+    ]
 
 
 def attention_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:

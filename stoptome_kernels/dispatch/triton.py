@@ -188,3 +188,21 @@ def attention_backward(
 
     with _on(q):
         return kernels.attention_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale)
+
+
+def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``stoptome_kernels.reference.fft_conv3d``."""
+    from ..kernels import conv as kernels
+
+    with _on(x):
+        return kernels.fft_conv3d(x, weight, bias)
+
+
+def fft_conv3d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``stoptome_kernels.reference.fft_conv3d_backward``."""
+    from ..kernels import conv as kernels
+
+    with _on(grad):
+        return kernels.fft_conv3d_backward(grad, x, weight, needed)

@@ -2,7 +2,7 @@
 """The one table of tuned configurations: block sizes, warps and stages as a function of shape and dtype.
 
 Each function is cached and returns what its kernels are launched with: the constants and the compiler's options.
-enable_fp_fusion is off but in attention: products and sums are then rounded one by one, in merging as in the
+enable_fp_fusion is off but in attention and in the products of spectra: products and sums are then rounded one by one, in merging as in the
 reference, and in matching in the same way for every row, so that copies tie. tl.dot is made of fused operations all the
 same.
 """
@@ -177,3 +177,13 @@ def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compil
     # on an H200 0.8 of the time that 190 registers take, which Triton 3.6 would use: three programs for two
     whole = {**by_keys, "maxnreg": 168} if keys <= 64 and not full and few else None
     return {"attend": attend, "whole": whole, "queries": by_queries, "keys": by_keys}
+
+
+@cache
+def spectra(frames: int) -> dict:
+    """Return the constants of the products of spectra: frames of a tile and frequencies of a block. A thread
+    holds eight complex sums. Not tuned: no GPU has run it yet."""
+    tile = min(16, _pow2(frames))
+    return {
+        "FRAMES": tile, "BLOCK": max(64, 1024 // tile), "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
+    }  # fmt: skip
