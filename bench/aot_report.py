@@ -105,9 +105,7 @@ def conv_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
     if shape != "stop-b32-video" or dtype != torch.float32:
         return []
     plane = 240 * 121
-    x, y, filters = (
-        torch.empty(*sizes, plane, 2, device="meta") for sizes in ((1, 9, 12), (1, 16, 12), (16, 9, 3))
-    )
+    x, y, filters = (torch.empty(*sizes, plane, 2, device="meta") for sizes in ((1, 9, 12), (1, 16, 12), (16, 9, 3)))
     mirrored = torch.empty(9, 16, 3, plane, 2, device="meta")
     return [
         ("fft_conv3d", conv.multiply_launch(x, filters, y, -1)),

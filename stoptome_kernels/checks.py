@@ -418,9 +418,9 @@ def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> 
         _floating(bias, "bias")
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias must have shape (O,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for value, name in ((weight, "weight"), (bias, "bias")):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one of them")
-        if value is not None and value.dtype == torch.float64 != x.dtype:
+    for part, name in ((weight, "weight"), (bias, "bias")):
+        if part is not None and part.device != x.device:
+            raise ValueError(f"{name} is on {part.device}, but x is on {x.device}; move one of them")
+        if part is not None and part.dtype == torch.float64 != x.dtype:
             raise TypeError(f"{name} is float64, but x is {x.dtype}; cast one of them")
     choice(backend, "backend", BACKENDS)

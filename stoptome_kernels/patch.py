@@ -37,6 +37,7 @@ def apply_tome_patch(
     frames: int | None = None,
     unmerge: bool = False,
     protected: int | None = None,
+    fast_prompts: bool = True,
 ) -> nn.Module:
     """Patch a model in place, so that its visual tower merges tokens from the next forward on.
 
@@ -63,6 +64,8 @@ def apply_tome_patch(
         protected: number of leading tokens that are never merged, for ``nn.TransformerEncoder`` and its layer alone;
             the default 1 protects a class token and is harmless without one. Other models define the number
             themselves; then only the same number is allowed.
+        fast_prompts: whether the large convolutions of upstream's temporal prompts (``group2-2``) run in the frequency
+            domain while tokens are merged, see ``fft_conv3d``; of a ``StopModel`` its ``StopConfig`` says it.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
@@ -94,9 +97,11 @@ def apply_tome_patch(
         prop_attn=True if prop_attn is None else prop_attn, merge_layers=merge_layers,
         merge_frame_nums=merge_frame_nums, merge_token_proportions=merge_token_proportions, frame_pos=frame_pos,
     )  # fmt: skip
+    if not isinstance(fast_prompts, bool):
+        raise TypeError(f"fast_prompts must be a bool, got {type(fast_prompts).__name__}")
     found = vit.find(_module(model))
     if found is None:
-        runner = video.apply(model, settings, scheduled, own_prop_attn, frames, unmerge, protected)
+        runner = video.apply(model, settings, scheduled, own_prop_attn, frames, unmerge, protected, fast_prompts)
     elif frames is None:
         runner = vit.apply(found, settings, unmerge, protected)
     else:

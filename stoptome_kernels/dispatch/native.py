@@ -332,9 +332,7 @@ def _waves_across(taps: int, sizes: frequency.Sizes) -> Tensor:
     return torch.stack([cosine, sine], 1) / (sizes.rows * sizes.padded_width)
 
 
-def _conv(
-    x: Tensor, y: Tensor, filters: Tensor | None, sums: Tensor | None, kernel: torch.Size, shift: int
-) -> None:
+def _conv(x: Tensor, y: Tensor, filters: Tensor | None, sums: Tensor | None, kernel: torch.Size, shift: int) -> None:
     """Multiply the spectra ``x (C, F, rows, columns)`` by the filters and write ``y (O, F', rows, columns)``; or, with
     y the gradient of that, add the filters' gradient to ``sums``."""
     rows, columns = x.shape[2:]

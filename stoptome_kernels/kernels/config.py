@@ -2,9 +2,9 @@
 """The one table of tuned configurations: block sizes, warps and stages as a function of shape and dtype.
 
 Each function is cached and returns what its kernels are launched with: the constants and the compiler's options.
-enable_fp_fusion is off but in attention and in the products of spectra: products and sums are then rounded one by one, in merging as in the
-reference, and in matching in the same way for every row, so that copies tie. tl.dot is made of fused operations all the
-same.
+enable_fp_fusion is off but in attention and in the products of spectra: products and sums are then rounded one by one,
+in merging as in the reference, and in matching in the same way for every row, so that copies tie. tl.dot is made of
+fused operations all the same.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Products of spectra as Triton kernels: what ``fft_conv3d`` does between its transforms.
 
 All frequencies of a plane lie in one row, so a program takes a block of them for one output channel: it holds the
-complex sums of all frames, or of a tile of them, and reads each filter once. Nothing is summed by more than one program.
+complex sums of all frames, or of a tile of them, and reads each filter once. No sum is shared by programs.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class Products:
     @staticmethod
     def filters(weight: Tensor, sizes: frequency.Sizes) -> Tensor:
         """See ``frequency.Products``."""
-        weight = weight[(..., *_met(weight.shape, sizes))]
+        rows, columns = _met(weight.shape, sizes)
+        weight = weight[..., rows, columns]
         tall, wide = weight.shape[3:]
         padded = weight.new_zeros((*weight.shape[:3], sizes.rows, sizes.padded_width))
         padded[..., :tall, :wide] = weight
@@ -149,7 +150,8 @@ class Products:
     def weight_grad(sums: Tensor, kernel: torch.Size, sizes: frequency.Sizes) -> Tensor:
         """See ``frequency.Products``."""
         grad = sums.real.new_zeros(kernel)
-        met = grad[(..., *_met(kernel, sizes))]
+        rows, columns = _met(kernel, sizes)
+        met = grad[..., rows, columns]
         tall, wide = met.shape[3:]
         padded = torch.fft.irfft2(sums.conj(), s=(sizes.rows, sizes.padded_width))
         met.copy_(padded.roll((tall // 2, wide // 2), (3, 4))[..., :tall, :wide])

@@ -88,9 +88,7 @@ def _save_nothing(ctx, inputs, output) -> None:
 
 
 def _grad_backward(ctx, *_):
-    raise NotImplementedError(
-        "fft_conv3d has no second derivative; use torch.nn.functional.conv3d where one is needed"
-    )
+    raise NotImplementedError("fft_conv3d has no second derivative; use torch.nn.functional.conv3d where one is needed")
 
 
 gradient("fft_conv3d", _grad, _save)

@@ -48,6 +48,8 @@ class StopConfig:
         visual_output: feature of a video, see ``StopModel.encode_video``.
         lora: whether blocks have a low-rank branch next to the MLP.
         prompt_layers: number of layers with prompts of their own; None for that of the deeper tower.
+        fast_prompts: whether the dynamic prompts of ``group2-2`` are computed by ``fft_conv3d`` and what is read of it;
+            False for torch's ``conv3d`` and the published steps one by one. The same up to rounding.
     """
 
     image_size: int = 224
@@ -70,6 +72,7 @@ class StopConfig:
     visual_output: str = "global_prompt0"
     lora: bool = True
     prompt_layers: int | None = None
+    fast_prompts: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -77,7 +80,7 @@ class StopConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         for name, value in list(vars(self).items()):
             least = 0 if name == "text_prompts" else 1
-            if name in (*_CHOICES, "lora") or value is None:
+            if name in (*_CHOICES, "lora", "fast_prompts") or value is None:
                 continue
             number = checks.count(value, name, "a size of the model", least)
             object.__setattr__(self, name, number)  # NumPy's ints are held as Python's

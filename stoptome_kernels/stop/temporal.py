@@ -6,7 +6,7 @@ Parameter names are upstream's, so that its checkpoints load; the sizes are fixe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ class TemporalPrompt(nn.Module):
 
     @property
     def fast(self) -> bool:
+        """Whether the fast path is on, see the class."""
         return self.Cal_Net.fast
 
     @fast.setter
@@ -102,7 +103,8 @@ class TemporalPrompt(nn.Module):
 
     def _pattern(self, hidden: Tensor) -> Tensor:
         """Apply ``MLP`` to ``(B, 16, T, H, W)`` where its channels are → ``(B, T, 3, H, W)``."""
-        first, activation, last = self.MLP
+        layers: Any = self.MLP
+        first, activation, last = layers
         rows = _linear(last, activation(_linear(first, hidden.flatten(2))))
         return rows.unflatten(2, hidden.shape[2:]).transpose(1, 2)
 
@@ -148,7 +150,7 @@ class TemporalPrompt(nn.Module):
         return (score - low) / (high - low).clamp_min(torch.finfo(score.dtype).tiny)  # one video of one frame: 0
 
 
-def _linear(layer: nn.Module, columns: Tensor) -> Tensor:
+def _linear(layer: Any, columns: Tensor) -> Tensor:
     """Apply a linear layer to the channels of ``(B, C, N)``, which stay where they are."""
     weight = layer.weight.expand(columns.shape[0], -1, -1)
     return torch.baddbmm(layer.bias[:, None], weight, columns)
@@ -159,7 +161,7 @@ def _linear(layer: nn.Module, columns: Tensor) -> Tensor:
 
 
 @torch.no_grad()  # of a decision there is no gradient
-def _grid_means(conv: nn.Conv3d, video: Tensor) -> Tensor:
+def _grid_means(conv: Any, video: Tensor) -> Tensor:
     """Return the mean of ``conv(video)``, ``video (B, C, T, H, W)`` → ``(B, T, 7, 7)``, over the pixels of each cell
     of the grid: those of equal y mod 7 and x mod 7."""
     reach = conv.kernel_size[1] // 2
@@ -172,7 +174,7 @@ def _grid_means(conv: nn.Conv3d, video: Tensor) -> Tensor:
         return F.conv3d(x, weight, bias, padding=(conv.kernel_size[0] // 2, 0, 0)).squeeze(1)
 
 
-def _row_means(conv: nn.Conv3d, rows: Tensor) -> Tensor:
+def _row_means(conv: Any, rows: Tensor) -> Tensor:
     """Return the mean of ``conv(rows)``, ``rows (B, 1, T, n, D)`` → ``(B, T, n)``, over the last axis."""
     time, tall, wide = conv.kernel_size
     reach, channels = wide // 2, rows.shape[-1]

@@ -14,7 +14,7 @@ from ..patching.subclass import PatchedModule, patch_class
 from ..tome.config import ToMeConfig
 from ..tome.report import family_of, warn_capped
 from ..tome.schedule import Schedule
-from . import tempme, upstream
+from . import convolutions, tempme, upstream
 from .state import VideoMergeState
 from .towers import VideoTower, check_tower, find_tower
 from .weights import part_classes
@@ -35,6 +35,7 @@ def apply(
     frames: int | None,
     unmerge: bool,
     protected: int | None,
+    fast_prompts: bool = True,
 ) -> nn.Module:
     """Patch the visual tower of a model.
 
@@ -46,6 +47,7 @@ def apply(
         frames: number of frames of a video, where the model doesn't define it.
         unmerge: refused, since these models read class tokens alone.
         protected: number of leading tokens that are never merged; only the model's own number is allowed.
+        fast_prompts: whether the convolutions of STOP's temporal prompts run in the frequency domain.
 
     Returns:
         The module that calls the blocks.
@@ -59,6 +61,8 @@ def apply(
         raise ValueError(
             "unmerge is not for STOP, DGL, CLIP4Clip and TempMe, which read class tokens alone: leave it out"
         )
+    if tower.kind == "own" and not fast_prompts:
+        raise ValueError("fast_prompts is for upstream's model: make this one of StopConfig(fast_prompts=False)")
     if protected is not None and protected != tower.protected:
         raise ValueError(
             f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "
@@ -101,6 +105,8 @@ def apply(
             block.tome_classes = part_classes(block)
         for block, step in zip(tower.blocks, chosen.steps, strict=True):
             block.tome_step = step if tower.kind != "tempme" or scheduled else None
+    if tower.kind == "prompted":
+        convolutions.set_fast(tower, fast_prompts and not chosen.idle)
     _set_frame_embeddings(tower.blocks, joined if settings.frame_pos else [0] * len(joined))
     family = family_of(tower.runner)
     if tower.kind == "tempme":

@@ -23,6 +23,7 @@ ORDER = """
     kernels
     plan
     checks onnx
+    frequency
     layout
     reference
 """
