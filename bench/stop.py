@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure STOP's visual tower (ViT-B/32, 12 frames) with token merging: time, memory, and the share of the ideal.
 
-Against upstream's way of computing it without merging, and against merging in eager operations put into that. Every
+Against upstream's way of computing it without merging, and against merging in eager operations put into that; with
+STOP proper's prompts (scopes `proper`, `prompts`) only if asked, since upstream's take half a minute to train. Every
 result is compared with the plain reference's before it is timed; a wrong one ends the run with status 1. Without
 arguments: on the GPU if there is one, else on the CPU with a smaller batch, in about ten minutes; --quick: in one.
 """
@@ -10,6 +11,7 @@ arguments: on the GPU if there is one, else on the CPU with a smaller batch, in 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -42,7 +44,8 @@ SETTINGS = {
     "memory": stk.ToMeConfig.preset("memory"),
 }  # the presets training, inference and prototyping are r = 2, 4, 8
 DIRECTIONS = ("inference", "training")
-SCOPES = ("block", "blocks", "tower")
+SCOPES = ("block", "blocks", "tower", "proper", "prompts")
+OPS = {"proper": "tower, group2-2", "prompts": "prompts of group2-2"}  # others: as the scope
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Side:
             return self.call()
 
 
-def model_config(args: argparse.Namespace) -> StopConfig:
-    return StopConfig(temporal_prompt="DGL", layers=args.layers, prompt_layers=12, text_layers=1, vocab_size=64)
+def model_config(args: argparse.Namespace, temporal_prompt: str) -> StopConfig:
+    return StopConfig(
+        temporal_prompt=temporal_prompt, layers=args.layers, prompt_layers=12, text_layers=1, vocab_size=64
+    )
 
 
 def readers(hidden: Tensor, config: StopConfig) -> Tensor:
@@ -86,11 +91,11 @@ def tokens_first(frames: Tensor, prompts: Tensor, shared: Tensor) -> Tensor:
     return torch.cat([shared.expand(len(own), -1, -1), own], 1).transpose(0, 1)
 
 
-def prepare(args: argparse.Namespace) -> tuple[StopModel, Tensor]:
+def prepare(args: argparse.Namespace, temporal_prompt: str) -> tuple[StopModel, Tensor]:
     """A model of random weights, and videos panned and zoomed over a photograph."""
     torch.manual_seed(0)
-    config = model_config(args)
-    model = StopModel(config).to(args.device)
+    config = model_config(args, temporal_prompt)
+    model = StopModel(config).to(args.device).eval()
     with torch.no_grad():  # patches as different from each other as a trained embedding leaves them
         model.visual.conv1.weight.mul_(4)
     video = data.frames(args.videos * config.frames, config.frames, config.image_size, args.device, 0)
@@ -100,18 +105,20 @@ def prepare(args: argparse.Namespace) -> tuple[StopModel, Tensor]:
 def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace) -> list[Side]:
     """Everything that is measured of a scope."""
     tower, c, cast = model.visual, model.config, casting(args)
+    unmerged = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
+    if scope == "prompts":
+        return [_temporal_prompts(model, video, unmerged, args, fast) for fast in (True, False)]
     with torch.no_grad():
         embedded = tower._embed(video.flatten(0, 1))
         deep = model.encode_prompts()[1].expand(-1, args.videos, c.frames, -1, -1).contiguous()
     frames, prompts = embedded.requires_grad_(), deep.requires_grad_()
     found = []
     if scope == "block":
-        schedule = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
-        return [make(model, frames, prompts[0], schedule, args) for make in (_own_block, _upstream_block)]
+        return [make(model, frames, prompts[0], unmerged, args) for make in (_own_block, _upstream_block)]
     for name in args.settings:
         config = SETTINGS[name]
         schedule = config.schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
-        patched = StopModel(c).to(args.device)
+        patched = StopModel(c).to(args.device).eval()
         patched.load_state_dict(model.state_dict())
         stk.apply_tome_patch(patched, config=config)
         visual = patched.visual
@@ -126,8 +133,10 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
             with cast:
                 return visual(video, prompts)
 
-        own = tuple(visual.transformer.parameters())
+        own = _learnt(visual)
         found.append(Side("package", name, blocks if scope == "blocks" else whole, (prompts, *own), schedule))
+    if scope in ("tower", "proper"):
+        found.append(_upstream_tower(model, video, prompts, unmerged, args))
     if scope == "blocks":
         for name in args.settings:
             if SETTINGS[name].merge_layers:
@@ -151,6 +160,60 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
             schedule = next(side.schedule for side in found if side.setting == name)
             found.append(Side("eager" if r else "upstream", name, run, (prompts, *own), schedule))
     return found
+
+
+def _learnt(visual: torch.nn.Module) -> tuple[Tensor, ...]:
+    """The parameters of the blocks and, if there is one, of the temporal prompt."""
+    parts = [visual.transformer, *([visual.TemporalPrompt] if hasattr(visual, "TemporalPrompt") else [])]
+    return tuple(parameter for part in parts for parameter in part.parameters())
+
+
+def _temporal_prompts(
+    model: StopModel, video: Tensor, schedule: Schedule, args: argparse.Namespace, fast: bool
+) -> Side:
+    """The dynamic prompts alone, added to the pixels and to the layers' own; upstream's by conv3d."""
+    visual, cast = copy.deepcopy(model.visual), casting(args)
+    net, patches = visual.TemporalPrompt, model.config.patches
+    net.fast = fast
+    with torch.no_grad():
+        tokens = visual._embed(video.flatten(0, 1)).unflatten(0, video.shape[:2])
+    tokens.requires_grad_()
+
+    def run() -> Tensor:
+        with cast:
+            frames, salient = net(video)
+            between = net.between_frames(tokens, salient)
+        return torch.cat([frames.flatten(2).mean(1), between.flatten(1)[:, : 768 * patches]], 1)
+
+    return Side("package" if fast else "upstream", "r=0", run, (tokens, *net.parameters()), schedule)
+
+
+def _upstream_tower(
+    model: StopModel, video: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace
+) -> Side:
+    """Upstream's whole tower: its blocks, and its temporal prompts by conv3d, step by step."""
+    visual, c, cast = copy.deepcopy(model.visual), model.config, casting(args)
+    peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora).to(args.device)
+    peer.load_state_dict({k: v for k, v in visual.state_dict().items() if k in peer.state_dict()})
+    visual.transformer = peer.transformer
+    proper = c.temporal_prompt == "group2-2"
+    if proper:
+        visual.TemporalPrompt.fast = False
+
+    def run() -> Tensor:
+        with cast:
+            frames, deep = video, prompts
+            if proper:
+                frames, salient = visual.TemporalPrompt(video)
+            x = visual._embed(frames.flatten(0, 1))
+            if proper:
+                between = visual.TemporalPrompt.between_frames(x.unflatten(0, video.shape[:2]), salient)
+                deep = deep + between.unflatten(1, (c.frames, -1))
+            x = tokens_first(x, deep[0], visual.prompt_embeddings)
+            hidden = peer.forward_deep_prompt(x, deep.flatten(2, 3)).transpose(0, 1)
+            return visual.ln_post(readers(hidden, c)) @ visual.proj
+
+    return Side("upstream", "r=0", run, (prompts, *_learnt(visual)), schedule)
 
 
 def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace) -> Side:
@@ -271,10 +334,13 @@ def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namesp
         zero = next(s for s in found if s.impl == same and s.setting == "r=0")
         gain, ideal = middle[f"{same} r=0"] / t, side.schedule.speedup
         bytes_used, before = used[id(side)], used[id(zero)]
+        other = next((s for s in found if s.impl == "upstream" and s.setting == "r=0"), None)
+        theirs = used[id(other)] if other else None
         which = "saved_bytes" if bytes_used["saved_bytes"] else "peak_bytes"
         rows.append(
             {
-                **{"shape": side.setting, "n": args.videos, "frames": 12, "op": scope, "direction": direction},
+                **{"shape": side.setting, "n": args.videos, "frames": 12, "op": OPS.get(scope, scope)},
+                "direction": direction,
                 **{"dtype": args.dtype, "impl": side.impl},
                 **{"tokens": side.schedule.tokens, "items": side.schedule.items},
                 **{f"p{k}_us": round(measure.percentile(samples, k / 100), 1) for k in (20, 50, 80)},
@@ -285,6 +351,7 @@ def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namesp
                 "speedup_vs_upstream": round(middle["upstream r=0"] / t, 4) if "upstream r=0" in middle else None,
                 **bytes_used,
                 "memory_vs_r0": round(bytes_used[which] / before[which], 4),
+                "memory_vs_upstream": round(bytes_used[which] / theirs[which], 4) if theirs else None,
                 "guide": GUIDE.get(side.setting),
             }
         )
@@ -296,7 +363,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument
     command.add_options(p)
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which schedules")
-    add("--scope", nargs="+", choices=SCOPES, default=list(SCOPES), help="one block, all blocks, or the whole tower")
+    add(
+        "--scope",
+        nargs="+",
+        choices=SCOPES,
+        default=list(SCOPES[:3]),
+        help="one block, all blocks, the whole tower with DGL's prompts (default: these three), with STOP proper's, "
+        "or STOP proper's prompts alone",
+    )
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     add("--videos", type=command.positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
     add("--layers", type=command.positive(int), default=12, metavar="N", help="blocks (default: 12)")
@@ -335,8 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict] = []
     status = 0
     try:
-        model, video = prepare(args)
         for scope in args.scope:
+            model, video = prepare(args, "group2-2" if scope in ("proper", "prompts") else "DGL")
             found = sides(model, video, scope, args)
             check(found, args.dtype)
             for direction in args.direction:

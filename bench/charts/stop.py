@@ -16,6 +16,11 @@ HEAD = [
     "speed-up, ideal", "η", "memory", "less than r=0",
 ]  # fmt: skip
 
+TOWERS = {"tower": "DGL's prompts", "tower, group2-2": "STOP proper's prompts"}
+END_TO_END = [
+    "direction", "setting", "time", "times as fast", "less time (guide)", "less memory (guide)", "less time than r=0",
+]  # fmt: skip
+
 
 def memory_bytes(row: dict) -> float:
     """Return the bytes that training keeps for backward; in inference and on a GPU, the most that lived at once."""
@@ -45,7 +50,7 @@ def tables(rows: list[dict]) -> list[str]:
     parts = []
     for found in common.machines(rows, "n"):
         videos = f", {found[0]['n']} × {found[0]['frames']} frames"
-        own = {op: [row for row in found if row["op"] == op] for op in ("blocks", "tower")}
+        blocks = [row for row in found if row["op"] == "blocks"]
         two = ["upstream", "package", "speed-up", "memory"]
         merged = [
             "direction", "setting", "items × tokens at the end", "time, over upstream", "less time (guide)",
@@ -53,12 +58,19 @@ def tables(rows: list[dict]) -> list[str]:
         ]  # fmt: skip
         for title, chosen, head, lines, words in (
             ("Without merging, against upstream", found, ["part", "direction", *two], _unmerged(found), 2),
-            ("Twelve blocks with merging, against r = 0", own["blocks"], merged, _merged(own["blocks"]), 3),
-            ("Twelve blocks, against merging in eager operations", own["blocks"],
-             ["direction", "setting", "eager", *two[1:]], _against_eager(own["blocks"]), 2),
-            ("The whole visual tower, against r = 0", own["tower"], merged, _merged(own["tower"]), 3),
+            ("Twelve blocks with merging, against r = 0", blocks, merged, _merged(blocks), 3),
+            ("Twelve blocks, against merging in eager operations", blocks,
+             ["direction", "setting", "eager", *two[1:]], _against_eager(blocks), 2),
         ):  # fmt: skip
             parts += common.section(title, chosen, head, lines, words, videos)
+        for op, what in TOWERS.items():
+            chosen = [row for row in found if row["op"] == op]
+            if any(row["speedup_vs_upstream"] for row in chosen):
+                title = f"The whole visual tower with {what}, against upstream's without merging"
+                parts += common.section(title, chosen, END_TO_END, _end_to_end(chosen), 2, videos)
+            else:
+                title = f"The whole visual tower with {what}, against r = 0"
+                parts += common.section(title, chosen, merged, _merged(chosen), 3, videos)
     return parts
 
 
@@ -106,6 +118,19 @@ def _merged(rows: list[dict]) -> list[list[str]]:
                 row["direction"], row["shape"], last_size(row), _over_upstream(row),
                 promised(1 - 1 / row["speedup_vs_r0"], time), promised(1 - row["memory_vs_r0"], memory),
                 f"{common.speedup(row['speedup_vs_r0'])} of {row['speedup_ideal']:.2f}×, {row['eta']:.2f}",
+            ])  # fmt: skip
+    return lines
+
+
+def _end_to_end(rows: list[dict]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        if row["impl"] == "package" and row["speedup_vs_upstream"]:
+            memory, time = row["guide"] or (None, None)
+            lines.append([
+                row["direction"], row["shape"], common.microseconds(row["p50_us"]),
+                common.speedup(row["speedup_vs_upstream"]), promised(1 - 1 / row["speedup_vs_upstream"], time),
+                promised(1 - row["memory_vs_upstream"], memory), common.per_cent_less(1 / row["speedup_vs_r0"]),
             ])  # fmt: skip
     return lines
 

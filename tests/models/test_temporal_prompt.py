@@ -7,11 +7,12 @@ import io
 import pytest
 import stoptome_kernels as stk
 import torch
-from peers import upstream
 from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.stop.temporal import TemporalPrompt
 from stoptome_kernels.video.convolutions import FrequencyConv3d
 from torch import nn
+
+from peers import upstream
 
 FRAMES = 3
 MOST_TIES = 2  # cells of a video whose scores are as close as rounding

@@ -62,17 +62,15 @@ def test_parity(backend, device, shape, outputs, kernel):
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_pieces(name, monkeypatch):
     """Whatever fits in the memory for spectra: frames one by one, pieces with edges on both sides, several videos."""
-    if name == "triton":
-        products = pytest.importorskip("stoptome_kernels.kernels.conv").Products
-    else:
-        products = native._Products
+    in_triton = name == "triton"
+    products = pytest.importorskip("stoptome_kernels.kernels.conv").Products if in_triton else native._Products
     parts = given((3, 2, 7, 6, 10), 3, (5, 3, 5))
     want = with_grads(exact, parts)
     seen = []
     pieces = frequency._pieces
     monkeypatch.setattr(frequency, "_pieces", lambda *a: seen.append(list(pieces(*a))) or seen[-1])
     frame = 5 * 8 * 7 * 8
-    for budget, count in ((1, 21), (3 * frame, 9), (2 * 7 * frame, 2), (1 << 30, 1))[:: 2 if name == "triton" else 1]:
+    for budget, count in ((1, 21), (3 * frame, 9), (2 * 7 * frame, 2), (1 << 30, 1))[:: 2 if in_triton else 1]:
         monkeypatch.setattr(products, "budget", budget)
         found = with_grads(lambda *p: stk.fft_conv3d(*p, backend=name), parts)
         for got, right in zip(found, want, strict=True):
