@@ -139,7 +139,7 @@ def bench_stop(few: bool) -> None:
     """The blocks of bench/stop.py for one video; more of them are laid out alike."""
     args = SimpleNamespace(device="cpu", videos=1, layers=12, dtype="bfloat16", settings=list(stop.SETTINGS))
     with _NoProducts():
-        for side in stop.sides(*stop.prepare(args), "blocks", args):
+        for side in stop.sides(*stop.prepare(args, "DGL"), "blocks", args):
             if side.impl == "package":
                 side.infer()
                 side.train()

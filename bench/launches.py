@@ -135,7 +135,7 @@ def stop_models(layers: int = 12) -> list[Model]:
 
     import stop
 
-    config = stop.model_config(SimpleNamespace(layers=layers))
+    config = stop.model_config(SimpleNamespace(layers=layers), "DGL")
     built = StopModel(config)
 
     def call(n: int, setting: str) -> Tensor:

@@ -96,12 +96,12 @@ same model unpatched in the same mode; η: that divided by the ideal speed-up, b
 eager operations with `scaled_dot_product_attention`.""",
     "stop": """## STOP
 
-ViT-B/32 with DGL prompts; the blocks are the same with STOP's own (`group2-2`), whose 3-D convolutions are not in
-these rows. The rows are older than the others, see their date: a later run on another machine was too noisy to take
-their place ([log](dev/performance.md#log)). *Upstream* is how STOP's code computes its blocks; *eager* is that with
-merging in eager operations. Memory: on a GPU the allocator's peak; on a CPU what training keeps for backward, and in
-inference the most that lives at one time. In brackets: what the ToMe guide for STOP promises its users. η: speed-up
-divided by the ideal one.""",
+ViT-B/32. The twelve blocks are the same with DGL's prompts and with STOP's own (`group2-2`); whole towers are measured
+with each. Rows of blocks on a CPU are older than the others, see their date: a later run on another machine was too
+noisy to take their place ([log](dev/performance.md#log)). *Upstream* is how STOP's code computes its blocks and, by
+`conv3d`, its temporal prompts; *eager* is its blocks with merging in eager operations. Memory: on a GPU the
+allocator's peak; on a CPU what training keeps for backward, and in inference the most that lives at one time. In
+brackets: what the ToMe guide for STOP promises its users. η: speed-up divided by the ideal one.""",
     "accuracy": """## Accuracy
 
 **A synthetic set of videos and a small model, not MSR-VTT and CLIP.** R@1 in per cent, text to video. *Lost*: points
@@ -278,6 +278,19 @@ def _stop_claims(rows: list[dict]) -> Iterator[Claim]:
             if direction == "training" and (row := cells["r=4"]):
                 text += f"; {common.per_cent_less(row['memory_vs_r0'])} less memory than r = 0"
             texts.append(text)
+    for op, prompts in stop.TOWERS.items():
+        gains = []
+        for direction in stop.DIRECTIONS:
+            cells = [find(rows, op=op, direction=direction, shape=r, impl="package") for r in ("r=4", "r=0")]
+            ratios = [row["speedup_vs_upstream"] for row in cells if row]
+            if len(ratios) == 2 and all(ratios):
+                gains.append(
+                    f"{common.speedup(ratios[0])} {direction}, of it {common.speedup(ratios[1])} without merging"
+                )
+        if gains:
+            videos = f"{rows[0]['n']} video{'s' * (rows[0]['n'] > 1)}"
+            what = f"STOP's whole visual tower ({prompts}, {videos}) at r = 4, over upstream's without merging"
+            yield what, "; ".join(gains), rows[0]
     if texts:
         what = f"STOP's twelve blocks (DGL prompts, {rows[0]['n']} videos) at r = 4, over upstream without merging"
         yield what, "; ".join(texts), rows[0]

@@ -433,6 +433,31 @@ def test_stop_model_in_half_precision(dtype):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "plane"),
+    [(9, 16, (3, 11, 11), (224, 224)), (9, 1, (3, 15, 25), (49, 768))],
+)
+def test_fft_conv3d(channels, outputs, kernel, plane):
+    """STOP's convolutions and their gradients: as exact as cuDNN's float32 without tf32, the same bits twice."""
+    taps = channels * kernel[0] * kernel[1] * kernel[2]
+    x = torch.randn(2, channels, 6, *plane, device="cuda", requires_grad=True)
+    weight = (torch.randn(outputs, channels, *kernel, device="cuda") / taps**0.5).requires_grad_()
+    bias = torch.randn(outputs, device="cuda", requires_grad=True)
+    padding = [k // 2 for k in kernel]
+    results = []
+    for run, dtype in (
+        (stk.fft_conv3d, torch.float32),
+        (stk.fft_conv3d, torch.float32),
+        (lambda *p: torch.nn.functional.conv3d(*p, padding=padding), torch.float64),
+    ):
+        leaves = [part.detach().to(dtype).requires_grad_() for part in (x, weight, bias)]
+        y = run(*leaves)
+        results.append((y.detach(), *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)))
+    for first, second, right in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert (first - right).abs().max() <= 1e-5 * right.abs().max()
+
+
 def test_stop_model_in_a_cuda_graph():
     """Inference of one video, captured and replayed on another one."""
     model, video = stop_model()
