@@ -346,9 +346,10 @@ def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: s
 
     Args:
         x: ``(B, C, T, H, W)``, float32, float64, bfloat16 or float16, any strides.
-        weight: ``(O, C, kt, kh, kw)``, odd sizes kt, kh and kw; x's dtype or float32.
-        bias: ``(O,)``, added to each output channel; None for no bias.
-        backend: ``auto``, ``triton``, ``native`` or ``reference``, which is torch's own ``conv3d``.
+        weight: ``(O, C, kt, kh, kw)``, odd sizes kt, kh and kw; floating, float64 only if x is.
+        bias: ``(O,)``, added to each output channel, in such a dtype; None for no bias.
+        backend: ``auto``, ``triton``, ``native`` or ``reference``, which is torch's own ``conv3d`` with its settings
+            (tf32, determinism); what is said of arithmetic below is of the other two.
 
     Returns:
         ``(B, O, T, H, W)`` in x's dtype: ``conv3d(x, weight, bias, padding=(kt // 2, kh // 2, kw // 2))`` up to

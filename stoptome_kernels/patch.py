@@ -65,7 +65,8 @@ def apply_tome_patch(
             the default 1 protects a class token and is harmless without one. Other models define the number
             themselves; then only the same number is allowed.
         fast_prompts: whether the large convolutions of upstream's temporal prompts (``group2-2``) run in the frequency
-            domain while tokens are merged, see ``fft_conv3d``; of a ``StopModel`` its ``StopConfig`` says it.
+            domain while tokens are merged, see ``fft_conv3d``, which has no second derivative; of a ``StopModel`` its
+            ``StopConfig`` says it, and other models have no such prompts.
 
     Returns:
         The model itself, changed in place. Patching again changes the settings.
@@ -100,6 +101,8 @@ def apply_tome_patch(
     if not isinstance(fast_prompts, bool):
         raise TypeError(f"fast_prompts must be a bool, got {type(fast_prompts).__name__}")
     found = vit.find(_module(model))
+    if found is not None and not fast_prompts:
+        raise ValueError(f"fast_prompts is for upstream's STOP, not for {type(model).__name__}: leave it out")
     if found is None:
         runner = video.apply(model, settings, scheduled, own_prop_attn, frames, unmerge, protected, fast_prompts)
     elif frames is None:

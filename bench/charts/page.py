@@ -278,19 +278,15 @@ def _stop_claims(rows: list[dict]) -> Iterator[Claim]:
             if direction == "training" and (row := cells["r=4"]):
                 text += f"; {common.per_cent_less(row['memory_vs_r0'])} less memory than r = 0"
             texts.append(text)
+    towers = []
     for op, prompts in stop.TOWERS.items():
-        gains = []
-        for direction in stop.DIRECTIONS:
-            cells = [find(rows, op=op, direction=direction, shape=r, impl="package") for r in ("r=4", "r=0")]
-            ratios = [row["speedup_vs_upstream"] for row in cells if row]
-            if len(ratios) == 2 and all(ratios):
-                gains.append(
-                    f"{common.speedup(ratios[0])} {direction}, of it {common.speedup(ratios[1])} without merging"
-                )
-        if gains:
-            videos = f"{rows[0]['n']} video{'s' * (rows[0]['n'] > 1)}"
-            what = f"STOP's whole visual tower ({prompts}, {videos}) at r = 4, over upstream's without merging"
-            yield what, "; ".join(gains), rows[0]
+        cells = [find(rows, op=op, direction=d, shape="r=4", impl="package") for d in stop.DIRECTIONS]
+        gains = [common.speedup(row["speedup_vs_upstream"]) for row in cells if row and row["speedup_vs_upstream"]]
+        if len(gains) == 2:
+            towers.append(f"{prompts}: {gains[0]} inference, {gains[1]} training")
+    if towers:
+        what = f"STOP's whole visual tower, {rows[0]['n']} × {rows[0]['frames']} frames, at r = 4, over upstream's"
+        yield what, "; ".join(towers), rows[0]
     if texts:
         what = f"STOP's twelve blocks (DGL prompts, {rows[0]['n']} videos) at r = 4, over upstream without merging"
         yield what, "; ".join(texts), rows[0]

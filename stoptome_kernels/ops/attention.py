@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
-from .library import define, gradient
+from .library import autocasts, define, gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
 
@@ -33,25 +33,12 @@ def sdpa(
     if bias is not None and q.device.type != "cpu":
         bias = bias.to(q.dtype)  # the fused kernels for GPUs take a mask in q's dtype alone
     # autocast would round the logarithms to 8 bits
-    exact = torch.autocast(q.device.type, enabled=False) if _autocasts(q.device.type) else nullcontext()
+    exact = torch.autocast(q.device.type, enabled=False) if autocasts(q.device.type) else nullcontext()
     with exact:
         out = F.scaled_dot_product_attention(
             unit_stride(q), unit_stride(k), unit_stride(v), attn_mask=bias, scale=scale
         )
     return heads_last(out)
-
-
-def _autocasts(device: str) -> bool:
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-def _has_autocast(device: str) -> bool:
-    """Return whether autocast exists on such a device; elsewhere ``torch.is_autocast_enabled`` raises."""
-    return torch.amp.is_autocast_available(device)
-
-
-# old compilers can't trace torch's function, see docs/dev/architecture.md; its answer is a constant
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def default_scale(q: Tensor) -> float:
@@ -70,7 +57,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
     """Return, under autocast, what ``F.scaled_dot_product_attention`` would cast its arguments to; else the tensors as
     given."""
     device = next(t for t in tensors if t is not None).device.type
-    if not _autocasts(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)

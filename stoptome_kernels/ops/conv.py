@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype
-from .library import define, gradient
+from .library import autocasts, define, gradient
 
 
 def _fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -32,7 +32,7 @@ def as_autocast(x: Tensor) -> Tensor:
     """Return x in the dtype that autocast gives convolutions, if it is on; weights stay as they are, since transforms
     and products are computed in float32."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not autocasts(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
 
@@ -69,7 +69,7 @@ define(
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.backend = (*inputs, None, "auto")[:4] if len(inputs) < 4 else inputs
+    x, weight, bias, ctx.backend = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)
 

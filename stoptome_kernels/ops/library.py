@@ -28,3 +28,17 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 def gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     """Register the gradient of ``torch.ops.stoptome.<name>``."""
     torch.library.register_autograd(f"stoptome::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def autocasts(device: str) -> bool:
+    """Return whether autocast is on for a type of devices."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _has_autocast(device: str) -> bool:
+    """Return whether autocast exists on such a device; elsewhere ``torch.is_autocast_enabled`` raises."""
+    return torch.amp.is_autocast_available(device)
+
+
+# old compilers can't trace torch's function, see docs/dev/architecture.md; its answer is a constant
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import fft_conv3d
-from ..patching.guards import may_read_weights
+from ..layout import accumulator_dtype
+from ..patching.guards import calls_only_class_forward, may_read_weights
 
 _STRENGTH = 0.05  # of what is added to pixels and prompts
 _GRID = 7  # cells on each side of a frame
@@ -90,16 +91,30 @@ class TemporalPrompt(nn.Module):
         hidden = self.dropout1(self.Conv(channels_first))
         strength = _STRENGTH * (1 + salient.to(video.dtype))
         strength = strength.repeat(1, 1, *(side // _GRID for side in video.shape[-2:]))[:, :, None]
-        if not (self.fast and may_read_weights(self.MLP, *self.MLP)):
+        if not (self.fast and self._reads_mlp()):
             pattern = self._drop(self.MLP(hidden.movedim(1, -1)).movedim(-1, 2))
             return Prompted(video + pattern * strength, salient)
-        if torch.is_grad_enabled() or video.is_cuda or torch.compiler.is_compiling():
+        drops = self.training or type(self.dropout2) is not nn.Dropout or not calls_only_class_forward(self.dropout2)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if drops or traced or torch.is_grad_enabled() or video.device.type != "cpu":
             return Prompted(video + self._drop(self._pattern(hidden)) * strength, salient)
         frames = torch.empty_like(video, memory_format=torch.contiguous_format)
         for t in range(video.shape[1]):  # what one frame takes stays in the cache
             at = slice(t, t + 1)
             torch.addcmul(video[:, at], self._drop(self._pattern(hidden[:, :, at])), strength[:, at], out=frames[:, at])
         return Prompted(frames, salient)
+
+    def _reads_mlp(self) -> bool:
+        """Return whether ``MLP`` is what it was made as, and its weights may be read."""
+        layers: Any = self.MLP
+        kinds = [type(layer) for layer in layers]
+        return (
+            type(layers) is nn.Sequential
+            and kinds == [nn.Linear, _PReLU, nn.Linear]
+            and layers[0].bias is not None
+            and layers[2].bias is not None
+            and may_read_weights(layers, *layers)
+        )
 
     def _pattern(self, hidden: Tensor) -> Tensor:
         """Apply ``MLP`` to ``(B, 16, T, H, W)`` where its channels are → ``(B, T, 3, H, W)``."""
@@ -112,7 +127,7 @@ class TemporalPrompt(nn.Module):
         return self.dropout2(self.dropout2(pattern))  # twice, as the published model was trained
 
     def _salient(self, channels_first: Tensor) -> Tensor:
-        if self.fast and may_read_weights(self.Cal_Net):
+        if self.fast and _reads_conv(self.Cal_Net):
             score = _grid_means(self.Cal_Net, channels_first)
         else:
             score = self.Cal_Net(channels_first).squeeze(1)
@@ -141,7 +156,7 @@ class TemporalPrompt(nn.Module):
         return _STRENGTH * (prompts * (1 + weight[..., None, None])).reshape(batch, -1, tokens.shape[3])
 
     def _frame_weights(self, mixed: Tensor, salient: Tensor) -> Tensor:
-        if self.fast and may_read_weights(self.Cal_Net_Inter):
+        if self.fast and _reads_conv(self.Cal_Net_Inter):
             score = _row_means(self.Cal_Net_Inter, mixed)
         else:
             score = self.Cal_Net_Inter(mixed).squeeze(1).mean(3)
@@ -156,6 +171,11 @@ def _linear(layer: Any, columns: Tensor) -> Tensor:
     return torch.baddbmm(layer.bias[:, None], weight, columns)
 
 
+def _reads_conv(conv: nn.Module) -> bool:
+    """Return whether a convolution is what it was made as, and its weights may be read."""
+    return type(conv) is _Conv and conv.bias is not None and may_read_weights(conv)
+
+
 # The two scores below are means of a convolution, which is linear: the means of its inputs are taken first, and the
 # kernel is applied to those. Taps reach over the edges, so that the means of each tap differ by what lies there.
 
@@ -167,11 +187,11 @@ def _grid_means(conv: Any, video: Tensor) -> Tensor:
     reach = conv.kernel_size[1] // 2
     span = _GRID + 2 * reach  # from the first cell's first tap to the last cell's last
     with torch.autocast(video.device.type, enabled=False):
-        x = F.pad(video.float(), (reach,) * 4)
+        x = F.pad(video.to(accumulator_dtype(video.dtype)), (reach,) * 4)
         x = x.unfold(3, span, _GRID).mean(3)  # (B, C, T, W', span)
         x = x.unfold(3, span, _GRID).mean(3)
-        weight, bias = conv.weight.float(), conv.bias.float()
-        return F.conv3d(x, weight, bias, padding=(conv.kernel_size[0] // 2, 0, 0)).squeeze(1)
+        weight, bias = conv.weight.double(), conv.bias.double()  # never tf32
+        return F.conv3d(x.double(), weight, bias, padding=(conv.kernel_size[0] // 2, 0, 0)).squeeze(1)
 
 
 def _row_means(conv: Any, rows: Tensor) -> Tensor:
@@ -179,9 +199,10 @@ def _row_means(conv: Any, rows: Tensor) -> Tensor:
     time, tall, wide = conv.kernel_size
     reach, channels = wide // 2, rows.shape[-1]
     with torch.autocast(rows.device.type, enabled=False):
-        x = rows.squeeze(1).float()
+        x = rows.squeeze(1).to(accumulator_dtype(rows.dtype))
         before, after = x[..., :reach].cumsum(-1), x[..., -reach:].flip(-1).cumsum(-1)
         missed = torch.cat([after.flip(-1), torch.zeros_like(x[..., :1]), before], -1)
         x = ((x.sum(-1, keepdim=True) - missed) / channels).permute(0, 3, 1, 2)  # (B, taps, T, n)
-        weight = conv.weight[0, 0].float().permute(2, 0, 1)[None]
-        return F.conv2d(x, weight, conv.bias.float(), padding=(time // 2, tall // 2)).squeeze(1)
+        weight = conv.weight[0, 0].double().permute(2, 0, 1)[None].contiguous()
+        score = F.conv2d(x.double(), weight, conv.bias.double(), padding=(time // 2, tall // 2))
+        return score.squeeze(1).to(rows.dtype)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..api import fft_conv3d
-from ..patching.subclass import PatchedModule, original_class, patch_class, unpatch_class
+from ..patching.guards import check_unsharded
+from ..patching.subclass import PatchedModule, check_can_unpatch, original_class, patch_class, unpatch_class
 from .towers import VideoTower
 
 # smaller planes of taps, or more channels, are fast enough as they are
@@ -22,6 +23,19 @@ class FrequencyConv3d(PatchedModule):
         if input.dim() != 5:  # without a batch
             return super().forward(input)  # type: ignore[misc]
         return fft_conv3d(input, self.weight, self.bias)  # type: ignore[attr-defined]
+
+
+def check_convolutions(tower: VideoTower) -> None:
+    """Raise what keeps the convolutions of a tower from being patched, or from getting their class back.
+
+    Raises:
+        RuntimeError: one was sharded before, or given another class or forward after an earlier patch.
+    """
+    for module in tower.runner.modules():
+        if isinstance(module, FrequencyConv3d):
+            check_can_unpatch(module)
+        elif isinstance(module, nn.Conv3d):
+            check_unsharded(module)
 
 
 def set_fast(tower: VideoTower, fast: bool) -> None:

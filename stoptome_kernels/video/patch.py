@@ -61,8 +61,11 @@ def apply(
         raise ValueError(
             "unmerge is not for STOP, DGL, CLIP4Clip and TempMe, which read class tokens alone: leave it out"
         )
-    if tower.kind == "own" and not fast_prompts:
-        raise ValueError("fast_prompts is for upstream's model: make this one of StopConfig(fast_prompts=False)")
+    if tower.kind == "prompted":
+        convolutions.check_convolutions(tower)
+    elif not fast_prompts:
+        own = ": make this one of StopConfig(fast_prompts=False)" if tower.kind == "own" else ": leave it out"
+        raise ValueError(f"fast_prompts is for upstream's STOP{own}")
     if protected is not None and protected != tower.protected:
         raise ValueError(
             f"protected is {protected!r}, but a frame of {type(model).__name__} has {tower.protected} tokens that must "

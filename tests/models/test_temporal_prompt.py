@@ -136,8 +136,34 @@ def test_autocast_and_half():
         assert torch.equal(found[1], want[1])  # a decision, in float32
         torch.testing.assert_close(found[0].float(), want[0], atol=0.05, rtol=0.02)
         half = run(copy.deepcopy(net).bfloat16(), video.bfloat16(), tokens.bfloat16())
-    assert half[0].dtype == torch.bfloat16
+        plain = run(published(net).bfloat16(), video.bfloat16(), tokens.bfloat16())
+    assert [part.dtype for part in half] == [part.dtype for part in plain]
+    for got in (found[2], half[2]):
+        torch.testing.assert_close(got.float(), want[2], atol=0.02 * want[2].abs().max().item(), rtol=0.05)
     torch.testing.assert_close(half[0].float(), want[0], atol=0.05, rtol=0.02)
+
+
+def test_replaced_parts_are_called():
+    """A linear layer of another class, as an adapter puts there, or one without bias, computes what it is."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    video, _ = inputs()
+    for part in (Adapted(16, 16), nn.Linear(16, 16, bias=False)):
+        net = prompts()
+        net.MLP[0] = part
+        with torch.no_grad():
+            frames, want = net(video).frames, published(net)(video).frames
+        torch.testing.assert_close(frames, want, atol=2e-5, rtol=1e-4)
+
+
+def test_meta():
+    """Shapes alone, as for a model that has no weights yet."""
+    net = prompts().to("meta")
+    frames, _ = net(torch.empty(1, FRAMES, 3, 224, 224, device="meta"))
+    assert frames.shape == (1, FRAMES, 3, 224, 224)
 
 
 # -- the models -------------------------------------------------------------------------------------------------------
@@ -158,7 +184,7 @@ def test_a_flag_turns_it_off():
     video, _ = inputs()
     with torch.no_grad():
         torch.testing.assert_close(model.encode_video(video), slow.encode_video(video), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"fast_prompts is for upstream's model.*StopConfig\(fast_prompts=False\)"):
+    with pytest.raises(ValueError, match=r"fast_prompts is for upstream's STOP.*StopConfig\(fast_prompts=False\)"):
         stk.apply_tome_patch(model, 2, fast_prompts=False)
 
 
@@ -274,6 +300,18 @@ def test_upstream_model_is_copied_and_saved():
     assert model.TemporalPrompt.Conv[0](image).shape == (9, 4, 24, 24)
 
 
-def test_flag_is_a_bool():
+def test_a_convolution_that_was_changed_after_the_patch():
+    """Its class can't be given back: nothing is changed, and the error says what to undo."""
+    model = tower()
+    stk.apply_tome_patch(model, 2)
+    nn.utils.parametrizations.weight_norm(model.TemporalPrompt.last)
+    with pytest.raises(RuntimeError, match="was given another class after it was patched"):
+        stk.apply_tome_patch(model, 0)
+    assert fast_parts(model) == FAST
+
+
+def test_flag_is_a_bool_and_for_stop():
     with pytest.raises(TypeError, match="fast_prompts must be a bool, got int"):
         stk.apply_tome_patch(tower(), 2, fast_prompts=1)
+    with pytest.raises(ValueError, match="fast_prompts is for upstream's STOP: leave it out"):
+        stk.apply_tome_patch(upstream.Clip4ClipTower(64, 2, 16), 2, fast_prompts=False)
