@@ -166,6 +166,22 @@ def test_meta():
     assert frames.shape == (1, FRAMES, 3, 224, 224)
 
 
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph(training):
+    """Compiled without a break, and in inference exported; eager operations, since the graph is what may be wrong."""
+    net, (video, tokens) = prompts(), inputs()
+    with torch.set_grad_enabled(training):
+        want = run(net, video, tokens)
+        compiled = torch.compile(lambda *given: run(net, *given), fullgraph=True, backend="aot_eager")
+        for got, right in zip(compiled(video, tokens), want, strict=True):
+            torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-5)
+    if not training:
+        exported = torch.export.export(net, (video,))
+        torch.testing.assert_close(exported.module()(video).frames, want[0], atol=1e-6, rtol=1e-5)
+
+
 # -- the models -------------------------------------------------------------------------------------------------------
 
 PROPER = {
