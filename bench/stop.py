@@ -173,7 +173,7 @@ def _temporal_prompts(
 ) -> Side:
     """The dynamic prompts alone, added to the pixels and to the layers' own; upstream's by conv3d."""
     visual, cast = copy.deepcopy(model.visual), casting(args)
-    net, patches = visual.TemporalPrompt, model.config.patches
+    net = visual.TemporalPrompt
     net.fast = fast
     with torch.no_grad():
         tokens = visual._embed(video.flatten(0, 1)).unflatten(0, video.shape[:2])
@@ -183,7 +183,7 @@ def _temporal_prompts(
         with cast:
             frames, salient = net(video)
             between = net.between_frames(tokens, salient)
-        return torch.cat([frames.flatten(2).mean(1), between.flatten(1)[:, : 768 * patches]], 1)
+        return torch.cat([frames.flatten(2).mean(1), between.flatten(1)], 1)
 
     return Side("package" if fast else "upstream", "r=0", run, (tokens, *net.parameters()), schedule)
 

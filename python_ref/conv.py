@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .merging import _wide
+
 
 def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve as ``torch.nn.functional.conv3d`` does, with as many zeros around x as keep its size.
@@ -26,7 +28,7 @@ def fft_conv3d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x (in its dtype), weight and bias (in float32, float64 for float64), where ``needed``;
     empty ones in place of the others."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _wide(x.dtype)
     found = torch.ops.aten.convolution_backward(
         grad, x, weight.to(x.dtype), [weight.shape[0]], [1] * 3, _padding(weight), [1] * 3, False, [0] * 3, 1,
         list(needed),

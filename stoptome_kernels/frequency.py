@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 
 
 class Products(Protocol):
-    """What a backend computes between the transforms."""
+    """The part of a convolution that each backend has of its own."""
 
     budget: int  # bytes of the spectra of a piece, about
 
@@ -60,8 +60,11 @@ class Products(Protocol):
         """Return the spectra ``(V, O, frames, rows, columns)`` of the result: frame t and tap k meet frame
         ``t + k + shift`` of ``spectra``, or 0 where there is none."""
 
+    def no_sums(self, spectra: Tensor, kernel: torch.Size) -> Tensor:
+        """Return zeros like the filters of such a weight, for spectra like these."""
+
     def correlate(self, spectra: Tensor, grad: Tensor, sums: Tensor, kernel: torch.Size, shift: int) -> None:
-        """Add the gradient of the filters to ``sums``, which is like them."""
+        """Add the gradient of the filters to ``sums``."""
 
     def weight_grad(self, sums: Tensor, kernel: torch.Size, sizes: Sizes) -> Tensor:
         """Return the gradient of a weight of shape ``kernel`` from that of its filters."""
@@ -149,7 +152,7 @@ def convolve_backward(
             # x's frames are in one piece each, and meet the frames of y that are at most half the taps away
             own = run.spectra(x[videos, :, frames], sizes)
             if sums is None:
-                sums = torch.zeros_like(run.filters(weight.to(wide), sizes))
+                sums = run.no_sums(spectra, kernel)
             run.correlate(own, spectra, sums, kernel, reach.start - taps // 2 - frames.start)
             del own
         if filters is not None:

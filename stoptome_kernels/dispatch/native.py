@@ -310,6 +310,12 @@ class _Products:
         return out
 
     @staticmethod
+    def no_sums(spectra: Tensor, kernel: torch.Size) -> Tensor:
+        """See ``frequency.Products``."""
+        blocks = -(-spectra.shape[-1] // _native.CONV_BLOCK)
+        return spectra.real.new_zeros((blocks, *kernel[:4], 2, _native.CONV_BLOCK))
+
+    @staticmethod
     def correlate(spectra: Tensor, grad: Tensor, sums: Tensor, kernel: torch.Size, shift: int) -> None:
         """See ``frequency.Products``."""
         for x, y in zip(spectra.unbind(), grad.unbind(), strict=True):

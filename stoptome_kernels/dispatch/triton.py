@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .. import frequency
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_KEYS, _MOST_CHANNELS = 256, 128  # of attention: all keys of a head are held at once
 
@@ -195,7 +197,7 @@ def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from ..kernels import conv as kernels
 
     with _on(x):
-        return kernels.fft_conv3d(x, weight, bias)
+        return frequency.convolve(kernels.Products, x, weight, bias)
 
 
 def fft_conv3d_backward(
@@ -205,4 +207,4 @@ def fft_conv3d_backward(
     from ..kernels import conv as kernels
 
     with _on(grad):
-        return kernels.fft_conv3d_backward(grad, x, weight, needed)
+        return frequency.convolve_backward(kernels.Products, grad, x, weight, needed)

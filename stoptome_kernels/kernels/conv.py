@@ -166,6 +166,11 @@ class Products:
         return out
 
     @staticmethod
+    def no_sums(spectra: Tensor, kernel: torch.Size) -> Tensor:
+        """See ``frequency.Products``."""
+        return spectra.new_zeros((*kernel[:3], *spectra.shape[3:]))
+
+    @staticmethod
     def correlate(spectra: Tensor, grad: Tensor, sums: Tensor, kernel: torch.Size, shift: int) -> None:
         """See ``frequency.Products``."""
         launch, grid, arguments, meta = correlate_launch(_flat(spectra), _flat(grad), _flat(sums), shift)
@@ -181,15 +186,3 @@ def _met(kernel: torch.Size, sizes: frequency.Sizes) -> tuple[slice, slice]:
 
 def _flat(spectra: Tensor) -> Tensor:
     return torch.view_as_real(spectra).flatten(3, 4)
-
-
-def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve; see ``stoptome_kernels.reference.fft_conv3d``."""
-    return frequency.convolve(Products, x, weight, bias)
-
-
-def fft_conv3d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients; see ``stoptome_kernels.reference.fft_conv3d_backward``."""
-    return frequency.convolve_backward(Products, grad, x, weight, needed)

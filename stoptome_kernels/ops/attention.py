@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
-from .library import autocasts, define, gradient
+from .library import autocasts, define, gradient, no_gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
 
@@ -181,13 +181,8 @@ def _grad(ctx, grad, _grad_lse):
     return dq, dk, dv, None, *prefix, None, None
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _grad_backward(ctx, *_):
-    raise NotImplementedError("attention has no second derivative here; backend='reference' has one")
-
-
 gradient("attention", _grad, _save)
-gradient("attention_backward", _grad_backward, _save_nothing)
+no_gradient(
+    "attention_backward",
+    "attention has no second derivative here; backend='reference' has one",
+)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype
-from .library import autocasts, define, gradient
+from .library import autocasts, define, gradient, no_gradient
 
 
 def _fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -83,13 +83,8 @@ def _grad(ctx, grad):
     return (*found, None)
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _grad_backward(ctx, *_):
-    raise NotImplementedError("fft_conv3d has no second derivative; use torch.nn.functional.conv3d where one is needed")
-
-
 gradient("fft_conv3d", _grad, _save)
-gradient("fft_conv3d_backward", _grad_backward, _save_nothing)
+no_gradient(
+    "fft_conv3d_backward",
+    "fft_conv3d has no second derivative; use torch.nn.functional.conv3d where one is needed",
+)

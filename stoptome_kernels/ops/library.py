@@ -30,6 +30,15 @@ def gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(f"stoptome::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def no_gradient(name: str, says: str) -> None:
+    """Register that ``torch.ops.stoptome.<name>``, a backward, has no gradient of its own: asking for one raises."""
+
+    def refuse(ctx, *_):
+        raise NotImplementedError(says)
+
+    gradient(name, refuse, lambda ctx, inputs, output: None)
+
+
 def autocasts(device: str) -> bool:
     """Return whether autocast is on for a type of devices."""
     return _has_autocast(device) and torch.is_autocast_enabled(device)

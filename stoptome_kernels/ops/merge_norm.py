@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype
-from .library import define, gradient
+from .library import define, gradient, no_gradient
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
@@ -179,15 +179,8 @@ def _grad(ctx, grad_y, grad_normed, *_):
     return (*grads, None, None, None, *sums, None, None)
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _grad_backward(ctx, *_):
-    raise NotImplementedError(
-        "merge_norm has no second derivative; use merge and torch.nn.functional.layer_norm where one is needed"
-    )
-
-
 gradient("merge_norm", _grad, _save)
-gradient("merge_norm_backward", _grad_backward, _save_nothing)
+no_gradient(
+    "merge_norm_backward",
+    "merge_norm has no second derivative; use merge and torch.nn.functional.layer_norm where one is needed",
+)

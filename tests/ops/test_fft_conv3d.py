@@ -144,7 +144,7 @@ def test_the_same_every_time(threads):
 
 
 def test_part_of_the_gradients(backend, device):
-    """What needs no gradient gets none, and the others are what they are with it."""
+    """Inputs that need no gradient get none; the others' are the same as if all needed one."""
     parts = [part.to(device) for part in given((1, 2, 3, 6, 8), 3, (3, 5, 5))]
     every = with_grads(lambda *p: stk.fft_conv3d(*p, backend=backend), parts)
     for needed in range(3):
