@@ -49,7 +49,7 @@ def stop(name: str, seconds: int, *arguments: str) -> Stage:
 def chart(name: str, kind: str, rows: str) -> Stage:
     """Return a stage that draws one kind of rows and writes their tables."""
     files = (f"{{out}}/{rows}.json", "--chart", f"{{out}}/{rows}.png", "--table", f"{{out}}/{rows}.md")
-    return Stage(name, 20, "plot.py", (kind, *files))
+    return Stage(name, 15, "plot.py", (kind, *files))
 
 
 def profile(name: str, seconds: int, shape: str, kernels: str) -> Stage:
@@ -85,7 +85,7 @@ HALF = ("--dtype", "bfloat16")
 TUNE = ("--json", "{out}/tune.json")
 FUSED = ("--json", "{out}/fused.json", "--seconds", "0.3")
 ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference")
-TOWERS = ("--scope", "prompts", "proper", "tower")  # cuDNN's conv3d is upstream's
+TOWERS = ("--scope", "prompts", "proper", "tower")  # cuDNN's conv3d is upstream's, as it comes and channels last
 
 FIRST = (  # is it right, how fast, what bounds it
     VERSIONS,
@@ -104,9 +104,10 @@ SECOND = (  # right again, with a compiler, whole towers
     VERSIONS,
     pytest("test-gpu", 80, *TEST_GPU),
     pytest("test-backends", 60, *TEST_BACKENDS),
-    merge("merge-compile", 50, *HALF, "--seconds", "10", "--shapes", THREE),
-    stop("stop-one-video", 30, *ONE_VIDEO, "--seconds", "2"),
+    merge("merge-compile", 45, *HALF, "--seconds", "10", "--shapes", THREE),
+    stop("stop-one-video", 25, *ONE_VIDEO, "--seconds", "2"),
     stop("stop-tower", 35, *TOWERS, "--settings", "r=0", "r=4", "--videos", "16", "--seconds", "2"),
+    stop("stop-float32", 15, "--scope", "prompts", "--dtype", "float32", "--videos", "16", "--seconds", "1"),
     chart("chart", "operators", "rows"),
 )
 TESTS = (

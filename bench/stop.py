@@ -46,6 +46,7 @@ SETTINGS = {
 DIRECTIONS = ("inference", "training")
 SCOPES = ("block", "blocks", "tower", "proper", "prompts")
 OPS = {"proper": "tower, group2-2", "prompts": "prompts of group2-2"}  # others: as the scope
+PROMPTS = ("package", "upstream", "upstream, channels last")  # by fft_conv3d, by conv3d, by the same in NDHWC
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
     tower, c, cast = model.visual, model.config, casting(args)
     unmerged = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
     if scope == "prompts":
-        return [_temporal_prompts(model, video, unmerged, args, fast) for fast in (True, False)]
+        return [_temporal_prompts(model, video, unmerged, args, impl) for impl in PROMPTS]
     with torch.no_grad():
         embedded = tower._embed(video.flatten(0, 1))
         deep = model.encode_prompts()[1].expand(-1, args.videos, c.frames, -1, -1).contiguous()
@@ -168,13 +169,13 @@ def _learnt(visual: torch.nn.Module) -> tuple[Tensor, ...]:
     return tuple(parameter for part in parts for parameter in part.parameters())
 
 
-def _temporal_prompts(
-    model: StopModel, video: Tensor, schedule: Schedule, args: argparse.Namespace, fast: bool
-) -> Side:
+def _temporal_prompts(model: StopModel, video: Tensor, schedule: Schedule, args: argparse.Namespace, impl: str) -> Side:
     """The dynamic prompts alone, added to the pixels and to the layers' own; upstream's by conv3d."""
     visual, cast = copy.deepcopy(model.visual), casting(args)
     net = visual.TemporalPrompt
-    net.fast = fast
+    net.fast = impl == "package"
+    if impl.endswith("channels last"):
+        net.to(memory_format=torch.channels_last_3d)
     with torch.no_grad():
         tokens = visual._embed(video.flatten(0, 1)).unflatten(0, video.shape[:2])
     tokens.requires_grad_()
@@ -185,7 +186,7 @@ def _temporal_prompts(
             between = net.between_frames(tokens, salient)
         return torch.cat([frames.flatten(2).mean(1), between.flatten(1)], 1)
 
-    return Side("package" if fast else "upstream", "r=0", run, (tokens, *net.parameters()), schedule)
+    return Side(impl, "r=0", run, (tokens, *net.parameters()), schedule)
 
 
 def _upstream_tower(

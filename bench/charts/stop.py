@@ -16,6 +16,7 @@ HEAD = [
     "speed-up, ideal", "η", "memory", "less than r=0",
 ]  # fmt: skip
 
+UNMERGED = {"upstream": "", "upstream, channels last": ", theirs channels last"}
 TOWERS = {"tower": "DGL's prompts", "tower, group2-2": "STOP proper's prompts"}
 END_TO_END = [
     "direction", "setting", "time", "times as fast", "less time (guide)", "less memory (guide)", "less time than r=0",
@@ -86,9 +87,10 @@ def _unmerged(rows: list[dict]) -> list[list[str]]:
     lines = []
     for op, direction in common.distinct(rows, "op", "direction"):
         same = {"op": op, "direction": direction, "shape": "r=0"}
-        mine, theirs = find(rows, impl="package", **same), find(rows, impl="upstream", **same)
-        if mine and theirs:
-            lines.append([op, direction, *_pair(theirs, mine)])
+        mine = find(rows, impl="package", **same)
+        for peer, how in UNMERGED.items():
+            if mine and (theirs := find(rows, impl=peer, **same)):
+                lines.append([op + how, direction, *_pair(theirs, mine)])
     return lines
 
 

@@ -91,6 +91,18 @@ def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
     assert "eager at r=8: a row's cosine" in capsys.readouterr().err
 
 
+def test_conv3d_has_a_peer_with_channels_last(bench):
+    """Its own copy of the weights, in that layout; the others keep theirs."""
+    stop = bench("stop")
+    args = stop.arguments(["--videos", "1", "--layers", "1", "--settings", "r=0", "--scope", "prompts"])
+    found = stop.sides(*stop.prepare(args, "group2-2"), "prompts", args)
+    assert [side.impl for side in found] == ["package", "upstream", "upstream, channels last"]
+    weights = [next(leaf for leaf in side.leaves if leaf.dim() == 5) for side in found]
+    layout = [weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights]
+    assert layout == [False, False, True]
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
