@@ -59,8 +59,9 @@ def dates(rows: list[dict]) -> str:
 
 def commits(rows: list[dict]) -> str:
     """Name the commits of rows."""
-    found = {(row["commit"] or "unknown")[:9] + (", changed" if row["dirty"] else "") for row in rows}
-    return f"Commit {' and '.join(sorted(found))}"
+    found = sorted({(row["commit"] or "unknown")[:9] + (" (changed)" if row["dirty"] else "") for row in rows})
+    *most, last = found
+    return f"Commits {', '.join(most)} and {last}" if most else f"Commit {last}"
 
 
 def conditions(rows: list[dict]) -> str:

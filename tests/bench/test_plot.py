@@ -204,6 +204,17 @@ def test_the_summary_counts_what_it_says():
     assert "not measured yet" in line(text, "GPU")
 
 
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([("b" * 40, False), ("b" * 40, False)], "Commit bbbbbbbbb"),
+        ([("b" * 40, True), (None, False), ("a" * 40, False)], "Commits aaaaaaaaa, bbbbbbbbb (changed) and unknown"),
+    ],
+)
+def test_all_commits_of_rows_are_named(rows, says):
+    assert common.commits([{"commit": commit, "dirty": dirty} for commit, dirty in rows]) == says
+
+
 def test_a_gpu_comes_first_and_is_named():
     rows = ROWS | {"operators": ROWS["operators"] + [row | {"graph_us": 5.0} for row in gpu(ROWS["operators"])]}
     assert "measured on NVIDIA X: operators" in line(page.summary(rows), "GPU")
