@@ -194,55 +194,14 @@ STK_INLINE void store(f16 *p, vfloat v) {
 
 // -- complex numbers: (re, im) pairs in memory, real and imaginary parts in two vectors ---------------------------------
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define STK_SHUFFLE
-#endif
-#endif
-
 template <class Real>
 STK_INLINE void load_pairs(const Real *p, typename Vec<Real>::type &re, typename Vec<Real>::type &im) {
-  constexpr int lanes = Vec<Real>::lanes;
-#ifdef STK_SHUFFLE
-  const auto a = load(p), b = load(p + lanes);
-  if constexpr (lanes == 16) {
-    re = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    im = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  } else if constexpr (lanes == 8) {
-    re = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-    im = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-  } else if constexpr (lanes == 4) {
-    re = __builtin_shufflevector(a, b, 0, 2, 4, 6);
-    im = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-  } else {
-    re = __builtin_shufflevector(a, b, 0, 2);
-    im = __builtin_shufflevector(a, b, 1, 3);
-  }
-#else
-  for (int j = 0; j < lanes; ++j) re[j] = p[2 * j], im[j] = p[2 * j + 1];
-#endif
+  for (int j = 0; j < Vec<Real>::lanes; ++j) re[j] = p[2 * j], im[j] = p[2 * j + 1];
 }
 
 template <class Real>
 STK_INLINE void store_pairs(Real *p, typename Vec<Real>::type re, typename Vec<Real>::type im) {
-  constexpr int lanes = Vec<Real>::lanes;
-#ifdef STK_SHUFFLE
-  if constexpr (lanes == 16) {
-    store(p, __builtin_shufflevector(re, im, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-    store(p + 16, __builtin_shufflevector(re, im, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-  } else if constexpr (lanes == 8) {
-    store(p, __builtin_shufflevector(re, im, 0, 8, 1, 9, 2, 10, 3, 11));
-    store(p + 8, __builtin_shufflevector(re, im, 4, 12, 5, 13, 6, 14, 7, 15));
-  } else if constexpr (lanes == 4) {
-    store(p, __builtin_shufflevector(re, im, 0, 4, 1, 5));
-    store(p + 4, __builtin_shufflevector(re, im, 2, 6, 3, 7));
-  } else {
-    store(p, __builtin_shufflevector(re, im, 0, 2));
-    store(p + 2, __builtin_shufflevector(re, im, 1, 3));
-  }
-#else
-  for (int j = 0; j < lanes; ++j) p[2 * j] = re[j], p[2 * j + 1] = im[j];
-#endif
+  for (int j = 0; j < Vec<Real>::lanes; ++j) p[2 * j] = re[j], p[2 * j + 1] = im[j];
 }
 
 }  // namespace STK_ISA
