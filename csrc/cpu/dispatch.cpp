@@ -42,7 +42,8 @@ const Candidate *candidates(int &count) {
        // every processor with AVX2 has F16C; older compilers can't ask for it
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {{"baseline", &baseline::match_kernels, &baseline::merge_kernels, &baseline::norm_kernels, &baseline::conv_kernels}, true},
+      {{"baseline", &baseline::match_kernels, &baseline::merge_kernels, &baseline::norm_kernels, &baseline::conv_kernels},
+       true},
   };
   count = int(sizeof(all) / sizeof(all[0]));
   return all;
