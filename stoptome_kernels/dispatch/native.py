@@ -252,7 +252,7 @@ class _Products:
     def spectra(cls, x: Tensor, sizes: frequency.Sizes) -> Tensor:
         """See ``frequency.Products``. A few planes at a time: what is in the cache is transformed twice as fast."""
         wide = accumulator_dtype(x.dtype)
-        out = cls.empty(x, (*x.shape[:3], sizes.rows, sizes.columns), _COMPLEX[wide])
+        out = cls.empty(x, (*x.shape[:3], sizes.rows, sizes.columns), wide.to_complex())
         at_once = _planes_at_once()
         padded = x.new_zeros((at_once, sizes.rows, sizes.padded_width), dtype=wide)
         inside = padded[:, : sizes.height, : sizes.width]
@@ -322,9 +322,6 @@ class _Products:
             _conv(x, y, None, sums, kernel, shift)
 
 
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-
-
 def _planes_at_once() -> int:
     return 3 * torch.get_num_threads()
 
@@ -342,7 +339,7 @@ def _conv(x: Tensor, y: Tensor, filters: Tensor | None, sums: Tensor | None, ker
     """Multiply the spectra ``x (C, F, rows, columns)`` by the filters and write ``y (O, F', rows, columns)``; or, with
     y the gradient of that, add the filters' gradient to ``sums``."""
     rows, columns = x.shape[2:]
-    wide = torch.float32 if x.dtype == torch.complex64 else torch.float64
+    wide = x.dtype.to_real()
     down = tuple(wave.to(wide) for wave in frequency.waves(rows // 2 + 1, rows, kernel[3] // 2 + 1))
     _native.conv(
         ((kernel[1], kernel[0], kernel[2], kernel[3]), (x.shape[1], y.shape[1], shift), (rows, columns)),
