@@ -326,7 +326,7 @@ def attention(
         if value is not None:
             checks.no_vmap_or_jvp(value, name)
     scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
-    q, k, v, prefix_k, prefix_v = ops.attention.as_autocast(q, k, v, prefix_k, prefix_v)
+    q, k, v, prefix_k, prefix_v = ops.library.as_autocast(q, k, v, prefix_k, prefix_v)
     checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     size = None if size is None else size.detach()
     how = dispatch.choose_attention(
@@ -375,7 +375,7 @@ def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: s
     for value, name in ((x, "x"), (weight, "weight"), (bias, "bias")):
         if value is not None:
             checks.no_vmap_or_jvp(value, name)
-    x = ops.conv.as_autocast(x)
+    (x,) = ops.library.as_autocast(x)  # weights stay as they are: products are in float32
     if onnx.is_onnx_exporting():
         checks.fft_conv3d(x, weight, bias, backend)
         return reference.fft_conv3d(x, weight, bias)

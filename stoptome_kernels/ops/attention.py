@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +50,6 @@ def limit(q: Tensor, k: Tensor, prefix_k: Tensor | None) -> str | None:
     return dispatch.triton.unsupported_attention(
         k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]), q.shape[3]
     )
-
-
-def as_autocast(*tensors: Tensor | None) -> list[Any]:
-    """Return, under autocast, what ``F.scaled_dot_product_attention`` would cast its arguments to; else the tensors as
-    given."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not autocasts(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return [t if t is None or t.dtype not in narrow else t.to(dtype) for t in tensors]
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..layout import accumulator_dtype
-from .library import autocasts, define, gradient, no_gradient
+from .library import define, gradient, no_gradient
 
 
 def _fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -26,15 +26,6 @@ define(
     _fft_conv3d,
     _fft_conv3d_fake,
 )
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype that autocast gives convolutions, if it is on; weights stay as they are, since transforms
-    and products are computed in float32."""
-    kind = x.device.type
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not autocasts(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, backend: str) -> None:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an operator is registered: by ``define`` and ``impl`` rather than by ``custom_op``, which costs twice as much a
-call.
+"""How an operator is registered, and what autocast makes of its arguments.
 
-Under autocast an op has no rule of its own, which means the input's dtype is kept: matching computes in float32
-whatever it is given, and a merge changes no precision.
+By ``define`` and ``impl`` rather than by ``custom_op``, which costs twice as much a call. Under autocast an op has no
+rule of its own, which means the input's dtype is kept: matching computes in float32 whatever it is given, and a merge
+changes no precision. For attention and convolution the public functions cast by ``as_autocast``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("stoptome", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -51,3 +53,13 @@ def _has_autocast(device: str) -> bool:
 
 # old compilers can't trace torch's function, see docs/dev/architecture.md; its answer is a constant
 _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Return, under autocast, tensors in the dtype in which torch would multiply them; else as given."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not autocasts(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return [t if t is None or t.dtype not in narrow else t.to(dtype) for t in tensors]
