@@ -6,13 +6,16 @@ and Shen et al., *TempMe* (ICLR 2025, arXiv 2409.01156). It is the yardstick of 
 nothing faster can. It needs torch alone, works on any device, never waits for the device and uses no atomics on floats.
 """
 
-from .attention import attention, attention_backward
+from .attention import AttentionInputs, attention, attention_backward
 from .conv import fft_conv3d, fft_conv3d_backward
 from .matching import arrange, build_groups, cap_r, identity, match, match_sets, similarity
-from .merging import reduce, spread, winners
-from .norm import merge_norm, merge_norm_backward
+from .merging import Groups, reduce, spread, winners
+from .norm import MergedRows, merge_norm, merge_norm_backward
 
 __all__ = [
+    "AttentionInputs",
+    "Groups",
+    "MergedRows",
     "arrange",
     "attention",
     "attention_backward",

@@ -6,8 +6,40 @@ All arithmetic is in float64: no wider type is needed to be accurate in the narr
 tf32 switch reaches it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors that attention is computed from.
+
+    Attributes:
+        q: ``(N, H, Tq, d)`` floating.
+        k, v: ``(N, H, T, d)`` floating.
+        size: ``(N, T)`` float32, how many tokens each key stands for; None for all ones.
+        prefix_k, prefix_v: ``(M, H, G, d)``, M dividing N, or None.
+        scale: factor of the products; None for ``1 / sqrt(d)``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    size: Tensor | None = None
+    prefix_k: Tensor | None = None
+    prefix_v: Tensor | None = None
+    scale: float | None = None
+
+
+def scale_of(inputs: AttentionInputs) -> float:
+    """Return the factor of the products."""
+    return inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+
+
+def keys_ahead(inputs: AttentionInputs) -> int:
+    """Return the number of keys in the prefix."""
+    return 0 if inputs.prefix_k is None else inputs.prefix_k.shape[2]
 
 
 def _shared(prefix: Tensor, items: int) -> Tensor:
@@ -20,12 +52,13 @@ def _joined(prefix: Tensor | None, x: Tensor) -> Tensor:
     return x.double() if prefix is None else torch.cat([_shared(prefix.double(), x.shape[0]), x.double()], 2)
 
 
-def _scores(q: Tensor, keys: Tensor, size: Tensor | None, scale: float) -> Tensor:
+def _scores(inputs: AttentionInputs) -> Tensor:
     """Return ``scale · q kᵀ + log size``, ``(N, H, Tq, G + T)``: a key of size s counts s times, those of the prefix
     once."""
-    scores = scale * (q.double() @ keys.transpose(-1, -2))
-    if size is not None:
-        bias = torch.nn.functional.pad(size.double().log(), (keys.shape[2] - size.shape[1], 0))
+    keys = _joined(inputs.prefix_k, inputs.k)
+    scores = scale_of(inputs) * (inputs.q.double() @ keys.transpose(-1, -2))
+    if inputs.size is not None:
+        bias = torch.nn.functional.pad(inputs.size.double().log(), (keys_ahead(inputs), 0))
         scores = scores + bias[:, None, None]
     return scores
 
@@ -42,55 +75,35 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Return ``softmax(scale · q kᵀ + log size) v``.
-
-    Args:
-        q: ``(N, H, Tq, d)`` floating.
-        k, v: ``(N, H, T, d)`` floating.
-        size: ``(N, T)`` float32, how many tokens each key stands for; None for all ones.
-        prefix_k, prefix_v: ``(M, H, G, d)``, M dividing N, or None.
-        scale: factor of the products.
 
     Returns:
         out ``(N, H, Tq, d)`` in q's dtype, and the logarithm of the softmax's sum ``(N, H, Tq)``, float32 (float64 for
         float64). Differentiable as often as torch's own operations are.
     """
-    scores = _scores(q, _joined(prefix_k, k), size, scale)
-    out = _softmax(scores) @ _joined(prefix_v, v)
-    lse = scores.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32))
-    return _heads_last(out.to(q.dtype)), lse
+    dtype = inputs.q.dtype
+    scores = _scores(inputs)
+    out = _softmax(scores) @ _joined(inputs.prefix_v, inputs.v)
+    lse = scores.logsumexp(-1).to(torch.promote_types(dtype, torch.float32))
+    return _heads_last(out.to(dtype)), lse
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float,
+    grad: Tensor, inputs: AttentionInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradient of ``attention`` for the gradient ``grad (N, H, Tq, d)`` of its output.
 
     Returns:
         (dq, dk, dv, dprefix_k, dprefix_v), each of its tensor's shape and dtype; None for no prefix.
     """
+    q, k, v, _, prefix_k, prefix_v, _ = inputs
     keys, values, grad = _joined(prefix_k, k), _joined(prefix_v, v), grad.double()
-    p = _softmax(_scores(q, keys, size, scale))
+    p = _softmax(_scores(inputs))
     dp = grad @ values.transpose(-1, -2)
-    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    ds = scale_of(inputs) * p * (dp - (p * dp).sum(-1, keepdim=True))
     dq, dkeys, dvalues = ds @ keys, ds.transpose(-1, -2) @ q.double(), p.transpose(-1, -2) @ grad
-    ahead = 0 if prefix_k is None else prefix_k.shape[2]
+    ahead = keys_ahead(inputs)
     dq, dk, dv = (_heads_last(x.to(q.dtype)) for x in (dq, dkeys[:, :, ahead:], dvalues[:, :, ahead:]))
     if prefix_k is None:
         return dq, dk, dv, None, None

@@ -12,7 +12,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Groups(NamedTuple):
-    """A plan's groups as they are read, once, and checked.
+    """A plan's groups, and how many tokens each of their members stands for.
+
+    Attributes:
+        members: ``(N, T)`` int32, tokens in order of destination, then of index; ``~i`` for a token i of weight 0.
+        offsets: ``(N, T_out + 1)`` int32; the members of output o are ``members[offsets[o]:offsets[o + 1]]``.
+        size: ``(N, T)`` float32, by token; None for all ones.
+    """
+
+    members: Tensor
+    offsets: Tensor
+    size: Tensor | None = None
+
+
+class Members(NamedTuple):
+    """The members of a plan's groups as they are read, once, and checked.
 
     Attributes:
         index: ``(N, T)`` int64, the token of each member.
@@ -37,7 +51,7 @@ def can_raise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and torch._C._get_tracing_state() is None
 
 
-def read(members: Tensor, offsets: Tensor) -> Groups:
+def read(members: Tensor, offsets: Tensor) -> Members:
     """Read and check a plan. On the CPU a damaged one is an error; elsewhere, where asking would wait for the device,
     its damaged items are replaced and marked.
 
@@ -55,14 +69,14 @@ def read(members: Tensor, offsets: Tensor) -> Groups:
         alone = torch.arange(offsets.shape[1], dtype=torch.int32, device=offsets.device)
         alone[-1] = tokens
         index, offsets = torch.where(good[:, None], index, every), torch.where(good[:, None], offsets, alone)
-        return Groups(index, valid, offsets, ~good[:, None, None])
+        return Members(index, valid, offsets, ~good[:, None, None])
     if not bool(good.all()):
         item = int((~good).nonzero()[0])
         raise IndexError(
             f"plan is damaged: the groups of item {item} don't hold each of its {tokens} tokens once; it was changed "
             "after match(), or was not made by it"
         )
-    return Groups(index, valid, offsets, None)
+    return Members(index, valid, offsets, None)
 
 
 def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
@@ -87,13 +101,12 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+def reduce(x: Tensor, groups: Groups, mode: str) -> tuple[Tensor, Tensor]:
     """Merge: one output row for each group.
 
     Args:
         x: ``(N, T, D)`` floating.
-        members, offsets: the groups of a plan, ``(N, T)`` and ``(N, T_out + 1)`` int32.
-        size: ``(N, T)`` float32 or None for all ones.
+        groups: groups and sizes of N items of T tokens.
         mode: ``mean`` Σ s x / Σ s; ``sum`` Σ x; ``max`` elementwise maximum, NaN if a member is NaN; ``all`` Σ x over
             the weight-0 members too (the adjoint of unmerging).
 
@@ -101,8 +114,8 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
         y ``(N, T_out, D)`` in x's dtype, accumulated in float32 (float64 for float64) in ascending member order, and
         size_out ``(N, T_out)`` float32 = Σ s. A group of one token is copied bit for bit.
     """
-    groups = read(members, offsets)
-    index, valid, offsets, _ = groups
+    members, size = read(groups.members, groups.offsets), groups.size
+    index, valid, offsets, _ = members
     if mode == "all":
         valid = torch.ones_like(valid)
     weight = x.new_ones(index.shape, dtype=torch.float32) if size is None else size.gather(1, index)
@@ -123,37 +136,29 @@ def reduce(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mod
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     copy = _rows(x.view(bits), only.clamp_min(0))
     y = torch.where(alone, copy, y.to(x.dtype).view(bits)).view(x.dtype)
-    return groups.marked(y), groups.marked(size_out).squeeze(-1).float()
+    return members.marked(y), members.marked(size_out).squeeze(-1).float()
 
 
-def spread(
-    grad: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    mode: str,
-    x: Tensor | None = None,
-    y: Tensor | None = None,
-) -> Tensor:
+def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
     """Return the adjoint of ``reduce``: one row for each token, read from its group's row.
 
     Args:
         grad: ``(N, T_out, D)``.
-        members, offsets, size, mode: as in ``reduce``; ``all`` is unmerging: x̂_i = y_dest(i).
+        groups, mode: as in ``reduce``; ``all`` is unmerging: x̂_i = y_dest(i).
         x, y: input and output of the merge, for ``max`` alone.
 
     Returns:
         ``(N, T, D)`` in grad's dtype: ``mean`` s_i / Σ s · grad, ``sum`` grad, ``max`` grad where the token is the
         first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
     """
-    groups = read(members, offsets)
-    index, valid, offsets, _ = groups
-    group = group_of(offsets, members.shape[1])
+    members, size = read(groups.members, groups.offsets), groups.size
+    index, valid, offsets, _ = members
+    group = group_of(offsets, index.shape[1])
     rows = _rows(grad, group)
     if mode == "max":
         if x is None or y is None:
             raise ValueError("mode 'max' needs x and y")
-        won = _rows(_winners(x, y, groups), group) == index[..., None]
+        won = _rows(_winners(x, y, members), group) == index[..., None]
         rows = rows.masked_fill(~won, 0.0)
     elif mode == "mean":
         wide = _wide(grad.dtype)
@@ -166,16 +171,16 @@ def spread(
     if mode != "all":
         rows = rows.masked_fill(~valid[..., None], 0.0)
     # by sorting, not by scatter, which on a GPU waits for the device in deterministic mode
-    return groups.marked(_rows(rows, index.argsort(1)))
+    return members.marked(_rows(rows, index.argsort(1)))
 
 
-def winners(x: Tensor, y: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
+def winners(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
     """Return the token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
-    return _winners(x, y, read(members, offsets))
+    return _winners(x, y, read(groups.members, groups.offsets))
 
 
-def _winners(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
-    index, valid, offsets, _ = groups
+def _winners(x: Tensor, y: Tensor, members: Members) -> Tensor:
+    index, valid, offsets, _ = members
     rows = _rows(x, index)
     reached = _rows(y, group_of(offsets, index.shape[1]))
     hit = ((rows == reached) | (rows.isnan() & reached.isnan())) & valid[..., None]

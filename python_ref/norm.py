@@ -2,27 +2,35 @@
 """Residual add, merge and LayerNorm of the merged stream: Bolya et al., ICLR 2023 ("Tracking Token Size") for the
 merge, Ba et al., *Layer Normalization* (arXiv 1607.06450), for what follows it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .merging import _wide, reduce, spread
+from .merging import Groups, _wide, reduce, spread
+
+
+class MergedRows(NamedTuple):
+    """Merged rows and what normalised them: all that the gradient of ``merge_norm`` is computed from.
+
+    Attributes:
+        y: ``(N, T_out, D)``, as ``merge_norm`` gives it.
+        mean, rstd: ``(N, T_out)``, mean and reciprocal deviation of each row, float32 (float64 for float64).
+    """
+
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
 def merge_norm(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Merge x + residual and normalise what comes out.
 
     Args:
         x, residual: ``(N, T, D)`` floating; the stream's dtype is what the two promote to.
-        members, offsets, size: as in ``reduce``.
+        groups: as in ``reduce``.
         weight, bias: ``(D,)`` or None.
         eps: added to the variance.
 
@@ -34,7 +42,7 @@ def merge_norm(
     """
     stream = torch.promote_types(x.dtype, residual.dtype)
     wide = _wide(stream)
-    y, size_out = reduce(x.to(wide) + residual.to(wide), members, offsets, size, "mean")
+    y, size_out = reduce(x.to(wide) + residual.to(wide), groups, "mean")
     y = y.to(stream)
     rows = y.to(wide)
     mean = rows.mean(-1, keepdim=True)
@@ -49,16 +57,7 @@ def merge_norm(
 
 
 def merge_norm_backward(
-    grad_normed: Tensor,
-    grad_y: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    affine: bool,
+    grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None, affine: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of ``merge_norm`` from those of normed and y, ``(N, T_out, D)``.
 
@@ -70,13 +69,14 @@ def merge_norm_backward(
     """
     wide = _wide(grad_normed.dtype)
     given = grad_normed.to(wide).contiguous()  # the order of sums would be that of the strides
-    normalised = (y.to(wide) - mean[..., None]) * rstd[..., None]
+    rstd = rows.rstd[..., None]
+    normalised = (rows.y.to(wide) - rows.mean[..., None]) * rstd
     up = given if weight is None else given * weight.to(wide)
     slope = (up * normalised).mean(-1, keepdim=True)
-    grad = (up - up.mean(-1, keepdim=True) - normalised * slope) * rstd[..., None]
+    grad = (up - up.mean(-1, keepdim=True) - normalised * slope) * rstd
     if grad_y is not None:
         grad = grad + grad_y.to(wide)
-    grad_x = spread(grad, members, offsets, size, "mean").to(grad_normed.dtype)
+    grad_x = spread(grad, groups, "mean").to(grad_normed.dtype)
     if not affine:
         return grad_x, given.new_empty(0, given.shape[2])
     return grad_x, torch.stack([(given * normalised).sum((0, 1)), given.sum((0, 1))])

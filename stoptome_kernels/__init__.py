@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from .api import attention, fft_conv3d, match, merge, merge_norm, unmerge
-from .dispatch import backends
+from .backends import backends
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
 from .tome.config import ToMeConfig, add_tome_args

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, onnx, ops, reference
+from . import checks, onnx, ops, reference
+from .backends import choose, choose_attention
 from .plan import MergePlan
 
 
@@ -134,12 +135,12 @@ def merge(
     if out is not None:
         return _merge_into(x, plan, size, mode, backend, out)
     if plan.r == 0:  # an op may not return its input, and there is nothing to compute
-        ops.match_merge.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        ops.match_merge.check_merge(x, plan._groups(size), mode, backend)
         _check_backend(backend, x)
         return x, torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
     size = None if size is None else size.detach()
     if onnx.is_onnx_exporting():
-        ops.match_merge.check_merge(x, plan.members, plan.offsets, size, mode, backend)
+        ops.match_merge.check_merge(x, plan._groups(size), mode, backend)
         return onnx.merge(x, plan.dest, plan._weightless(), plan.tokens_out, size, mode)
     return torch.ops.stoptome.merge(x, plan.members, plan.offsets, size, mode, backend)
 
@@ -184,11 +185,11 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
     _check_plan(plan)
     checks.no_vmap_or_jvp(y, "y")
     if plan.r == 0:
-        ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
+        ops.match_merge.check_unmerge(y, plan._groups(), backend)
         _check_backend(backend, y)
         return y
     if onnx.is_onnx_exporting():
-        ops.match_merge.check_unmerge(y, plan.members, plan.offsets, backend)
+        ops.match_merge.check_unmerge(y, plan._groups(), backend)
         return onnx.unmerge(y, plan.dest)
     return torch.ops.stoptome.unmerge(y, plan.members, plan.offsets, backend)
 
@@ -253,18 +254,17 @@ def merge_norm(
             checks.no_vmap_or_jvp(value, name)
     eps = checks.number(eps, "eps", "added to the variance")
     if plan.r == 0:
-        ops.merge_norm.check_merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)
+        ops.merge_norm.check_merge_norm(x, residual, plan._groups(size), weight, bias, eps, backend)
         _check_backend(backend, ops.merge_norm.dispatch_tensor(x, residual))
         y = x + residual
         size = torch.ones_like(plan.dest, dtype=torch.float32) if size is None else size
         return y, ops.merge_norm.layer_norm(y, weight, bias, eps), size
     size = None if size is None else size.detach()
-    index = (plan.members, plan.offsets)
     if onnx.is_onnx_exporting():
-        ops.merge_norm.check_merge_norm(x, residual, *index, size, weight, bias, eps, backend)
+        ops.merge_norm.check_merge_norm(x, residual, plan._groups(size), weight, bias, eps, backend)
         tokens = (plan.dest, plan._weightless(), plan.tokens_out)
         return onnx.merge_norm(x, residual, *tokens, size, weight, bias, eps)
-    return torch.ops.stoptome.merge_norm(x, residual, *index, size, weight, bias, eps, backend)[:3]
+    return torch.ops.stoptome.merge_norm(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)[:3]
 
 
 def attention(
@@ -327,17 +327,16 @@ def attention(
             checks.no_vmap_or_jvp(value, name)
     scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
     q, k, v, prefix_k, prefix_v = ops.library.as_autocast(q, k, v, prefix_k, prefix_v)
-    checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
     size = None if size is None else size.detach()
-    how = dispatch.choose_attention(
-        backend, q.device.type, q.dtype, ops.attention.limit(q, k, prefix_k) is None, size is None and prefix_k is None
-    )
+    inputs = reference.AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
+    checks.attention(inputs, backend)
+    plain = size is None and prefix_k is None
+    how = choose_attention(backend, q.device.type, q.dtype, ops.attention.fits(inputs), plain)
     if how == "sdpa" or onnx.is_onnx_exporting():
-        return ops.attention.sdpa(q, k, v, size, prefix_k, prefix_v, scale)
+        return ops.attention.sdpa(inputs)
     if how == "reference":  # not as an operator: so it can be differentiated twice
-        scale = ops.attention.default_scale(q) if scale is None else scale
-        return reference.attention(q, k, v, size, prefix_k, prefix_v, scale)[0]
-    return torch.ops.stoptome.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)[0]
+        return reference.attention(inputs)[0]
+    return torch.ops.stoptome.attention(*inputs, backend)[0]
 
 
 def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -393,4 +392,4 @@ def _check_plan(plan: object) -> None:
 def _check_backend(backend: str, tensor: Tensor) -> None:
     """Raise if a backend can't run, even where there is nothing for it to do; a traced graph runs on no backend."""
     if not torch.compiler.is_compiling():
-        dispatch.choose(backend, tensor)
+        choose(backend, tensor)

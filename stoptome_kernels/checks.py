@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .reference import AttentionInputs, Groups
 from .reference.merging import can_raise
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -210,10 +211,12 @@ def merges_nothing(members: Tensor, offsets: Tensor) -> None:
             )
 
 
-def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor, backend: str) -> None:
-    """Check that ``value`` is ``(N, tokens, D)``, floating and on the plan's device."""
+def rows(value: Tensor, name: str, plan: Groups, merged: bool, backend: str) -> None:
+    """Check that ``value`` is ``(N, T, D)``, floating and on the plan's device, with T tokens before merging or, if
+    ``merged``, after; and sizes, if there are any."""
+    members, offsets, sizes = plan
     groups(members, offsets)
-    n = members.shape[0]
+    n, tokens = members.shape[0], offsets.shape[1] - 1 if merged else members.shape[1]
     if value.dim() != 3:
         raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")
     _floating(value, name)
@@ -222,12 +225,13 @@ def rows(value: Tensor, name: str, tokens: int, members: Tensor, offsets: Tensor
             f"{name} has shape {tuple(value.shape)}, but the plan wants N = {n} items of {tokens} tokens "
             f"({members.shape[1]} before merging, {offsets.shape[1] - 1} after)"
         )
-    for index in (members, offsets):
-        if index.device != value.device:
+    for part in (members, offsets):
+        if part.device != value.device:
             raise ValueError(
-                f"{name} is on {value.device}, but the plan is on {index.device}; use plan.to({name}.device)"
+                f"{name} is on {value.device}, but the plan is on {part.device}; use plan.to({name}.device)"
             )
     choice(backend, "backend", BACKENDS)
+    size(sizes, members)
 
 
 def size(value: Tensor | None, members: Tensor) -> None:
@@ -334,17 +338,9 @@ def saved_tensor(
         raise ValueError(f"{name} must be of shape {shape} {dtype} on {device}, got {have}")
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float | None,
-    backend: str,
-) -> None:
+def attention(inputs: AttentionInputs, backend: str) -> None:
     """Check that queries, keys, values, the keys' sizes and a prefix fit each other."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
     if (prefix_k is None) != (prefix_v is None):
         missing = "prefix_k" if prefix_k is None else "prefix_v"
         raise ValueError(f"prefix_k and prefix_v must be given together, but {missing} is None")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import Groups
+
 
 def unit_stride(x: Tensor) -> Tensor:
     """Return ``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides
@@ -33,6 +35,20 @@ def heads_last(x: Tensor) -> Tensor:
 def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
     """Return memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
     return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
+
+
+def empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for dest, members and offsets of a matching of ``metric (N, H, T, C)`` or ``(N, T, C)``."""
+    n, tokens = metric.shape[0], metric.shape[-2]
+    dest, members, offsets = (metric.new_empty((n, k), dtype=torch.int32) for k in (tokens, tokens, tokens - r + 1))
+    return dest, members, offsets
+
+
+def empty_merged(x: Tensor, groups: Groups, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return memory for x ``(N, T, D)`` merged and its sizes: ``(N, T_out, D)`` of x's dtype, or another, and
+    ``(N, T_out)`` float32."""
+    n, tokens = x.shape[0], groups.offsets.shape[1] - 1
+    return x.new_empty((n, tokens, x.shape[2]), dtype=dtype), x.new_empty((n, tokens), dtype=torch.float32)
 
 
 def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .onnx import group_tokens
+from .reference import Groups
 from .reference.merging import group_of, read
 
 
@@ -49,6 +50,10 @@ class MergePlan:
         """Number of tokens removed from each item: the requested number, capped at half of the unprotected tokens, or
         at the number of given sources."""
         return self.dest.shape[1] - self.offsets.shape[1] + 1
+
+    def _groups(self, size: Tensor | None = None) -> Groups:
+        """Return the groups, with the sizes of the tokens, as the operators take them."""
+        return Groups(self.members, self.offsets, size)
 
     def then(self, following: MergePlan) -> MergePlan:
         """Return the plan from this plan's input to the output of ``following``.

@@ -9,24 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import checks
+from ..backends import TRITON, choose
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
+from ..reference import AttentionInputs
+from ..reference.attention import keys_ahead
 from .library import autocasts, define, gradient, no_gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
 
 
-def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def sdpa(inputs: AttentionInputs) -> Tensor:
     """Compute attention by ``F.scaled_dot_product_attention``: the prefix concatenated, the sizes as an additive
     mask."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
     k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
     bias = log_size_bias(size, k)
     if bias is not None and q.device.type != "cpu":
@@ -40,49 +36,37 @@ def sdpa(
     return heads_last(out)
 
 
-def default_scale(q: Tensor) -> float:
-    """Return ``1 / sqrt(head_dim)``."""
-    return q.shape[-1] ** -0.5
+def fits(inputs: AttentionInputs) -> bool:
+    """Return whether the Triton kernels take tensors of this shape."""
+    return TRITON.unsupported_attention(*_attends(inputs)) is None
 
 
-def limit(q: Tensor, k: Tensor, prefix_k: Tensor | None) -> str | None:
-    """Return why the Triton kernels can't take tensors of this shape, or None."""
-    return dispatch.triton.unsupported_attention(
-        k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2]), q.shape[3]
-    )
+def _attends(inputs: AttentionInputs) -> tuple[int, int]:
+    """Return the numbers of keys and of channels a head."""
+    return keys_ahead(inputs) + inputs.k.shape[2], inputs.q.shape[3]
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None = None,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
-    run = dispatch.choose(backend, q, limit(q, k, prefix_k))
-    if q.numel() == 0:
-        return _attention_fake(q, k, v, size, prefix_k, prefix_v, scale, backend)
-    return run.attention(q, k, v, size, prefix_k, prefix_v, default_scale(q) if scale is None else scale)
+def _given(q, k, v, size=None, prefix_k=None, prefix_v=None, scale=None, backend="auto") -> tuple[AttentionInputs, str]:
+    """Check the operator's arguments."""
+    inputs = AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
+    checks.attention(inputs, backend)
+    return inputs, backend
 
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None = None,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
+def _attention(*arguments) -> tuple[Tensor, Tensor]:
+    inputs, backend = _given(*arguments)
+    run = choose(backend, inputs.q, _attends(inputs))
+    return run.attention(inputs) if inputs.q.numel() else _outputs(inputs.q)
+
+
+def _attention_fake(*arguments) -> tuple[Tensor, Tensor]:
+    return _outputs(_given(*arguments)[0].q)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     n, heads, queries, _ = q.shape
     return empty_heads_last(q, n, heads, queries), q.new_empty((n, heads, queries), dtype=accumulator_dtype(q.dtype))
 
@@ -99,46 +83,37 @@ define(
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float | None,
-    backend: str,
-) -> Gradients:
-    _check_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend)
-    run = dispatch.choose(backend, q, limit(q, k, prefix_k))
-    if q.numel() == 0:
-        return tuple(t.zero_() for t in _like(q, k, v, prefix_k, prefix_v))  # type: ignore[return-value]
-    scale = default_scale(q) if scale is None else scale
-    *grads, dprefix_k, dprefix_v = run.attention_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale)
-    if dprefix_k is None:
-        dprefix_k, dprefix_v = q.new_empty(0), q.new_empty(0)
-    return *grads, dprefix_k, dprefix_v
-
-
-def _backward_fake(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend) -> Gradients:
-    _check_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend)
-    return _like(q, k, v, prefix_k, prefix_v)
-
-
-def _like(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None) -> Gradients:
-    dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in (q, k, v))
-    prefix = (q.new_empty(0 if x is None else x.shape) for x in (prefix_k, prefix_v))
-    return dq, dk, dv, *prefix  # type: ignore[return-value]
-
-
-def _check_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend) -> None:
-    checks.attention(q, k, v, size, prefix_k, prefix_v, scale, backend)
+def _given_backward(grad: Tensor, *arguments) -> tuple[AttentionInputs, Tensor, Tensor, str]:
+    """Check the operator's arguments, which end with out, lse, scale and backend."""
+    *tensors, out, lse, scale, backend = arguments
+    inputs = AttentionInputs(*tensors, scale)
+    q = inputs.q
+    checks.attention(inputs, backend)
     checks.saved_tensor(grad, "grad", tuple(q.shape), q.dtype, q.device)
     checks.saved_tensor(out, "out", tuple(q.shape), q.dtype, q.device)
     checks.saved_tensor(lse, "lse", tuple(q.shape[:3]), accumulator_dtype(q.dtype), q.device)
+    return inputs, out, lse, backend
+
+
+def _backward(grad: Tensor, *arguments) -> Gradients:
+    inputs, out, lse, backend = _given_backward(grad, *arguments)
+    run = choose(backend, inputs.q, _attends(inputs))
+    if inputs.q.numel() == 0:
+        return tuple(t.zero_() for t in _gradients(inputs))  # type: ignore[return-value]
+    *grads, dprefix_k, dprefix_v = run.attention_backward(grad, inputs, out, lse)
+    if dprefix_k is None or dprefix_v is None:
+        dprefix_k, dprefix_v = grad.new_empty(0), grad.new_empty(0)
+    return *grads, dprefix_k, dprefix_v  # type: ignore[return-value]
+
+
+def _backward_fake(grad: Tensor, *arguments) -> Gradients:
+    return _gradients(_given_backward(grad, *arguments)[0])
+
+
+def _gradients(inputs: AttentionInputs) -> Gradients:
+    dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in inputs[:3])
+    prefix = (inputs.q.new_empty(0 if x is None else x.shape) for x in (inputs.prefix_k, inputs.prefix_v))
+    return dq, dk, dv, *prefix  # type: ignore[return-value]
 
 
 # the gradients of a prefix that is not there are empty: an operator returns the same number of tensors in any case

@@ -6,14 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import checks
+from ..backends import choose
 from ..layout import accumulator_dtype
 from .library import define, gradient, no_gradient
 
 
 def _fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     checks.fft_conv3d(x, weight, bias, backend)
-    return dispatch.choose(backend, x).fft_conv3d(x, weight, bias)
+    return choose(backend, x).fft_conv3d(x, weight, bias)
 
 
 def _fft_conv3d_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -37,7 +38,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_backward(grad, x, weight, backend)
-    return dispatch.choose(backend, x).fft_conv3d_backward(grad, x, weight, (of_x, of_weight, of_bias))
+    return choose(backend, x).fft_conv3d_backward(grad, x, weight, (of_x, of_weight, of_bias))
 
 
 def _backward_fake(grad, x, weight, of_x, of_weight, of_bias, backend):

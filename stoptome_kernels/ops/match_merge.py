@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..reference import arrange, cap_r, identity, winners
+from .. import checks
+from ..backends import choose
+from ..layout import empty_merged, empty_plan
+from ..reference import Groups, arrange, cap_r, identity, winners
 from .library import define, gradient
 
 # -- match ------------------------------------------------------------------------------------------------------------
@@ -20,7 +22,7 @@ def _capped(metric: Tensor, r: int, protected: int) -> int:
 def _match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     checks.match(metric, r, protected, backend)
     r = _capped(metric, r, protected)
-    run = dispatch.choose(backend, metric)
+    run = choose(backend, metric)
     metric = metric if metric.dim() == 4 else metric.unsqueeze(1)
     if r == 0 or metric.shape[0] == 0:
         return identity(metric.shape[0], metric.shape[2], metric.shape[2] - r, metric.device)
@@ -29,12 +31,7 @@ def _match(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") ->
 
 def _match_fake(metric: Tensor, r: int, protected: int = 1, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     checks.match(metric, r, protected, backend)
-    return _plan_of(metric, _capped(metric, r, protected))
-
-
-def _plan_of(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    n, tokens = metric.shape[0], metric.shape[-2]
-    return tuple(metric.new_empty(n, k, dtype=torch.int32) for k in (tokens, tokens, tokens - r + 1))  # type: ignore[return-value]
+    return empty_plan(metric, _capped(metric, r, protected))
 
 
 def _capped_by_sets(r: int, src: Tensor, dst: Tensor) -> int:
@@ -50,7 +47,7 @@ def _match_sets(
     if src.device.type == "cpu":
         checks.indices(src, dst, tokens)
     r = _capped_by_sets(r, src, dst)
-    run = dispatch.choose(backend, metric)
+    run = choose(backend, metric)
     if r == 0 or metric.shape[0] == 0:
         return identity(metric.shape[0], tokens, tokens - r, metric.device)
     return run.match(metric, r, tokens - sources - dst.shape[0], arrange(src, dst, tokens), sources)
@@ -60,7 +57,7 @@ def _match_sets_fake(
     metric: Tensor, r: int, src: Tensor, dst: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.match_sets(metric, r, src, dst, backend)
-    return _plan_of(metric, _capped_by_sets(r, src, dst))
+    return empty_plan(metric, _capped_by_sets(r, src, dst))
 
 
 define(
@@ -77,65 +74,49 @@ define(
 # -- merge ------------------------------------------------------------------------------------------------------------
 
 
-def check_merge(x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, mode: str, backend: str) -> None:
+def check_merge(x: Tensor, groups: Groups, mode: str, backend: str) -> None:
     """Raise what is wrong with the arguments of merge."""
-    checks.rows(x, "x", members.shape[1], members, offsets, backend)
-    checks.size(size, members)
+    checks.rows(x, "x", groups, False, backend)
     checks.choice(mode, "mode", checks.MODES)
 
 
-def _merge(
-    x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None = None, mode: str = "mean", backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    check_merge(x, members, offsets, size, mode, backend)
-    return dispatch.choose(backend, x).reduce(x, members, offsets, size, mode)
+def _given(x, members, offsets, size=None, mode="mean", backend="auto") -> tuple[Tensor, Groups, str, str]:
+    """Check the operator's arguments."""
+    groups = Groups(members, offsets, size)
+    check_merge(x, groups, mode, backend)
+    return x, groups, mode, backend
 
 
-def _merge_fake(
-    x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None = None, mode: str = "mean", backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    check_merge(x, members, offsets, size, mode, backend)
-    n, out = x.shape[0], offsets.shape[1] - 1
-    return x.new_empty(n, out, x.shape[2]), x.new_empty(n, out, dtype=torch.float32)
+def _merge(*arguments) -> tuple[Tensor, Tensor]:
+    x, groups, mode, backend = _given(*arguments)
+    return choose(backend, x).reduce(x, groups, mode)
 
 
-def _merge_out(
-    x: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    how: str,
-    backend: str,
-    y: Tensor,
-    size_out: Tensor,
-) -> None:
-    check_merge(x, members, offsets, size, how, backend)
-    checks.outputs(y, size_out, x, offsets)
-    checks.no_overlap({"out[0]": y, "out[1]": size_out}, {"x": x, "size": size})
+def _merge_fake(*arguments) -> tuple[Tensor, Tensor]:
+    return empty_merged(*_given(*arguments)[:2])
+
+
+def _merge_out(*arguments) -> None:
+    *given, y, size_out = arguments
+    x, groups, mode, backend = _given(*given)
+    checks.outputs(y, size_out, x, groups.offsets)
+    checks.no_overlap({"out[0]": y, "out[1]": size_out}, {"x": x, "size": groups.size})
     torch.autograd.graph.increment_version((y, size_out))  # graphs that saved them must notice
-    dispatch.choose(backend, x).reduce(x, members, offsets, size, how, (y, size_out))
+    choose(backend, x).reduce(x, groups, mode, (y, size_out))
 
 
-def _merge_out_fake(x, members, offsets, size, how, backend, y, size_out) -> None:
-    check_merge(x, members, offsets, size, how, backend)
-    checks.outputs(y, size_out, x, offsets)
+def _merge_out_fake(*arguments) -> None:
+    *given, y, size_out = arguments
+    x, groups, _, _ = _given(*given)
+    checks.outputs(y, size_out, x, groups.offsets)
 
 
-def _merge_backward(
-    grad: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    x: Tensor | None,
-    y: Tensor | None,
-    mode: str,
-    backend: str,
-) -> Tensor:
-    checks.rows(grad, "grad", offsets.shape[1] - 1, members, offsets, backend)
-    checks.size(size, members)
+def _merge_backward(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
+    groups = Groups(members, offsets, size)
+    checks.rows(grad, "grad", groups, True, backend)
     checks.choice(mode, "mode", checks.MODES)
     checks.max_backward_inputs(x, y, grad, members, mode)
-    return dispatch.choose(backend, grad).spread(grad, members, offsets, size, mode, x, y)
+    return choose(backend, grad).spread(grad, groups, mode, x, y)
 
 
 def _merge_backward_fake(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
@@ -188,7 +169,7 @@ def _grad_merge_backward(ctx, grad):
     # the backward is linear in the incoming gradient: its adjoint is the merge itself
     members, offsets, size, x, y = ctx.saved_tensors
     if ctx.mode == "max":
-        twice = grad.gather(1, winners(x, y, members, offsets))
+        twice = grad.gather(1, winners(x, y, Groups(members, offsets)))
     else:
         twice, _ = torch.ops.stoptome.merge(grad, members, offsets, size, ctx.mode, ctx.backend)
     return twice, None, None, None, None, None, None, None
@@ -200,28 +181,30 @@ gradient("merge_backward", _grad_merge_backward, _save_merge_backward)
 # -- unmerge ----------------------------------------------------------------------------------------------------------
 
 
-def check_unmerge(y: Tensor, members: Tensor, offsets: Tensor, backend: str) -> None:
+def check_unmerge(y: Tensor, groups: Groups, backend: str) -> None:
     """Raise what is wrong with the arguments of unmerge."""
-    checks.rows(y, "y", offsets.shape[1] - 1, members, offsets, backend)
+    checks.rows(y, "y", groups, True, backend)
 
 
 def _unmerge(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
-    check_unmerge(y, members, offsets, backend)
-    return dispatch.choose(backend, y).spread(y, members, offsets, None, "all")
+    groups = Groups(members, offsets)
+    check_unmerge(y, groups, backend)
+    return choose(backend, y).spread(y, groups, "all")
 
 
 def _unmerge_fake(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
-    check_unmerge(y, members, offsets, backend)
+    check_unmerge(y, Groups(members, offsets), backend)
     return y.new_empty(y.shape[0], members.shape[1], y.shape[2])
 
 
 def _unmerge_backward(grad: Tensor, members: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    checks.rows(grad, "grad", members.shape[1], members, offsets, backend)
-    return dispatch.choose(backend, grad).reduce(grad, members, offsets, None, "all")[0]
+    groups = Groups(members, offsets)
+    checks.rows(grad, "grad", groups, False, backend)
+    return choose(backend, grad).reduce(grad, groups, "all")[0]
 
 
 def _unmerge_backward_fake(grad: Tensor, members: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    return grad.new_empty(grad.shape[0], offsets.shape[1] - 1, grad.shape[2])
+    return empty_merged(grad, Groups(members, offsets))[0]
 
 
 define("unmerge(Tensor y, Tensor members, Tensor offsets, str backend='auto') -> Tensor", _unmerge, _unmerge_fake)

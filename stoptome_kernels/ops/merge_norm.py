@@ -6,27 +6,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..layout import accumulator_dtype
+from .. import checks
+from ..backends import choose
+from ..layout import accumulator_dtype, empty_merged
+from ..reference import Groups, MergedRows
 from .library import define, gradient, no_gradient
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
 def check_merge_norm(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str,
+    x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
 ) -> None:
     """Raise what is wrong with the arguments of merge_norm."""
-    checks.rows(x, "x", members.shape[1], members, offsets, backend)
-    checks.size(size, members)
+    checks.rows(x, "x", groups, False, backend)
     checks.merge_norm(x, residual, weight, bias, eps)
 
 
@@ -40,40 +33,24 @@ def dispatch_tensor(x: Tensor, residual: Tensor) -> Tensor:
     return residual if residual.dtype == torch.float64 else x
 
 
-def _merge_norm(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_merge_norm(x, residual, members, offsets, size, weight, bias, eps, backend)
-    run = dispatch.choose(backend, dispatch_tensor(x, residual))
-    return run.merge_norm(x, residual, members, offsets, size, weight, bias, eps)
+def _given(x, residual, members, offsets, size=None, weight=None, bias=None, eps=1e-5, backend="auto") -> tuple:
+    """Check the operator's arguments; return those of ``Backend.merge_norm``, and the backend's name."""
+    given = (x, residual, Groups(members, offsets, size), weight, bias, eps)
+    check_merge_norm(*given, backend)
+    return given, backend
 
 
-def _merge_norm_fake(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_merge_norm(x, residual, members, offsets, size, weight, bias, eps, backend)
-    n, out, dim, dtype = x.shape[0], offsets.shape[1] - 1, x.shape[2], stream_dtype(x, residual)
-    rows = (x.new_empty(n, out, dim, dtype=dtype) for _ in range(2))
-    numbers = (
-        x.new_empty(n, out, dtype=kind) for kind in (torch.float32, accumulator_dtype(dtype), accumulator_dtype(dtype))
-    )
-    return (*rows, *numbers)  # type: ignore[return-value]
+def _merge_norm(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given, backend = _given(*arguments)
+    return choose(backend, dispatch_tensor(*given[:2])).merge_norm(*given)
+
+
+def _merge_norm_fake(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (x, residual, groups, *_), _ = _given(*arguments)
+    dtype = stream_dtype(x, residual)
+    (y, size_out), wide = empty_merged(x, groups, dtype), accumulator_dtype(dtype)
+    mean, rstd = (torch.empty_like(size_out, dtype=wide) for _ in range(2))
+    return y, torch.empty_like(y), size_out, mean, rstd
 
 
 define(
@@ -98,42 +75,29 @@ def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def _check_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, backend: str) -> None:
-    checks.rows(grad_normed, "grad_normed", offsets.shape[1] - 1, members, offsets, backend)
+def _given_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend) -> tuple:
+    """Check the operator's arguments; return those of ``Backend.merge_norm_backward``, and the backend's name."""
+    groups = Groups(members, offsets, size)
+    checks.rows(grad_normed, "grad_normed", groups, True, backend)
     shape, dtype, device = tuple(grad_normed.shape), grad_normed.dtype, grad_normed.device
     checks.saved_tensor(grad_y, "grad_y", shape, dtype, device)
     checks.saved_tensor(y, "y", shape, dtype, device)
     checks.saved_tensor(mean, "mean", shape[:2], accumulator_dtype(dtype), device)
     checks.saved_tensor(rstd, "rstd", shape[:2], accumulator_dtype(dtype), device)
-    checks.size(size, members)
     checks.affine(weight, "weight", grad_normed)
+    return (grad_normed, grad_y, MergedRows(y, mean, rstd), groups, weight, affine), backend
 
 
-def _backward(
-    grad_normed: Tensor,
-    grad_y: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    affine: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, backend)
-    run = dispatch.choose(backend, grad_normed)
-    return run.merge_norm_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine)
+def _backward(*arguments) -> tuple[Tensor, Tensor]:
+    given, backend = _given_backward(*arguments)
+    return choose(backend, given[0]).merge_norm_backward(*given)
 
 
-def _backward_fake(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend):
-    _check_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, backend)
-    n, tokens, dim = grad_normed.shape[0], members.shape[1], grad_normed.shape[2]
-    return (
-        grad_normed.new_empty(n, tokens, dim),
-        grad_normed.new_empty(2 if affine else 0, dim, dtype=accumulator_dtype(grad_normed.dtype)),
-    )
+def _backward_fake(*arguments) -> tuple[Tensor, Tensor]:
+    (grad, _, _, groups, _, affine), _ = _given_backward(*arguments)
+    n, tokens, dim = grad.shape[0], groups.members.shape[1], grad.shape[2]
+    sums = grad.new_empty(2 if affine else 0, dim, dtype=accumulator_dtype(grad.dtype))
+    return grad.new_empty(n, tokens, dim), sums
 
 
 # the gradients of weight and bias come as the rows of one tensor, in the wide type: one sum over the parts for both

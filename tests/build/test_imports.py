@@ -19,11 +19,9 @@ ORDER = """
     tome
     api
     ops
-    dispatch
-    kernels
+    backends
     plan
     checks onnx
-    frequency
     layout
     reference
 """

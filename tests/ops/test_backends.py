@@ -8,7 +8,7 @@ import sys
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels import dispatch
+from stoptome_kernels.backends import NATIVE, choose, native
 
 from support import GPU
 
@@ -43,7 +43,7 @@ assert "triton" not in sys.modules
 
 
 def test_auto_on_the_cpu_is_native():
-    assert dispatch.choose("auto", METRIC).__name__.endswith("native")
+    assert choose("auto", METRIC).name == "native"
 
 
 @pytest.mark.slow
@@ -60,9 +60,9 @@ def test_what_is_there_is_told():
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_environment_variable(monkeypatch, name):
     monkeypatch.setenv("STOPTOME_BACKEND", name)
-    assert dispatch.choose("auto", METRIC).__name__.endswith(name)
+    assert choose("auto", METRIC).name == name
     other = {"native": "reference", "reference": "native"}[name]
-    assert dispatch.choose(other, METRIC).__name__.endswith(other)  # an explicit one is taken at its word
+    assert choose(other, METRIC).name == other  # an explicit one is taken at its word
 
 
 def test_environment_variable_is_checked(monkeypatch):
@@ -85,7 +85,7 @@ except RuntimeError as error:
     message = run(code)
     assert "backend='triton' can't run this:" in message
     assert "backend='auto' takes one that can" in message
-    assert "run on CPU tensors, not on cuda" in dispatch.native.unavailable_reason("cuda", torch.float32, explicit=True)
+    assert "run on CPU tensors, not on cuda" in NATIVE.unavailable_reason("cuda", torch.float32, explicit=True)
 
 
 def test_float64_on_triton_says_why():
@@ -95,15 +95,15 @@ def test_float64_on_triton_says_why():
 
 
 def test_native_kernels_of_another_version_are_not_called(monkeypatch):
-    native = pytest.importorskip("stoptome_kernels._native", reason="the native kernels were not built")
+    kernels = pytest.importorskip("stoptome_kernels._native", reason="the native kernels were not built")
     with monkeypatch.context() as patch:
-        patch.setattr(native, "INTERFACE", 1)
-        importlib.reload(dispatch.native)
+        patch.setattr(kernels, "INTERFACE", 1)
+        importlib.reload(native)
         assert "of another version" in stk.backends()["native"]
         with pytest.raises(RuntimeError, match=r"another version of this package; reinstall"):
             stk.match(METRIC, 2, backend="native")
         assert stk.match(METRIC, 2).r == 2
-    importlib.reload(dispatch.native)
+    importlib.reload(native)
     assert stk.backends()["native"] is None
 
 
@@ -113,10 +113,10 @@ def test_without_native_kernels_the_reference_runs():
 import sys
 sys.modules["stoptome_kernels._native"] = None  # as if it had not been built
 import torch, stoptome_kernels as stk
-from stoptome_kernels import dispatch
+from stoptome_kernels.backends import choose
 assert "not built" in stk.backends()["native"], stk.backends()
 x = torch.randn(2, 9, 4)
-assert dispatch.choose("auto", x).__name__.endswith("reference")
+assert choose("auto", x).name == "reference"
 stk.merge(x, stk.match(x, 2))
 try:
     stk.match(x, 2, backend="native")

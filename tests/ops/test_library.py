@@ -254,10 +254,10 @@ def test_nothing_scatters():
     with Operations() as seen:
         plan.then(following)
         for order in (None, sets):
-            members, offsets = stk.reference.match(keys, 4, 0, order, 10)[1:]
+            groups = stk.reference.Groups(*stk.reference.match(keys, 4, 0, order, 10)[1:], size)
         for mode in ("mean", "sum", "max"):
-            y, _ = stk.reference.reduce(x, members, offsets, size, mode)
-            stk.reference.spread(y, members, offsets, size, mode, x, y)
+            y, _ = stk.reference.reduce(x, groups, mode)
+            stk.reference.spread(y, groups, mode, x, y)
         stk.compat.merge_source(stk.compat.bipartite_soft_matching(keys.mean(1), 4)[0], x)
         _follow_positions(None, plan)
     assert {"sort", "gather"} <= seen.names

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels import dispatch
+from stoptome_kernels.backends import BACKENDS
 from stoptome_kernels.reference import arrange
 
 from support.helpers import ROUNDOFF, assert_valid, dtypes_of, examples, groups
@@ -227,7 +227,7 @@ def test_sets_that_are_none_leave_no_range(name, request):
     if name == "triton" and stk.backends()[name] is not None:
         pytest.skip(stk.backends()[name])
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-    run = dispatch._MODULES[name]
+    run = BACKENDS[name]
     for src, dst in (
         ([3, 3, 3, 3], [5, 6]),
         ([1, 2, 3, 4], [4, 3, 2]),

@@ -8,7 +8,7 @@ import torch
 from support import GPU
 from support.helpers import ROUNDOFF, assert_valid, similarity_gap
 
-config = pytest.importorskip("stoptome_kernels.kernels.config", reason="Triton has no packages for this system")
+config = pytest.importorskip("stoptome_kernels.backends.triton.config", reason="Triton has no packages for this system")
 
 pytestmark = pytest.mark.skipif(GPU, reason="on a GPU the kernels choose these paths by shape: see test_gpu.py")
 
@@ -170,21 +170,22 @@ def test_tiles_cover_what_they_must(dtype):
 
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all keys, else two."""
-    from stoptome_kernels.kernels import attention
+    from stoptome_kernels.backends.triton import attention
 
     for dtype, tokens, backward in ((torch.bfloat16, 54, 1), (torch.bfloat16, 197, 2), (torch.float32, 54, 2)):
         q = torch.empty(2, 12, tokens, 64, dtype=dtype, device="meta")
         lse = torch.empty(2, 12, tokens, device="meta")
-        launches = attention.grad_launches(q, q, q, q, None, None, None, lse, q, q, q, None, None, q, 0.125)
+        inputs = stk.reference.AttentionInputs(q, q, q)
+        launches = attention.grad_launches(q, inputs, q, lse, (q, q, q, None, None))
         assert len(launches) == backward
 
 
 def test_launches():
     """One launch to match while the sources fit a tile, two beyond; merging takes one more."""
-    from stoptome_kernels.kernels import match
+    from stoptome_kernels.backends.triton import match
 
     for tokens, most in ((54, 1), (197, 1), (257, 1), (577, 2), (4097, 2)):
         for heads, channels in ((12, 64), (12, 80), (1, 768)):
             metric = torch.empty(2, heads, tokens, channels, device="meta")
             index = [torch.empty(2, n, dtype=torch.int32, device="meta") for n in (tokens, tokens, tokens - 7)]
-            assert len(match.launches(metric, 8, 1, *index)) == most
+            assert len(match.launches(metric, 8, 1, index)) == most

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from stoptome_kernels import dispatch
+from stoptome_kernels.backends import choose
 
 from . import checkpoint, indexing, options, recipes, search, state, synthetic, terminal
 from .annotations import load
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
 
 def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
     try:
-        dispatch.choose("auto", torch.empty(0, device=processes.device))  # as STOPTOME_BACKEND says
+        choose("auto", torch.empty(0, device=processes.device))  # as STOPTOME_BACKEND says
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     resume, weights_from = _origin(args, folder)

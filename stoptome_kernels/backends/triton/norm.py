@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit_stride
+from ...layout import empty_merged, unit_stride
+from ...reference import Groups, MergedRows
 from . import config
-from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
+from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals, contiguous
 
 
 @triton.jit
@@ -176,119 +177,74 @@ def norm_grad_rows(
 
 
 def norm_launch(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    eps: float,
-) -> tuple:
+) -> tuple:  # fmt: skip
     """Return what merge_norm runs: (kernel, grid, arguments, constants and options), with (y, normed, size, mean, rstd)
     as outputs. bench/aot_report.py compiles the same."""
     n, tokens, dim = x.shape
-    groups = offsets.shape[1] - 1
-    meta = config.norm(dim, groups, outputs[0].dtype)
-    blocks = triton.cdiv(groups, meta["ROWS"])
+    tokens_out = outputs[0].shape[1]
+    meta = config.norm(dim, tokens_out, outputs[0].dtype)
+    blocks = triton.cdiv(tokens_out, meta["ROWS"])
     arguments = (
-        x, residual, members, offsets, size, weight, bias, *outputs, eps, tokens, groups, blocks,
+        x, residual, *groups, weight, bias, *outputs, eps, tokens, tokens_out, blocks,
         x.stride(0), x.stride(1), residual.stride(0), residual.stride(1),
     )  # fmt: skip
-    flags = {"SIZED": size is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
+    flags = {"SIZED": groups.size is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
     return norm_rows, (n * blocks,), arguments, {**flags, **meta}
 
 
 def norm_grad_launch(
-    grad_normed: Tensor,
-    grad_y: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    out: Tensor,
+    grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None, out: Tensor,
     affine: bool,
-) -> tuple:
+) -> tuple:  # fmt: skip
     """Return what merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
-    n, groups, dim = grad_normed.shape
-    tokens = members.shape[1]
-    meta = config.norm(dim, groups, grad_normed.dtype, True, affine)
-    blocks = triton.cdiv(groups, meta["ROWS"])
+    n, tokens_out, dim = grad_normed.shape
+    meta = config.norm(dim, tokens_out, grad_normed.dtype, True, affine)
+    blocks = triton.cdiv(tokens_out, meta["ROWS"])
     tiles = n * blocks
     programs = config.norm_programs(tiles, meta) if affine else tiles
     partial = grad_normed.new_empty((programs, 2, dim), dtype=torch.float32) if affine else None
     strides = (*grad_normed.stride()[:2], *((0, 0) if grad_y is None else grad_y.stride()[:2]))
     arguments = (
-        grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, out, partial,
-        tokens, groups, blocks, tiles, programs, *strides,
+        grad_normed, grad_y, *rows, *groups, weight, out, partial, out.shape[1], tokens_out, blocks, tiles, programs,
+        *strides,
     )  # fmt: skip
     flags = {
-        "SIZED": size is not None, "GIVEN": grad_y is not None, "WEIGHT": weight is not None, "AFFINE": affine
+        "SIZED": groups.size is not None, "GIVEN": grad_y is not None, "WEIGHT": weight is not None, "AFFINE": affine
     }  # fmt: skip
     return norm_grad_rows, (programs + n,), arguments, {**flags, **meta}
 
 
 def merge_norm(
-    x: Tensor,
-    residual: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (y, normed, size_out, mean, rstd); see ``stoptome_kernels.reference.merge_norm``."""
-    n, _, dim = x.shape
-    groups = offsets.shape[1] - 1
-    stream = torch.promote_types(x.dtype, residual.dtype)
-    y, normed = (x.new_empty((n, groups, dim), dtype=stream) for _ in range(2))
-    size_out, mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(3))
-    outputs = (y, normed, size_out, mean, rstd)
-    if n * groups > 0:
-        size, weight, bias = (None if t is None else t.contiguous() for t in (size, weight, bias))
+    """See ``Backend.merge_norm``."""
+    y, size_out = empty_merged(x, groups, torch.promote_types(x.dtype, residual.dtype))
+    outputs = (y, torch.empty_like(y), size_out, torch.empty_like(size_out), torch.empty_like(size_out))
+    if size_out.numel() > 0:
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
         kernel, grid, arguments, meta = norm_launch(
-            unit_stride(x),
-            unit_stride(residual),
-            members.contiguous(),
-            offsets.contiguous(),
-            size,
-            weight,
-            bias,
-            outputs,
-            eps,
+            unit_stride(x), unit_stride(residual), contiguous(groups), weight, bias, eps, outputs
         )
         kernel[grid](*arguments, **meta)
     return outputs
 
 
 def merge_norm_backward(
-    grad_normed: Tensor,
-    grad_y: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    affine: bool,
+    grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients (N, T, D) and (2, D); see ``stoptome_kernels.reference.merge_norm_backward``."""
-    n, groups, dim = grad_normed.shape
-    out = grad_normed.new_empty((n, members.shape[1], dim))
-    if n * groups == 0:
-        return out, mean.new_zeros((2 if affine else 0, dim))
-    size, weight = (None if t is None else t.contiguous() for t in (size, weight))
+    """See ``Backend.merge_norm_backward``."""
+    n, tokens_out, dim = grad_normed.shape
+    out = grad_normed.new_empty((n, groups.members.shape[1], dim))
+    if n * tokens_out == 0:
+        return out, rows.mean.new_zeros((2 if affine else 0, dim))
     grad_y = None if grad_y is None else unit_stride(grad_y)
+    weight = None if weight is None else weight.contiguous()
+    rows, groups = MergedRows(*(t.contiguous() for t in rows)), contiguous(groups)
     kernel, grid, arguments, meta = norm_grad_launch(
-        unit_stride(grad_normed), grad_y, y.contiguous(), mean.contiguous(), rstd.contiguous(), members.contiguous(),
-        offsets.contiguous(), size, weight, out, affine,
-    )  # fmt: skip
+        unit_stride(grad_normed), grad_y, rows, groups, weight, out, affine
+    )
     kernel[grid](*arguments, **meta)
     partial = arguments[10]
-    return out, mean.new_empty((0, dim)) if partial is None else partial.sum(0)
+    return out, rows.mean.new_empty((0, dim)) if partial is None else partial.sum(0)

@@ -7,12 +7,12 @@ tiles hold groups of one token alone; these are copied as they are.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit_stride
+from ...layout import empty_merged, unit_stride
+from ...reference import Groups
 from . import config
 
 
@@ -247,84 +247,55 @@ def spread_rows(
         tl.store(out + token[:, None] * D, value, mask=_rows(inside, column, D, BLOCK_D))
 
 
-def reduce_launch(
-    x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, y: Tensor, size_out: Tensor, mode: str
-) -> tuple:
+def reduce_launch(x: Tensor, groups: Groups, y: Tensor, size_out: Tensor, mode: str) -> tuple:
     """Return what reduce runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the
     same."""
     n, tokens, dim = x.shape
-    groups = y.shape[1]
-    meta = config.merge(dim, groups, x.dtype, mode)
-    blocks = triton.cdiv(groups, meta["ROWS"])
-    arguments = (x, members, offsets, size, y, size_out, tokens, groups, blocks, x.stride(0), x.stride(1))
-    return reduce_rows, (n * blocks * meta["CHUNKS"],), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+    tokens_out = y.shape[1]
+    meta = config.merge(dim, tokens_out, x.dtype, mode)
+    blocks = triton.cdiv(tokens_out, meta["ROWS"])
+    arguments = (x, *groups, y, size_out, tokens, tokens_out, blocks, x.stride(0), x.stride(1))
+    flags = {"MODE": mode, "SIZED": groups.size is not None}
+    return reduce_rows, (n * blocks * meta["CHUNKS"],), arguments, {**flags, **meta}
 
 
-def spread_launch(
-    grad: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    out: Tensor,
-    mode: str,
-    x: Tensor | None,
-    y: Tensor | None,
-) -> tuple:
+def spread_launch(grad: Tensor, groups: Groups, out: Tensor, mode: str, x: Tensor | None, y: Tensor | None) -> tuple:
     """Return what spread runs: (kernel, grid, arguments, constants and options)."""
-    n, groups, dim = grad.shape
-    meta = config.merge(dim, groups, grad.dtype, f"grad of {mode}")
-    blocks = triton.cdiv(groups, meta["ROWS"])
+    n, tokens_out, dim = grad.shape
+    meta = config.merge(dim, tokens_out, grad.dtype, f"grad of {mode}")
+    blocks = triton.cdiv(tokens_out, meta["ROWS"])
     strides = (0, 0, 0, 0) if x is None or y is None else (*x.stride()[:2], *y.stride()[:2])
     programs = n * blocks * meta["CHUNKS"]
     arguments = (
-        grad, members, offsets, size, x, y, out, out.shape[1], groups, blocks, programs,
-        grad.stride(0), grad.stride(1), *strides,
+        grad, *groups, x, y, out, out.shape[1], tokens_out, blocks, programs, grad.stride(0), grad.stride(1), *strides
     )  # fmt: skip
-    return spread_rows, (programs + n,), arguments, {"MODE": mode, "SIZED": size is not None, **meta}
+    flags = {"MODE": mode, "SIZED": groups.size is not None}
+    return spread_rows, (programs + n,), arguments, {**flags, **meta}
 
 
-def reduce(
-    x: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    mode: str,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(y, size_out)`` of x (N, T, D), in ``out`` if given; see ``stoptome_kernels.reference.reduce``."""
-    n, _, dim = x.shape
-    groups = offsets.shape[1] - 1
-    y = x.new_empty((n, groups, dim)) if out is None else out[0]
-    size_out = x.new_empty((n, groups), dtype=torch.float32) if out is None else out[1]
-    if n * groups > 0:
-        size = None if size is None else size.contiguous()
-        kernel, grid, arguments, meta = reduce_launch(
-            unit_stride(x), members.contiguous(), offsets.contiguous(), size, y, size_out, mode
-        )
+def contiguous(groups: Groups) -> Groups:
+    """Return groups as the kernels read them."""
+    members, offsets, size = groups
+    return Groups(members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous())
+
+
+def reduce(x: Tensor, groups: Groups, mode: str, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """See ``Backend.reduce``."""
+    y, size_out = empty_merged(x, groups) if out is None else out
+    if size_out.numel() > 0:
+        kernel, grid, arguments, meta = reduce_launch(unit_stride(x), contiguous(groups), y, size_out, mode)
         kernel[grid](*arguments, **meta)
     return y, size_out
 
 
-def spread(
-    grad: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    mode: str,
-    x: Tensor | None = None,
-    y: Tensor | None = None,
-) -> Tensor:
-    """Return the adjoint: (N, T, D) from grad (N, T_out, D); see ``stoptome_kernels.reference.spread``."""
-    n, groups, dim = grad.shape
-    out = grad.new_empty((n, members.shape[1], dim))
-    if n * groups * dim > 0:
+def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    """See ``Backend.spread``."""
+    n, _, dim = grad.shape
+    out = grad.new_empty((n, groups.members.shape[1], dim))
+    if grad.numel() > 0:
         if mode == "max":
             x, y = unit_stride(x), unit_stride(y)  # type: ignore[arg-type]
-        if mode != "mean":
-            size = None
-        kernel, grid, arguments, meta = spread_launch(
-            unit_stride(grad), members.contiguous(), offsets.contiguous(),
-            None if size is None else size.contiguous(), out, mode, x, y,
-        )  # fmt: skip
+        groups = contiguous(groups if mode == "mean" else Groups(groups.members, groups.offsets))
+        kernel, grid, arguments, meta = spread_launch(unit_stride(grad), groups, out, mode, x, y)
         kernel[grid](*arguments, **meta)
     return out

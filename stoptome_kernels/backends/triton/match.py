@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import unit_stride
+from ...layout import empty_plan, unit_stride
 from . import config
 from .similarity import nearest, token_of
 
@@ -289,16 +289,11 @@ _COMPILED = isinstance(match_item, triton.runtime.JITFunction)  # and not interp
 
 
 def launches(
-    metric: Tensor,
-    r: int,
-    protected: int,
-    dest: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    order: Tensor | None = None,
+    metric: Tensor, r: int, protected: int, plan: tuple[Tensor, Tensor, Tensor], order: Tensor | None = None,
     before: Tensor | None = None,
-) -> list[tuple]:
-    """Return what one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order.
+) -> list[tuple]:  # fmt: skip
+    """Return what one matching runs: (kernel, grid, arguments, constants and options) of each launch, in order; with
+    dest, members and offsets to write.
 
     bench/aot_report.py calls this with tensors on the meta device and compiles what it returns.
     """
@@ -314,7 +309,7 @@ def launches(
     meta = config.match(heads, channels, larger, metric.dtype, _COMPILED)
     strides = metric.stride()[:3]
     if meta["item"]:
-        arguments = (metric, dest, members, offsets, order, before, tokens, r, protected, given, *strides)
+        arguments = (metric, *plan, order, before, tokens, r, protected, given, *strides)
         return [(match_item, (n,), arguments, meta["item"])]
 
     best = metric.new_empty(n, sources, dtype=torch.float32)
@@ -323,7 +318,7 @@ def launches(
     arguments = (metric, best, partner, order, tokens, protected, given, blocks, *strides)
     steps = [(score_blocks, (n * blocks,), arguments, meta["score"])]
     blocks = triton.cdiv(larger, meta["plan"]["BLOCK"])
-    arguments = (best, partner, dest, members, offsets, order, before, tokens, r, protected, given, blocks)
+    arguments = (best, partner, *plan, order, before, tokens, r, protected, given, blocks)
     steps.append((plan_blocks, (n * blocks,), arguments, meta["plan"]))
     return steps
 
@@ -331,16 +326,13 @@ def launches(
 def match(
     metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dest, members, offsets)`` of metric (N, H, T, C); see ``stoptome_kernels.reference.match``."""
+    """See ``Backend.match``."""
     metric = unit_stride(metric)
-    n, _, tokens, _ = metric.shape
     before = None
     if order is not None:
         first_b = protected + sources
         before = torch.searchsorted(order[protected:first_b], order[first_b:], out_int32=True)
-    dest = metric.new_empty((n, tokens), dtype=torch.int32)
-    members = metric.new_empty((n, tokens), dtype=torch.int32)
-    offsets = metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
-    for kernel, grid, arguments, meta in launches(metric, r, protected, dest, members, offsets, order, before):
+    plan = empty_plan(metric, r)
+    for kernel, grid, arguments, meta in launches(metric, r, protected, plan, order, before):
         kernel[grid](*arguments, **meta)
-    return dest, members, offsets
+    return plan

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .layout import accumulator_dtype
+from ..layout import accumulator_dtype
 
 
 class Sizes(NamedTuple):

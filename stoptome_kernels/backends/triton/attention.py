@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_heads_last, unit_stride
+from ...layout import empty_heads_last, unit_stride
+from ...reference import AttentionInputs
+from ...reference.attention import keys_ahead, scale_of
 from . import config
 from .merge import _narrowed
 from .similarity import _dot_thirds
@@ -244,147 +246,90 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
 
 
-def attend_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple:
+def attend_launch(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
     """Return what attention runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the
     same."""
-    n, heads, queries, _ = q.shape
-    tokens, ahead, constants = _common(q, k, size, prefix_k)
-    meta = config.attention(queries, ahead + tokens, q.shape[3], q.dtype, _COMPILED)["attend"]
+    q, k, v, size, prefix_k, prefix_v, _ = inputs
+    n, heads, queries, channels = q.shape
+    tokens, ahead = k.shape[2], keys_ahead(inputs)
+    meta = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)["attend"]
     blocks = triton.cdiv(queries, meta["BLOCK_Q"])
     arguments = (
-        q, k, v, size, prefix_k, prefix_v, out, lse, queries, tokens, ahead, _share(n, prefix_k), blocks, scale,
+        q, k, v, size, prefix_k, prefix_v, out, lse, queries, tokens, ahead, _share(inputs), blocks, scale_of(inputs),
         *_strides(q, k, v, prefix_k, prefix_v),
     )  # fmt: skip
-    return attend, (n * heads * blocks,), arguments, {**constants, **meta}
+    return attend, (n * heads * blocks,), arguments, {**_constants(inputs), **meta}
 
 
 def grad_launches(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dprefix_k: Tensor | None,
-    dprefix_v: Tensor | None,
-    out: Tensor,
-    scale: float,
+    grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor, grads: tuple[Tensor | None, ...]
 ) -> list[tuple]:
-    """Return what the gradient runs: (kernel, grid, arguments, constants and options) of each launch, in order."""
+    """Return what the gradient runs: (kernel, grid, arguments, constants and options) of each launch, in order; with
+    the gradients of q, k and v to write, and each item's of prefix_k and prefix_v."""
+    q, k, v, size, prefix_k, prefix_v, _ = inputs
     n, heads, queries, channels = q.shape
-    tokens, ahead, constants = _common(q, k, size, prefix_k)
+    tokens, ahead, constants = k.shape[2], keys_ahead(inputs), _constants(inputs)
     table = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)
-    inputs, numbers = (q, k, v, size, prefix_k, prefix_v, grad, lse), (queries, tokens, ahead, _share(n, prefix_k))
-    strides = _strides(q, k, v, prefix_k, prefix_v, grad)
+    given, numbers = (q, k, v, size, prefix_k, prefix_v, grad, lse), (queries, tokens, ahead, _share(inputs))
+    strides, scale = _strides(q, k, v, prefix_k, prefix_v, grad), scale_of(inputs)
     whole, delta, steps = table["whole"], None, []
     if not whole:
         delta = torch.empty_like(lse)
         blocks = triton.cdiv(queries, table["queries"]["BLOCK_Q"])
-        arguments: tuple = (*inputs, out, dq, delta, *numbers, blocks, scale, *strides, *_strides(out))
+        arguments: tuple = (*given, out, grads[0], delta, *numbers, blocks, scale, *strides, *_strides(out))
         steps = [(grad_queries, (n * heads * blocks,), arguments, {**constants, **table["queries"]})]
     meta = {**constants, "WHOLE": whole is not None, **(whole or table["keys"])}
     blocks = triton.cdiv(ahead + tokens, meta["BLOCK_K"])
-    arguments = (*inputs, delta, dq, dk, dv, dprefix_k, dprefix_v, *numbers, blocks, scale, *strides)
+    arguments = (*given, delta, *grads, *numbers, blocks, scale, *strides)
     return [*steps, (grad_keys, (n * heads * blocks,), arguments, meta)]
 
 
-def _common(q: Tensor, k: Tensor, size: Tensor | None, prefix_k: Tensor | None) -> tuple[int, int, dict]:
-    """Return tokens, keys of the prefix ahead of them, and the constants that all kernels have."""
-    constants = {"D": q.shape[3], "H": q.shape[1], "SIZED": size is not None, "PREFIX": prefix_k is not None}
-    return k.shape[2], 0 if prefix_k is None else prefix_k.shape[2], constants
+def _constants(inputs: AttentionInputs) -> dict:
+    """Return the constants that all kernels have."""
+    _, heads, _, channels = inputs.q.shape
+    return {"D": channels, "H": heads, "SIZED": inputs.size is not None, "PREFIX": inputs.prefix_k is not None}
 
 
-def _share(n: int, prefix_k: Tensor | None) -> int:
+def _share(inputs: AttentionInputs) -> int:
     """Return how many items have the same prefix."""
-    return 1 if prefix_k is None else n // prefix_k.shape[0]
+    return 1 if inputs.prefix_k is None else inputs.q.shape[0] // inputs.prefix_k.shape[0]
 
 
 _COMPILED = isinstance(attend, triton.runtime.JITFunction)  # and not interpreted (TRITON_INTERPRET=1)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(out, lse)``; see ``stoptome_kernels.reference.attention``."""
-    q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
-    n, heads, queries, _ = q.shape
-    out = empty_heads_last(q, n, heads, queries)
-    lse = q.new_empty((n, heads, queries), dtype=torch.float32)
-    kernel, grid, arguments, meta = attend_launch(q, k, v, size, prefix_k, prefix_v, out, lse, scale)
+def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """See ``Backend.attention``."""
+    inputs = _laid_out(inputs)
+    q = inputs.q
+    out, lse = empty_heads_last(q, *q.shape[:3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    kernel, grid, arguments, meta = attend_launch(inputs, out, lse)
     kernel[grid](*arguments, **meta)
     return out, lse
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+    grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return ``(dq, dk, dv, dprefix_k, dprefix_v)``; see ``stoptome_kernels.reference.attention_backward``."""
-    q, k, v, size, prefix_k, prefix_v = _laid_out(q, k, v, size, prefix_k, prefix_v)
-    dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in (q, k, v))
-    shape = None if prefix_k is None else (q.shape[0], *prefix_k.shape[1:])
-    part_k, part_v = (None if shape is None else q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    """See ``Backend.attention_backward``."""
+    inputs = _laid_out(inputs)
+    q, prefix = inputs.q, inputs.prefix_k
+    dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in inputs[:3])
+    shape = None if prefix is None else (q.shape[0], *prefix.shape[1:])
+    parts = [None if shape is None else q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
     for kernel, grid, arguments, meta in grad_launches(
-        unit_stride(grad),
-        q,
-        k,
-        v,
-        size,
-        prefix_k,
-        prefix_v,
-        lse.contiguous(),
-        dq,
-        dk,
-        dv,
-        part_k,
-        part_v,
-        unit_stride(out),
-        scale,
+        unit_stride(grad), inputs, unit_stride(out), lse.contiguous(), (dq, dk, dv, *parts)
     ):
         kernel[grid](*arguments, **meta)
-    if part_k is None or part_v is None:
+    if prefix is None:
         return dq, dk, dv, None, None
-    m = prefix_k.shape[0]
-    dprefix_k, dprefix_v = (part.unflatten(0, (m, -1)).sum(1).to(q.dtype) for part in (part_k, part_v))
-    return dq, dk, dv, dprefix_k, dprefix_v
+    shared = (part.unflatten(0, (prefix.shape[0], -1)).sum(1).to(q.dtype) for part in parts if part is not None)
+    return dq, dk, dv, *shared  # type: ignore[return-value]
 
 
-def _laid_out(q, k, v, size, prefix_k, prefix_v) -> tuple:
-    """Lay tensors out as the kernels ask for; a prefix of no keys becomes None."""
+def _laid_out(inputs: AttentionInputs) -> AttentionInputs:
+    """Return inputs as the kernels read them."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
     size = None if size is None else size.contiguous()
-    return (
-        unit_stride(q),
-        unit_stride(k),
-        unit_stride(v),
-        size,
-        *(None if t is None else unit_stride(t) for t in (prefix_k, prefix_v)),
-    )
+    prefix_k, prefix_v = (None if t is None else unit_stride(t) for t in (prefix_k, prefix_v))
+    return AttentionInputs(unit_stride(q), unit_stride(k), unit_stride(v), size, prefix_k, prefix_v, scale)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...layout import accumulator_dtype
 from .. import frequency
-from ..layout import accumulator_dtype
 from . import config
 
 
@@ -186,3 +186,15 @@ def _met(kernel: torch.Size, sizes: frequency.Sizes) -> tuple[slice, slice]:
 
 def _flat(spectra: Tensor) -> Tensor:
     return torch.view_as_real(spectra).flatten(3, 4)
+
+
+def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``Backend.fft_conv3d``."""
+    return frequency.convolve(Products, x, weight, bias)
+
+
+def fft_conv3d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``Backend.fft_conv3d_backward``."""
+    return frequency.convolve_backward(Products, grad, x, weight, needed)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
+
+A backend is a ``contract.Backend``. Its ``unavailable_reason`` serves the silent choice of ``auto`` and the error of an
+explicit backend, which never falls back.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .contract import Backend
+from .native import Native
+from .reference import Reference
+from .triton import Triton
+
+TRITON, NATIVE, REFERENCE = Triton(), Native(), Reference()
+BACKENDS: dict[str, Backend] = {run.name: run for run in (TRITON, NATIVE, REFERENCE)}  # best first
+
+
+def _asked(name: str) -> str:
+    return os.environ.get("STOPTOME_BACKEND") or "auto" if name == "auto" else name
+
+
+def choose(name: str, tensor: Tensor, attends: tuple[int, int] | None = None) -> Backend:
+    """Return the backend that runs an operator on ``tensor``.
+
+    Args:
+        name: ``auto``, the backend named by ``STOPTOME_BACKEND``, else the best that can run; any other name is taken
+            at its word.
+        tensor: what decides by its device and dtype.
+        attends: numbers of keys and of channels a head, if the operator is attention.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend asked for can't run here.
+    """
+    asked, device, dtype = _asked(name), tensor.device.type, tensor.dtype
+    if asked == "auto":
+        for run in BACKENDS.values():
+            if run.unavailable_reason(device, dtype, explicit=False) is None and (
+                attends is None or run.unsupported_attention(*attends) is None
+            ):
+                return run
+    if asked not in BACKENDS:
+        source = "backend" if asked == name else "the environment variable STOPTOME_BACKEND"
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {asked!r}")
+    run = BACKENDS[asked]
+    reason = run.unavailable_reason(device, dtype, explicit=True)
+    if reason is None and attends is not None:
+        reason = run.unsupported_attention(*attends)
+    if reason is not None:
+        source = f"backend={asked!r}" if asked == name else f"STOPTOME_BACKEND={asked}"
+        raise RuntimeError(f"{source} can't run this: {reason}; backend='auto' takes one that can")
+    return run
+
+
+def choose_attention(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool) -> str:
+    """Return who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its
+    backends.
+
+    Torch's function is the best there is for plain attention (no sizes, no prefix), on a CPU, and where no kernel of
+    ours can run: ``fits`` says whether the shape is one for them. Called as it is, rather than inside the operator, its
+    gradient saves copies and the compiler sees into it. Constant in a traced graph: it depends on the machine and on
+    the environment.
+    """
+    name = _asked(name)
+    if name == "auto":
+        kernels = (run for run in BACKENDS.values() if run.has_attention)
+        ours = any(run.unavailable_reason(device, dtype, explicit=False) is None for run in kernels)
+        return "operator" if fits and not plain and ours else "sdpa"
+    if name == "native" and NATIVE.unavailable_reason(device, dtype, explicit=True) is None:
+        return "sdpa"
+    return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't
+
+
+# what torch.compiler.assume_constant_result does, without its importing the compiler, and Triton with it
+choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend by name, with None if it can run on this machine, else the reason why it can't."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found = {}
+    for name, run in BACKENDS.items():
+        reasons = [run.unavailable_reason(device, torch.float32, explicit=True) for device in devices]
+        found[name] = None if None in reasons else reasons[-1]
+    return found
