@@ -2,7 +2,8 @@
 """Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
 
 A backend is a ``contract.Backend``. Its ``unavailable_reason`` serves the silent choice of ``auto`` and the error of an
-explicit backend, which never falls back.
+explicit backend, which never falls back. As an attribute of the package, ``stoptome_kernels.backends`` is the function
+below: what else is here is imported by ``from stoptome_kernels.backends import …``.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ def choose_attention(name: str, device: str, dtype: torch.dtype, fits: bool, pla
     """
     name = _asked(name)
     if name == "auto":
-        kernels = (run for run in BACKENDS.values() if run.has_attention)
-        ours = any(run.unavailable_reason(device, dtype, explicit=False) is None for run in kernels)
-        return "operator" if fits and not plain and ours else "sdpa"
+        ours = fits and not plain and TRITON.unavailable_reason(device, dtype, explicit=False) is None
+        return "operator" if ours else "sdpa"
     if name == "native" and NATIVE.unavailable_reason(device, dtype, explicit=True) is None:
         return "sdpa"
     return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't

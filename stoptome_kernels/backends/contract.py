@@ -22,11 +22,9 @@ class Backend(ABC):
 
     Attributes:
         name: what ``backend=`` and ``STOPTOME_BACKEND`` call it.
-        has_attention: whether its attention is faster than torch's own where tokens have sizes or a prefix.
     """
 
     name: str
-    has_attention = False
 
     @abstractmethod
     def unavailable_reason(self, device: str, dtype: torch.dtype, explicit: bool) -> str | None:

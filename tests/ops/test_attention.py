@@ -6,6 +6,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 import torch._dynamo.testing
+from stoptome_kernels.reference import AttentionInputs
 
 from support import GPU
 from support.attention import assert_close, assert_exact, eager, exactly, leaves, make, packed
@@ -130,7 +131,7 @@ def test_auto_takes_whatever_can_run(device, tokens):
     arguments = make(9, tokens, 4, 16, device)
     exact = exactly(*leaves(arguments, torch.float64))
     assert_as_exact_as_eager(stk.attention(*arguments), eager(*arguments), exact)
-    composed = stk.ops.attention.sdpa(*arguments, None)
+    composed = stk.ops.attention.sdpa(AttentionInputs(*arguments))
     assert composed.transpose(1, 2).is_contiguous()
     assert_as_exact_as_eager(composed, eager(*arguments), exact)
 
@@ -420,10 +421,10 @@ def test_compile_under_autocast(backend, device):
 
 def test_logarithms_keep_their_bits_under_autocast():
     """The composed path hands float32 logarithms to torch also where autocast would make them bfloat16."""
-    q, k, v, size, *prefix = make(6, 20, 3, 16, "cpu", torch.bfloat16)
-    want = stk.ops.attention.sdpa(q, k, v, size, *prefix, None)
+    inputs = AttentionInputs(*make(6, 20, 3, 16, "cpu", torch.bfloat16))
+    want = stk.ops.attention.sdpa(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(stk.ops.attention.sdpa(q, k, v, size, *prefix, None), want)
+        assert torch.equal(stk.ops.attention.sdpa(inputs), want)
 
 
 def test_fake_and_meta_tensors(backend):

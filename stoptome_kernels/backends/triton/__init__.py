@@ -76,7 +76,6 @@ class Triton(Backend):
     """The kernels of this folder."""
 
     name = "triton"
-    has_attention = True
     match = _operation("match", "match")
     reduce = _operation("merge", "reduce")
     spread = _operation("merge", "spread")
