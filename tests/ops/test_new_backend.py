@@ -29,8 +29,7 @@ class Dense(Reference):
 
     def reduce(self, x, groups, mode, out=None):
         self.called.append(f"reduce {mode}")
-        belongs, size = matrix(groups, mode == "all"), groups.size
-        weights = belongs if size is None else belongs * size[:, None].double()
+        belongs, weights = matrices(groups, mode)
         if mode == "max":
             y = x.double()[:, None].masked_fill(belongs[..., None] == 0, -torch.inf).amax(2)
         else:
@@ -40,21 +39,23 @@ class Dense(Reference):
 
     def spread(self, grad, groups, mode, x=None, y=None):
         self.called.append(f"spread {mode}")
-        shape = (grad.shape[0], groups.members.shape[1], grad.shape[2])
-        leaf = (grad.new_zeros(shape) if x is None else x.detach().clone()).requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(self.reduce(leaf, groups, mode)[0], leaf, grad)[0]
+        belongs, weights = matrices(groups, mode)
+        if mode == "max":
+            hit = (x[:, None] == y[:, :, None]) & (belongs[..., None] > 0)
+            return ((hit & (hit.cumsum(2) == 1)) * grad[:, :, None]).sum(1)
+        share = weights / weights.sum(-1, keepdim=True) if mode == "mean" else belongs
+        return (share.mT @ grad.double()).to(grad.dtype)
 
 
-def matrix(groups, weightless: bool) -> Tensor:
-    """Return ``(N, T_out, T)`` float64: 1 where a token is a member of a group."""
-    members, offsets, _ = groups
-    found = torch.zeros(members.shape[0], offsets.shape[1] - 1, members.shape[1], dtype=torch.float64)
-    for item in range(found.shape[0]):
-        for group in range(found.shape[1]):
+def matrices(groups, mode: str) -> tuple[Tensor, Tensor]:
+    """Return ``(N, T_out, T)`` float64: 1 where a token is a member of a group, and its size there."""
+    members, offsets, size = groups
+    belongs = torch.zeros(members.shape[0], offsets.shape[1] - 1, members.shape[1], dtype=torch.float64)
+    for item in range(belongs.shape[0]):
+        for group in range(belongs.shape[1]):
             for code in members[item, offsets[item, group] : offsets[item, group + 1]].tolist():
-                found[item, group, code if code >= 0 else ~code] = float(weightless or code >= 0)
-    return found
+                belongs[item, group, max(code, ~code)] = float(mode == "all" or code >= 0)
+    return belongs, belongs if size is None else belongs * size[:, None].double()
 
 
 @pytest.fixture
