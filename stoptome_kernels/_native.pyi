@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# csrc/cpu/binding.cpp; private: stoptome_kernels.dispatch.native checks what it passes
+# csrc/cpu/binding.cpp; private: stoptome_kernels.backends.native checks what it passes
 
 _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
-_Groups = tuple[int, int, int, int, int]  # members, offsets; items, tokens in, tokens out
+_Groups = tuple[int, int, int, int, int, _Strided]  # members, offsets; items, tokens in, tokens out; sizes
 
 INTERFACE: int
 CONV_BLOCK: int
@@ -12,20 +12,20 @@ def match(
     sources: int, plan: tuple[int, int, int], threads: int,
 ) -> None: ...
 def reduce(
-    x: _Strided, y: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, size: _Strided, size_out: int,
+    x: _Strided, y: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, size_out: int,
     fresh: bool, threads: int,
 ) -> None: ...
 def spread(
-    grad: _Strided, out: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, size: _Strided, x: _Strided,
+    grad: _Strided, out: _Strided, dtype: int, mode: int, groups: _Groups, dim: int, x: _Strided,
     y: _Strided, threads: int,
 ) -> None: ...
 def merge_norm(
     x: _Strided, residual: _Strided, y: _Strided, normed: _Strided, dtype: int, groups: _Groups, dim: int,
-    size: _Strided, size_out: int, weight: int, bias: int, eps: float, mean: int, rstd: int, threads: int,
+    size_out: int, weight: int, bias: int, eps: float, mean: int, rstd: int, threads: int,
 ) -> None: ...
 def merge_norm_backward(
     grad_normed: _Strided, grad_y: _Strided, y: _Strided, out: _Strided, dtype: int, groups: _Groups, dim: int,
-    size: _Strided, mean: int, rstd: int, weight: int, affine: int, threads: int,
+    mean: int, rstd: int, weight: int, affine: int, threads: int,
 ) -> None: ...
 def conv(
     shape: tuple[tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]], dtype: int, x: int, y: int,

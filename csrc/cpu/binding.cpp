@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module stoptome_kernels._native. It takes addresses, sizes and strides instead of tensors, so that it needs
-// no torch header and one binary serves every torch version. stoptome_kernels/dispatch/native.py checks shapes, dtypes
+// no torch header and one binary serves every torch version. stoptome_kernels/backends/native.py checks shapes, dtypes
 // and devices before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,20 +35,23 @@ std::atomic<int64_t> stream_bytes{int64_t(8) << 20};
 // one fault for 2 MiB instead of 512: on one machine filling 53 MiB took 2.8 ms instead of 14.
 std::atomic<int64_t> huge_bytes{int64_t(4) << 20};
 
+template <class T>
+T *pointer(uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
 void expect_writes(uintptr_t out, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < huge_bytes) return;
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (out + page - 1) & ~(page - 1), end = (out + uintptr_t(bytes)) & ~(page - 1);
-  (void)madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
+  (void)madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
 #else
   (void)out, (void)bytes;
 #endif
 }
 
-void expect_writes(const Rows &out, int64_t bytes) {
-  expect_writes(reinterpret_cast<uintptr_t>(out.data), bytes);
-}
+void expect_writes(const Rows &out, int64_t bytes) { expect_writes(reinterpret_cast<uintptr_t>(out.data), bytes); }
 
 int64_t element_bytes(int dtype) { return dtype == int(Dtype::f64) ? 8 : dtype == int(Dtype::f32) ? 4 : 2; }
 int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
@@ -206,39 +209,52 @@ void in_ranges(int64_t count, int64_t bytes, int threads, Run run) {
       &run);
 }
 
-using GroupsAt =
-    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // members, offsets; items, tokens in, out
+using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, stride of an item, stride of a row
+// members, offsets; items, tokens in, tokens out; sizes
+using GroupsAt = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, Strided>;
+
+Rows rows(const Strided &s) { return {pointer<void>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
 // The groups of a plan, copied and checked; raises IndexError for a plan that is damaged.
 class CheckedGroups {
  public:
-  CheckedGroups(const GroupsAt &at, int threads)
-      : CheckedGroups(std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at), threads) {}
+  CheckedGroups(const GroupsAt &at, int threads) : CheckedGroups(given(at), threads) {}
   operator const Groups &() const { return groups_; }
 
  private:
-  CheckedGroups(uintptr_t members, uintptr_t offsets, int64_t items, int64_t tokens_in, int64_t tokens_out, int threads)
-      : seen_at_(align64(4 * items * (tokens_in + tokens_out + 1))),
-        memory_(seen_at_ + std::max(threads, 1) * align64(tokens_in)) {
-    int32_t *const new_members = reinterpret_cast<int32_t *>(memory_.data());
-    int32_t *const new_offsets = new_members + items * tokens_in;
-    groups_ = {reinterpret_cast<const int32_t *>(members), reinterpret_cast<const int32_t *>(offsets), items, tokens_in,
-               tokens_out};
-    std::atomic<int64_t> damaged{items};
-    in_ranges(items, 4 * (tokens_in + tokens_out), threads, [&](int64_t begin, int64_t end, int thread) {
-      char *const seen = memory_.data() + seen_at_ + thread * align64(tokens_in);
-      const int64_t found =
-          copy_groups(groups_, new_members, new_offsets, reinterpret_cast<uint8_t *>(seen), begin, end);
+  static Groups given(const GroupsAt &at) {
+    const auto [members, offsets, items, tokens_in, tokens_out, sizes] = at;
+    const auto [size, item, token] = sizes;
+    return {pointer<const int32_t>(members),
+            pointer<const int32_t>(offsets),
+            items,
+            tokens_in,
+            tokens_out,
+            pointer<const float>(size),
+            item,
+            token};
+  }
+
+  CheckedGroups(const Groups &from, int threads)
+      : seen_at_(align64(4 * from.items * (from.tokens_in + from.tokens_out + 1))),
+        memory_(seen_at_ + std::max(threads, 1) * align64(from.tokens_in)),
+        groups_(from) {
+    int32_t *const members = reinterpret_cast<int32_t *>(memory_.data());
+    int32_t *const offsets = members + from.items * from.tokens_in;
+    std::atomic<int64_t> damaged{from.items};
+    in_ranges(from.items, 4 * (from.tokens_in + from.tokens_out), threads, [&](int64_t begin, int64_t end, int thread) {
+      uint8_t *const seen = reinterpret_cast<uint8_t *>(memory_.data()) + seen_at_ + thread * align64(from.tokens_in);
+      const int64_t found = copy_groups(from, members, offsets, seen, begin, end);
       int64_t first = damaged;  // of all items, whatever the threads
       while (found < end && found < first && !damaged.compare_exchange_weak(first, found)) {
       }
     });
-    if (damaged < items)
+    if (damaged < from.items)
       throw py::index_error("plan is damaged: the groups of item " + std::to_string(damaged) +
-                            " don't hold each of its " + std::to_string(tokens_in) +
+                            " don't hold each of its " + std::to_string(from.tokens_in) +
                             " tokens once; it was changed after match(), or was not made by it");
-    groups_.members = new_members;
-    groups_.offsets = new_offsets;
+    groups_.members = members;
+    groups_.offsets = offsets;
   }
 
   const int64_t seen_at_;
@@ -253,54 +269,30 @@ void over_rows(const Args &args, void (*run)(const Args &, int64_t, int64_t), in
             [&](int64_t begin, int64_t end, int) { run(args, begin, end); });
 }
 
-using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, stride of an item, stride of a row
-
-Rows rows(const Strided &s) { return {reinterpret_cast<void *>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
-
-void reduce(Strided x, Strided y, int dtype, int mode, GroupsAt at, int64_t dim, Strided size, uintptr_t size_out,
-            bool fresh, int threads) {
+void reduce(Strided x, Strided y, int dtype, int mode, GroupsAt at, int64_t dim, uintptr_t size_out, bool fresh,
+            int threads) {
   const CheckedGroups checked(at, threads);
   const Groups &groups = checked;
   const int64_t bytes = groups.items * groups.tokens_out * dim * element_bytes(dtype);
-  ReduceArgs args{rows(x),
-                  rows(y),
-                  Dtype(dtype),
-                  Mode(mode),
-                  groups,
-                  dim,
-                  reinterpret_cast<const float *>(std::get<0>(size)),
-                  std::get<1>(size),
-                  std::get<2>(size),
-                  reinterpret_cast<float *>(size_out),
-                  bytes > stream_bytes};
+  ReduceArgs args{
+      rows(x), rows(y), Dtype(dtype), Mode(mode), groups, dim, pointer<float>(size_out), bytes > stream_bytes};
   if (fresh) expect_writes(args.y, bytes);  // leave caller-owned memory alone
   over_rows(args, kernels().merge->reduce, threads);
 }
 
-void spread(Strided grad, Strided out, int dtype, int mode, GroupsAt at, int64_t dim, Strided size, Strided x,
-            Strided y, int threads) {
+void spread(Strided grad, Strided out, int dtype, int mode, GroupsAt at, int64_t dim, Strided x, Strided y,
+            int threads) {
   const CheckedGroups checked(at, threads);
   const Groups &groups = checked;
   const int64_t bytes = groups.items * groups.tokens_in * dim * element_bytes(dtype);
-  SpreadArgs args{rows(grad),
-                  rows(out),
-                  Dtype(dtype),
-                  Mode(mode),
-                  groups,
-                  dim,
-                  reinterpret_cast<const float *>(std::get<0>(size)),
-                  std::get<1>(size),
-                  std::get<2>(size),
-                  rows(x),
-                  rows(y),
-                  bytes > stream_bytes};
+  SpreadArgs args{rows(grad), rows(out), Dtype(dtype), Mode(mode), groups, dim, rows(x), rows(y), bytes > stream_bytes};
   expect_writes(args.out, bytes);
   over_rows(args, kernels().merge->spread, threads);
 }
 
 void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtype, GroupsAt at, int64_t dim,
-                Strided size, uintptr_t size_out, uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean,
-                uintptr_t rstd, int threads) {
+                uintptr_t size_out, uintptr_t weight, uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd,
+                int threads) {
   const CheckedGroups checked(at, threads);
   const Groups &groups = checked;
   const int64_t bytes = groups.items * groups.tokens_out * dim * element_bytes(dtype);
@@ -311,15 +303,12 @@ void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtyp
                 Dtype(dtype),
                 groups,
                 dim,
-                reinterpret_cast<const float *>(std::get<0>(size)),
-                std::get<1>(size),
-                std::get<2>(size),
-                reinterpret_cast<float *>(size_out),
-                reinterpret_cast<const void *>(weight),
-                reinterpret_cast<const void *>(bias),
+                pointer<float>(size_out),
+                pointer<const void>(weight),
+                pointer<const void>(bias),
                 eps,
-                reinterpret_cast<void *>(mean),
-                reinterpret_cast<void *>(rstd),
+                pointer<void>(mean),
+                pointer<void>(rstd),
                 bytes > stream_bytes};
   expect_writes(args.y, bytes);
   expect_writes(args.normed, bytes);
@@ -333,8 +322,7 @@ void merge_norm(Strided x, Strided residual, Strided y, Strided normed, int dtyp
 }
 
 void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided out, int dtype, GroupsAt at,
-                         int64_t dim, Strided size, uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t affine,
-                         int threads) {
+                         int64_t dim, uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t affine, int threads) {
   const CheckedGroups checked(at, threads);
   const Groups &groups = checked;
   // how rows are added up to the gradients of weight and bias must not depend on the number of threads
@@ -354,13 +342,10 @@ void merge_norm_backward(Strided grad_normed, Strided grad_y, Strided y, Strided
                     Dtype(dtype),
                     groups,
                     dim,
-                    reinterpret_cast<const float *>(std::get<0>(size)),
-                    std::get<1>(size),
-                    std::get<2>(size),
-                    reinterpret_cast<const void *>(mean),
-                    reinterpret_cast<const void *>(rstd),
-                    reinterpret_cast<const void *>(weight),
-                    reinterpret_cast<void *>(affine),
+                    pointer<const void>(mean),
+                    pointer<const void>(rstd),
+                    pointer<const void>(weight),
+                    pointer<void>(affine),
                     affine ? memory.data() : nullptr,
                     block_rows,
                     bytes > stream_bytes};
@@ -387,12 +372,12 @@ void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintp
   const int64_t groups = std::clamp<int64_t>(2 * team / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(outputs, 1));
   const ConvArgs args{{inputs, outputs, taps, height, frames_in, frames_out, shift, rows, columns},
                       Dtype(dtype),
-                      reinterpret_cast<const void *>(x),
-                      reinterpret_cast<void *>(y),
-                      reinterpret_cast<const void *>(std::get<0>(waves)),
-                      reinterpret_cast<const void *>(std::get<1>(waves)),
-                      reinterpret_cast<const void *>(filters),
-                      reinterpret_cast<void *>(filters_grad),
+                      pointer<const void>(x),
+                      pointer<void>(y),
+                      pointer<const void>(std::get<0>(waves)),
+                      pointer<const void>(std::get<1>(waves)),
+                      pointer<const void>(filters),
+                      pointer<void>(filters_grad),
                       groups};
   const ConvKernels &run = *kernels().conv;
   const int64_t piece = align64(run.scratch(args));
@@ -411,8 +396,8 @@ void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintp
 }  // namespace stk
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.dispatch.";
-  m.attr("INTERFACE") = 3;  // of the arguments below; dispatch/native.py asks for it
+  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.backends.";
+  m.attr("INTERFACE") = 4;  // of the arguments below; backends/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

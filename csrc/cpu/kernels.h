@@ -42,6 +42,8 @@ struct Groups {
   const int32_t *members;  // ~i stands for a token i of weight 0
   const int32_t *offsets;
   int64_t items, tokens_in, tokens_out;
+  const float *size;  // of each token; null: all ones
+  int64_t size_stride_item, size_stride_token;
 };
 
 struct Rows {
@@ -55,8 +57,6 @@ struct ReduceArgs {
   Mode mode;
   Groups groups;
   int64_t dim;
-  const float *size;  // null: all ones
-  int64_t size_stride_item, size_stride_token;
   float *size_out;  // (N, T_out) contiguous
   bool stream;      // write around the caches
 };
@@ -67,8 +67,6 @@ struct SpreadArgs {
   Mode mode;
   Groups groups;
   int64_t dim;
-  const float *size;
-  int64_t size_stride_item, size_stride_token;
   Rows x, y;  // Mode::max only
   bool stream;
 };
@@ -79,8 +77,6 @@ struct NormArgs {
   Dtype dtype;
   Groups groups;
   int64_t dim;
-  const float *size;
-  int64_t size_stride_item, size_stride_token;
   float *size_out;            // (N, T_out) contiguous, as mean and rstd
   const void *weight, *bias;  // (D,) wide; null: none
   double eps;
@@ -93,8 +89,6 @@ struct NormGradArgs {
   Dtype dtype;
   Groups groups;
   int64_t dim;
-  const float *size;
-  int64_t size_stride_item, size_stride_token;
   const void *mean, *rstd, *weight;  // wide; weight may be null
   void *affine;                      // (2, D) wide, the gradients of weight and bias; null: not wanted
   void *partial;                     // (blocks, 2, D) wide, of block_rows rows each; null with affine

@@ -53,8 +53,8 @@ void reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
     const Group g = group_of(args.groups, item, output, mode == Mode::all);
     const T *x = row_of<T>(args.x, item, 0);
     T *y = row_of<T>(args.y, item, output);
-    const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
-    const Real total = weight_of<Real>(g, size, args.size_stride_token, mode == Mode::all);
+    const float *size = sizes_of(args.groups, item);
+    const Real total = weight_of<Real>(g, size, args.groups.size_stride_token, mode == Mode::all);
     args.size_out[row] = float(total);
     prefetch_after<T>(args, g, item);
     if (g.valid == 1) {
@@ -62,9 +62,9 @@ void reduce_rows(const ReduceArgs &args, int64_t begin, int64_t end) {
     } else {
       int64_t d = 0;
       for (; d + step <= args.dim; d += step)
-        reduce_span<T, true, mode>(g, x, args.x.stride_row, size, args.size_stride_token, total, d, y);
+        reduce_span<T, true, mode>(g, x, args.x.stride_row, size, args.groups.size_stride_token, total, d, y);
       for (; d < args.dim; ++d)
-        reduce_span<T, false, mode>(g, x, args.x.stride_row, size, args.size_stride_token, total, d, y);
+        reduce_span<T, false, mode>(g, x, args.x.stride_row, size, args.groups.size_stride_token, total, d, y);
     }
     if (++output == args.groups.tokens_out) {
       output = 0;
@@ -103,11 +103,11 @@ void spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const Group g = group_of(args.groups, item, output, mode == Mode::all);
     const T *grad = row_of<T>(args.grad, item, output);
-    const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
+    const float *size = sizes_of(args.groups, item);
     if (mode == Mode::max && g.count > 1) {
       spread_max<T>(args, g, item, output, grad);
     } else {
-      const Real total = weight_of<Real>(g, size, args.size_stride_token, false);
+      const Real total = weight_of<Real>(g, size, args.groups.size_stride_token, false);
       for (int64_t k = 0; k < g.count; ++k) {
         const int64_t token = token_of(g.member[k]);
         T *out = row_of<T>(args.out, item, token);
@@ -116,7 +116,7 @@ void spread_rows(const SpreadArgs &args, int64_t begin, int64_t end) {
         } else if (mode != Mode::mean || g.valid == 1) {
           copy_row(out, grad, bytes, args.stream);
         } else {
-          const Real share = (size ? Real(size[token * args.size_stride_token]) : Real(1)) / total;
+          const Real share = (size ? Real(size[token * args.groups.size_stride_token]) : Real(1)) / total;
           int64_t d = 0;
           for (; d + step <= args.dim; d += step) store(out + d, share * load(grad + d));
           for (; d < args.dim; ++d) out[d] = narrow(share * widen(grad[d]), T{});

@@ -49,7 +49,7 @@ template <class T>
 STK_INLINE typename WideOf<T>::type merged_row(const NormArgs &args, const Group &g, int64_t item, T *y) {
   using Real = typename WideOf<T>::type;
   const T *x = row_of<T>(args.x, item, 0), *residual = row_of<T>(args.residual, item, 0);
-  const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
+  const float *size = sizes_of(args.groups, item);
   const int64_t x_stride = args.x.stride_row, residual_stride = args.residual.stride_row;
   Sum<Real> sum;
   if (g.valid == 1) {
@@ -61,14 +61,14 @@ STK_INLINE typename WideOf<T>::type merged_row(const NormArgs &args, const Group
     });
     return Sum<Real>::of(sum);
   }
-  const Real total = weight_of<Real>(g, size, args.size_stride_token, false);
+  const Real total = weight_of<Real>(g, size, args.groups.size_stride_token, false);
   along<T>(args.dim, [&](int64_t d, auto span, int part) __attribute__((always_inline)) {
     typename decltype(span)::wide v = {};
     for (int64_t k = 0; k < g.count; ++k) {
       const int64_t token = g.member[k];
       if (token < 0) continue;
       const auto h = span.get(x + token * x_stride + d) + span.get(residual + token * residual_stride + d);
-      v += size ? Real(size[token * args.size_stride_token]) * h : h;
+      v += size ? Real(size[token * args.groups.size_stride_token]) * h : h;
     }
     v /= total;
     span.put(y + d, v);
@@ -87,8 +87,8 @@ void forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t en
   int64_t item = begin / args.groups.tokens_out, output = begin % args.groups.tokens_out;
   for (int64_t row = begin; row < end; ++row) {
     const Group g = group_of(args.groups, item, output, false);
-    const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
-    args.size_out[row] = float(weight_of<Real>(g, size, args.size_stride_token, false));
+    const float *size = sizes_of(args.groups, item);
+    args.size_out[row] = float(weight_of<Real>(g, size, args.groups.size_stride_token, false));
 
     // rows that go around the caches are made in the scratch, which never leaves them
     T *const y_out = row_of<T>(args.y, item, output), *const normed_out = row_of<T>(args.normed, item, output);
@@ -172,8 +172,8 @@ void backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64
     int64_t item = first / args.groups.tokens_out, output = first % args.groups.tokens_out;
     for (int64_t row = first; row < last; ++row) {
       const Group g = group_of(args.groups, item, output, false);
-      const float *size = args.size ? args.size + item * args.size_stride_item : nullptr;
-      const Real total = weight_of<Real>(g, size, args.size_stride_token, false);
+      const float *size = sizes_of(args.groups, item);
+      const Real total = weight_of<Real>(g, size, args.groups.size_stride_token, false);
       row_gradient<T, Real>(args, item, output, row, given, to_weight, to_weight ? to_weight + dim : nullptr);
       for (int64_t k = 0; k < g.count; ++k) {
         T *const out = row_of<T>(args.out, item, token_of(g.member[k]));
@@ -182,7 +182,7 @@ void backward_rows(const NormGradArgs &args, void *scratch, int64_t begin, int64
           continue;
         }
         Real share = 1;
-        if (g.valid != 1) share = (size ? Real(size[g.member[k] * args.size_stride_token]) : Real(1)) / total;
+        if (g.valid != 1) share = (size ? Real(size[g.member[k] * args.groups.size_stride_token]) : Real(1)) / total;
         T *const made = args.stream ? narrowed : out;
         along<T>(dim, [&](int64_t d, auto span, int) __attribute__((always_inline)) {
           using Wide = Span<Real, decltype(span)::step != 1>;

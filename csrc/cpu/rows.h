@@ -66,6 +66,10 @@ struct Group {
 
 STK_INLINE int64_t token_of(int32_t member) { return member < 0 ? ~member : member; }
 
+STK_INLINE const float *sizes_of(const Groups &groups, int64_t item) {
+  return groups.size ? groups.size + item * groups.size_stride_item : nullptr;
+}
+
 STK_INLINE Group group_of(const Groups &g, int64_t item, int64_t output, bool all) {
   const int32_t *offset = g.offsets + item * (g.tokens_out + 1) + output;
   Group out{g.members + item * g.tokens_in + offset[0], offset[1] - offset[0], 0, 0};

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
-    if getattr(_native, "INTERFACE", 1) != 3:
+    if getattr(_native, "INTERFACE", 1) != 4:
         _missing = "the native kernels are of another version of this package; reinstall: pip install -v ."
     # one pool of threads in the process: the OpenMP runtime that torch itself depends on
     _native.use_openmp_of(torch._C.__file__)
@@ -60,8 +60,8 @@ class Native(Backend):
         x, groups = unit_stride(x), _laid_out(groups)
         y, size_out = empty_merged(x, groups) if out is None else out
         _native.reduce(
-            _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], _addresses(groups), x.shape[2], _rows(groups.size),
-            size_out.data_ptr(), out is None, torch.get_num_threads(),
+            _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], _addresses(groups), x.shape[2], size_out.data_ptr(),
+            out is None, torch.get_num_threads(),
         )  # fmt: skip
         return y, size_out
 
@@ -73,7 +73,7 @@ class Native(Backend):
         x, y = (None if t is None else unit_stride(t) for t in (x, y))
         _native.spread(
             _rows(grad), _rows(out), _DTYPES[grad.dtype], _MODES[mode], _addresses(groups), grad.shape[2],
-            _rows(groups.size), _rows(x), _rows(y), torch.get_num_threads(),
+            _rows(x), _rows(y), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -89,7 +89,7 @@ class Native(Backend):
         mean, rstd = (torch.empty_like(size_out, dtype=wide) for _ in range(2))
         _native.merge_norm(
             _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], _addresses(groups), x.shape[2],
-            _rows(groups.size), size_out.data_ptr(), _address(weight), _address(bias), eps, mean.data_ptr(),
+            size_out.data_ptr(), _address(weight), _address(bias), eps, mean.data_ptr(),
             rstd.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y, normed, size_out, mean, rstd
@@ -107,7 +107,7 @@ class Native(Backend):
         sums = mean.new_empty((2 if affine else 0, dim))
         _native.merge_norm_backward(
             _rows(grad_normed), _rows(grad_y), _rows(y), _rows(grad), _DTYPES[grad.dtype], _addresses(groups), dim,
-            _rows(groups.size), mean.data_ptr(), rstd.data_ptr(), _address(weight), sums.data_ptr() if affine else 0,
+            mean.data_ptr(), rstd.data_ptr(), _address(weight), sums.data_ptr() if affine else 0,
             torch.get_num_threads(),
         )  # fmt: skip
         return grad, sums
@@ -154,10 +154,10 @@ def _laid_out(groups: Groups) -> Groups:
     return Groups(groups.members.contiguous(), groups.offsets.contiguous(), groups.size)
 
 
-def _addresses(groups: Groups) -> tuple[int, int, int, int, int]:
+def _addresses(groups: Groups) -> tuple[int, int, int, int, int, tuple[int, int, int]]:
     """Return groups, laid out, as the kernels take them."""
-    items, tokens_in = groups.members.shape
-    return groups.members.data_ptr(), groups.offsets.data_ptr(), items, tokens_in, groups.offsets.shape[1] - 1
+    members, offsets, size = groups
+    return members.data_ptr(), offsets.data_ptr(), *members.shape, offsets.shape[1] - 1, _rows(size)
 
 
 def _queries_keys_values(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
