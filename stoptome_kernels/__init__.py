@@ -19,8 +19,8 @@ except ImportError as error:
         "in it, or leave the folder to use an installed copy"
     ) from error
 
+from ._backends import backends
 from .api import attention, fft_conv3d, match, merge, merge_norm, unmerge
-from .backends import backends
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
 from .tome.config import ToMeConfig, add_tome_args

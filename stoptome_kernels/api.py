@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, onnx, ops, reference
-from .backends import choose, choose_attention
+from ._backends import choose, choose_attention
 from .plan import MergePlan
 
 

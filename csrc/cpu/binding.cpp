@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module stoptome_kernels._native. It takes addresses, sizes and strides instead of tensors, so that it needs
-// no torch header and one binary serves every torch version. stoptome_kernels/backends/native.py checks shapes, dtypes
+// no torch header and one binary serves every torch version. stoptome_kernels/_backends/native.py checks shapes, dtypes
 // and devices before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -396,8 +396,8 @@ void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintp
 }  // namespace stk
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels.backends.";
-  m.attr("INTERFACE") = 4;  // of the arguments below; backends/native.py asks for it
+  m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels._backends.";
+  m.attr("INTERFACE") = 4;  // of the arguments below; _backends/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

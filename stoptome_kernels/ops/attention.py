@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..backends import TRITON, choose
+from .._backends import TRITON, choose
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from ..reference import AttentionInputs
 from ..reference.attention import keys_ahead

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import choose
+from .._backends import choose
 from ..layout import accumulator_dtype
 from .library import define, gradient, no_gradient
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import choose
+from .._backends import choose
 from ..layout import empty_merged, empty_plan
 from ..reference import Groups, arrange, cap_r, identity, winners
 from .library import define, gradient

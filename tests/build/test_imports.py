@@ -19,7 +19,7 @@ ORDER = """
     tome
     api
     ops
-    backends
+    _backends
     plan
     checks onnx
     layout

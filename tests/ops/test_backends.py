@@ -8,7 +8,7 @@ import sys
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.backends import NATIVE, choose, native
+from stoptome_kernels._backends import NATIVE, choose, native
 
 from support import GPU
 
@@ -113,7 +113,7 @@ def test_without_native_kernels_the_reference_runs():
 import sys
 sys.modules["stoptome_kernels._native"] = None  # as if it had not been built
 import torch, stoptome_kernels as stk
-from stoptome_kernels.backends import choose
+from stoptome_kernels._backends import choose
 assert "not built" in stk.backends()["native"], stk.backends()
 x = torch.randn(2, 9, 4)
 assert choose("auto", x).name == "reference"

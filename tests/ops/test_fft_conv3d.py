@@ -8,7 +8,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
-from stoptome_kernels.backends import frequency, native
+from stoptome_kernels._backends import frequency, native
 
 from support.helpers import ROUNDOFF, dtypes_of
 
@@ -62,7 +62,7 @@ def test_parity(backend, device, shape, outputs, kernel):
 def test_pieces(name, monkeypatch):
     """Whatever fits in the memory for spectra: frames one by one, pieces with edges on both sides, several videos."""
     in_triton = name == "triton"
-    products = pytest.importorskip("stoptome_kernels.backends.triton.conv").Products if in_triton else native._Products
+    products = pytest.importorskip("stoptome_kernels._backends.triton.conv").Products if in_triton else native._Products
     parts = given((3, 2, 7, 6, 10), 3, (5, 3, 5))
     want = with_grads(exact, parts)
     seen = []

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fourth backend, by the recipe in docs/dev/architecture.md."""
 
-import sys
-
 import pytest
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels import checks
-from stoptome_kernels.backends import BACKENDS
-from stoptome_kernels.backends.contract import Backend
-from stoptome_kernels.backends.reference import Reference
+from stoptome_kernels._backends import BACKENDS
+from stoptome_kernels._backends.contract import Backend
+from stoptome_kernels._backends.reference import Reference
 from torch import Tensor
 
 
@@ -62,7 +60,7 @@ def matrices(groups, mode: str) -> tuple[Tensor, Tensor]:
 def dense(monkeypatch):
     """Register the backend, best of all."""
     run = Dense()
-    monkeypatch.setattr(sys.modules["stoptome_kernels.backends"], "BACKENDS", {run.name: run, **BACKENDS})
+    monkeypatch.setattr("stoptome_kernels._backends.BACKENDS", {run.name: run, **BACKENDS})
     monkeypatch.setattr(checks, "BACKENDS", (*checks.BACKENDS, run.name))
     return run
 

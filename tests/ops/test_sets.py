@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.backends import BACKENDS
+from stoptome_kernels._backends import BACKENDS
 from stoptome_kernels.reference import arrange
 
 from support.helpers import ROUNDOFF, assert_valid, dtypes_of, examples, groups

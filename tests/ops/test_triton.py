@@ -8,7 +8,9 @@ import torch
 from support import GPU
 from support.helpers import ROUNDOFF, assert_valid, similarity_gap
 
-config = pytest.importorskip("stoptome_kernels.backends.triton.config", reason="Triton has no packages for this system")
+config = pytest.importorskip(
+    "stoptome_kernels._backends.triton.config", reason="Triton has no packages for this system"
+)
 
 pytestmark = pytest.mark.skipif(GPU, reason="on a GPU the kernels choose these paths by shape: see test_gpu.py")
 
@@ -170,7 +172,7 @@ def test_tiles_cover_what_they_must(dtype):
 
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all keys, else two."""
-    from stoptome_kernels.backends.triton import attention
+    from stoptome_kernels._backends.triton import attention
 
     for dtype, tokens, backward in ((torch.bfloat16, 54, 1), (torch.bfloat16, 197, 2), (torch.float32, 54, 2)):
         q = torch.empty(2, 12, tokens, 64, dtype=dtype, device="meta")
@@ -182,7 +184,7 @@ def test_launches_of_attention():
 
 def test_launches():
     """One launch to match while the sources fit a tile, two beyond; merging takes one more."""
-    from stoptome_kernels.backends.triton import match
+    from stoptome_kernels._backends.triton import match
 
     for tokens, most in ((54, 1), (197, 1), (257, 1), (577, 2), (4097, 2)):
         for heads, channels in ((12, 64), (12, 80), (1, 768)):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from stoptome_kernels.backends import choose
+from stoptome_kernels._backends import choose
 
 from . import checkpoint, indexing, options, recipes, search, state, synthetic, terminal
 from .annotations import load

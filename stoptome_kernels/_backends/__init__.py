@@ -2,8 +2,7 @@
 """Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
 
 A backend is a ``contract.Backend``. Its ``unavailable_reason`` serves the silent choice of ``auto`` and the error of an
-explicit backend, which never falls back. As an attribute of the package, ``stoptome_kernels.backends`` is the function
-below: what else is here is imported by ``from stoptome_kernels.backends import …``.
+explicit backend, which never falls back. ``stoptome_kernels.backends`` is the function below.
 """
 
 from __future__ import annotations
