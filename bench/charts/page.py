@@ -25,9 +25,8 @@ class Chart(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """One kind of rows: the folder they are in, what makes them, and what is made of them."""
+    """One kind of rows, which lie in the folder of bench/results by its name: what makes them, what is made of them."""
 
-    folder: str  # below bench/results
     command: str
     key: str  # what rows of this kind have and no others
     tables: Callable[[list[dict]], list[str]]
@@ -37,30 +36,30 @@ class Kind(NamedTuple):
 
 KINDS = {
     "operators": Kind(
-        ".", "python bench/merge.py --json bench/results", "speedup_vs_eager", operators.tables,
+        "python bench/merge.py --json bench/results/operators", "speedup_vs_eager", operators.tables,
         (Chart("operators", "Speed of match and merge over eager PyTorch", operators.chart),),
     ),
-    "fused": Kind("fused", "python bench/fused.py --json bench/results/fused", "times_base", operators.fused_tables),
+    "fused": Kind("python bench/fused.py --json bench/results/fused", "times_base", operators.fused_tables),
     "blocks": Kind(
-        "blocks", "python bench/blocks.py --json bench/results/blocks", "check_rows_that_differ", blocks.tables,
+        "python bench/blocks.py --json bench/results/blocks", "check_rows_that_differ", blocks.tables,
         (Chart("blocks", "Time of a transformer block, part by part", blocks.chart),),
     ),
     "models": Kind(
-        "models", "python bench/models.py --json bench/results/models", "images_per_s", models.tables,
+        "python bench/models.py --json bench/results/models", "images_per_s", models.tables,
         (Chart("models", "Speed-up of whole vision transformers", models.chart),),
     ),
     "stop": Kind(
-        "stop", "python bench/stop.py --json bench/results/stop", "memory_vs_r0", stop.tables,
+        "python bench/stop.py --json bench/results/stop", "memory_vs_r0", stop.tables,
         (Chart("speedup", "Speed-up of STOP's blocks against r", stop.speedup_chart),
          Chart("stop", "Time and memory of STOP's blocks", stop.memory_chart)),
     ),
     "accuracy": Kind(
-        "accuracy", "python examples/stop_retrieval/accuracy.py --json bench/results/accuracy", "r1_mean",
+        "python examples/stop_retrieval/accuracy.py --json bench/results/accuracy", "r1_mean",
         accuracy.tables,
         (Chart("accuracy", "R@1 with merging against R@1 without", accuracy.chart),),
     ),
-    "host": Kind("host", "python bench/host.py --json", "times_layer_norm", host.tables),
-    "launches": Kind("launches", "python bench/launches.py --json", "launches", launches.tables,
+    "host": Kind("python bench/host.py --json", "times_layer_norm", host.tables),
+    "launches": Kind("python bench/launches.py --json", "launches", launches.tables,
                      identity=("model", "direction")),
 }  # fmt: skip
 
@@ -149,7 +148,7 @@ def rows_of(kind: str, results: Path) -> list[dict]:
     Raises:
         ValueError: there are none; they are a dry run's, in which nothing was measured; or of a changed checkout.
     """
-    folder = results / KINDS[kind].folder
+    folder = results / kind
     rows = read(kind, sorted(folder.glob("*.json")))
     if not rows:
         raise ValueError(f"no rows in {folder}: run `{KINDS[kind].command}` first")

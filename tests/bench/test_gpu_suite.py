@@ -221,8 +221,8 @@ def test_dry_run(tmp_path, capsys):
         assert (files / f"{name}.md").stat().st_size > 100
     assert 'errors="0" failures="0" skipped="0" tests="4"' in (files / "test-gpu.xml").read_text()
     published = tmp_path / "published"
-    (published / "bench/results").mkdir(parents=True)
-    shutil.copy(files / "rows.json", published / "bench/results")
+    (published / "bench/results/operators").mkdir(parents=True)
+    shutil.copy(files / "rows.json", published / "bench/results/operators")
     capsys.readouterr()
     assert plot.main([], published) == 2
     assert "nothing was measured" in capsys.readouterr().err

@@ -336,7 +336,7 @@ def test_pages_follow_the_rows(project, capsys):
 
 @pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows", "other rows", "dry run", "dirty"])
 def test_nothing_is_written_where_something_is_wrong(project, capsys, case):
-    readme, rows = project / "README.md", next((project / "bench/results").glob("*.json"))
+    readme, rows = project / "README.md", next((project / "bench/results/operators").glob("*.json"))
     start, end = page.MARKERS
     if case == "no rows":
         for file in rows.parent.glob("*.json"):
@@ -364,7 +364,7 @@ def test_nothing_is_written_where_something_is_wrong(project, capsys, case):
 @pytest.mark.parametrize("kind", page.KINDS)
 def test_one_kind_from_files_of_ones_own(kind, tmp_path, capsys):
     what = page.KINDS[kind]
-    files = [str(file) for file in sorted((ROOT / "bench/results" / what.folder).glob("*.json"))]
+    files = [str(file) for file in sorted((ROOT / "bench/results" / kind).glob("*.json"))]
     chart = ["--chart", str(tmp_path / "chart.png")] if what.charts else []
     assert plot.main([kind, *files, *chart, "--table", str(tmp_path / "table.md")]) == 0
     rows = page.rows_of(kind, ROOT / "bench/results")
