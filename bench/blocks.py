@@ -20,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import command
-import data
-import measure
-import peers
 from charts.blocks import SIDES, table
-from verify import WrongResult
+from harness import cli, measure, shapes
+from harness.baselines import operators
+from harness.verify import WrongResult
 
-SHAPES = tuple(name for name, shape in data.SHAPES.items() if shape.metric == "keys")
+SHAPES = tuple(name for name, shape in shapes.SHAPES.items() if shape.metric == "keys")
 DEFAULT = ("stop-b32-video-r8", "vit-b16-r13")
 
 
@@ -42,8 +40,8 @@ class Weights:
     norm: tuple[Tensor, Tensor]
 
 
-def make_weights(inputs: data.Inputs) -> Weights:
-    x, width, inner = inputs.x, inputs.shape.dim, inputs.shape.heads * data.HEAD_DIM
+def make_weights(inputs: shapes.Inputs) -> Weights:
+    x, width, inner = inputs.x, inputs.shape.dim, inputs.shape.heads * shapes.HEAD_DIM
     rng = torch.Generator().manual_seed(0)
 
     def linear(rows: int, columns: int) -> Tensor:
@@ -55,7 +53,7 @@ def make_weights(inputs: data.Inputs) -> Weights:
     )  # fmt: skip
 
 
-def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], Any]]:
+def parts(inputs: shapes.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], Any]]:
     """Return the parts of a block as calls, each on what the part before it gives."""
     x, size, column, heads = inputs.x, inputs.size, inputs.column, inputs.shape.heads
 
@@ -71,7 +69,7 @@ def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], 
 
     residual, keys = attention()
     match = {
-        "eager": lambda: peers.eager_match(keys.mean(1), *inputs.args),
+        "eager": lambda: operators.eager_match(keys.mean(1), *inputs.args),
         "package": lambda: stk.match(keys, *inputs.args),
     }.get(impl)
     plan = match() if match else None
@@ -81,7 +79,7 @@ def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], 
             return stk.merge_norm(x, residual, plan, size, *w.norm)[:2]
         h = x + residual
         if impl == "eager":
-            h, _ = peers.eager_merge(h, plan, column, inputs.shape.protected)
+            h, _ = operators.eager_merge(h, plan, column, inputs.shape.protected)
         return h, F.layer_norm(h, h.shape[-1:], *w.norm)
 
     h, inside = merge()
@@ -93,15 +91,15 @@ def parts(inputs: data.Inputs, w: Weights, impl: str) -> dict[str, Callable[[], 
     return {name: call for name, call in calls.items() if call is not None}
 
 
-def sides(shape: data.Shape, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
+def sides(shape: shapes.Shape, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
     """Return the parts of each implementation's block."""
-    inputs = data.make(shape, device, dtype)
+    inputs = shapes.make(shape, device, dtype)
     weights = make_weights(inputs)
     return {impl: parts(inputs, weights, impl) for impl in SIDES}
 
 
 @torch.no_grad()
-def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
+def rows_of(shape: shapes.Shape, args: argparse.Namespace) -> list[dict]:
     found = sides(shape, args.device, torch.float32)
     differ = check(found["eager"]["MLP"](), found["package"]["MLP"]())
     if args.dtype != "float32":
@@ -140,12 +138,12 @@ def check(eager: Tensor, package: Tensor) -> int:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
-    add("--shapes", type=command.one_of("shape", SHAPES), default=list(DEFAULT), metavar="NAME,NAME",
+    cli.add_options(p)
+    add("--shapes", type=cli.one_of("shape", SHAPES), default=list(DEFAULT), metavar="NAME,NAME",
         help=f"{', '.join(SHAPES)} (default: {','.join(DEFAULT)})")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--seconds", type=command.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
-    return command.measure_shapes(p.parse_args(argv), rows_of, table)
+    add("--seconds", type=cli.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
+    return cli.measure_shapes(p.parse_args(argv), rows_of, table)
 
 
 if __name__ == "__main__":

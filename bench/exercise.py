@@ -16,12 +16,11 @@ import sys
 import stoptome_kernels as stk
 import torch
 
-import command
-import data
 from fused import attention_sides, norm_sides
+from harness import cli, shapes
 
 
-def run(inputs: data.Inputs) -> list[torch.Tensor]:
+def run(inputs: shapes.Inputs) -> list[torch.Tensor]:
     """Return the outputs and gradients of match, merge in all modes, unmerge, then, merge_norm and attention."""
     plan = stk.match(inputs.metric, *inputs.args)
     found: list[torch.Tensor] = []
@@ -39,13 +38,13 @@ def run(inputs: data.Inputs) -> list[torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name, shape in data.SHAPES.items() if shape.metric == "keys"]
+    names = [name for name, shape in shapes.SHAPES.items() if shape.metric == "keys"]
     p.add_argument("--shape", choices=names, default="stop-b32-video-r2")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the benchmarks")
-    command.add_dry(p)
+    cli.add_dry(p)
     args = p.parse_args(argv)
-    command.choose_device(args)
-    inputs = data.make(data.SHAPES[args.shape], args.device, getattr(torch, args.dtype))
+    cli.choose_device(args)
+    inputs = shapes.make(shapes.SHAPES[args.shape], args.device, getattr(torch, args.dtype))
     for _ in range(2):  # a profiler looks at the second, when everything is compiled
         found = run(inputs)
     if args.device == "cuda":

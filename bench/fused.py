@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import command
-import data
-import measure
-from verify import WrongResult
+from harness import cli, measure, shapes
+from harness.verify import WrongResult
 
 SHAPES = ("stop-b32-train", "stop-b32-video-r2", "vit-b16-r16", "clip-b16")
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
@@ -29,7 +27,7 @@ BASES = {"merge_norm": "add + layer_norm", "attention": "sdpa, no sizes"}
 Sides = dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]]
 
 
-def norm_sides(i: data.Inputs) -> Sides:
+def norm_sides(i: shapes.Inputs) -> Sides:
     """merge_norm, the same in three operators, and the add and LayerNorm of a block that merges nothing."""
     plan = stk.match(i.metric, *i.args)
     x, residual = i.x.detach().requires_grad_(), (i.x.flip(0) * 0.5).requires_grad_()
@@ -56,13 +54,15 @@ def norm_sides(i: data.Inputs) -> Sides:
     }
 
 
-def attention_sides(i: data.Inputs) -> Sides:
+def attention_sides(i: shapes.Inputs) -> Sides:
     """Attention with sizes and a shared prefix; the same with both put together in PyTorch; plain attention."""
     n, tokens, heads = i.x.shape[0], i.shape.tokens, i.shape.heads
-    packed = torch.randn(n, tokens, 3, heads, data.HEAD_DIM, device=i.x.device).to(i.x.dtype).requires_grad_()
+    packed = torch.randn(n, tokens, 3, heads, shapes.HEAD_DIM, device=i.x.device).to(i.x.dtype).requires_grad_()
     q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
     share = FRAMES if n % FRAMES == 0 else 1
-    prefix = torch.randn(n // share, PREFIX, 2, heads, data.HEAD_DIM, device=i.x.device).to(i.x.dtype).requires_grad_()
+    prefix = (
+        torch.randn(n // share, PREFIX, 2, heads, shapes.HEAD_DIM, device=i.x.device).to(i.x.dtype).requires_grad_()
+    )
     prefix_k, prefix_v = (part.transpose(1, 2) for part in prefix.unbind(2))
 
     def ours(backend: str = "auto"):
@@ -115,8 +115,8 @@ def timed(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[], 
     return lambda: torch.autograd.grad(call(), leaves, grads)
 
 
-def rows_of(shape: data.Shape, args: argparse.Namespace) -> list[dict]:
-    inputs = data.make(shape, args.device, getattr(torch, args.dtype))
+def rows_of(shape: shapes.Shape, args: argparse.Namespace) -> list[dict]:
+    inputs = shapes.make(shape, args.device, getattr(torch, args.dtype))
     rows = []
     for op, make in (("merge_norm", norm_sides), ("attention", attention_sides)):
         sides = make(inputs)
@@ -150,10 +150,10 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
+    cli.add_options(p)
     add(
         "--shapes",
-        type=command.one_of("shape", SHAPES),
+        type=cli.one_of("shape", SHAPES),
         default=list(SHAPES),
         metavar="NAME,NAME",
         help=", ".join(SHAPES),
@@ -161,12 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add(
         "--seconds",
-        type=command.positive(float),
+        type=cli.positive(float),
         default=2.0,
         metavar="S",
         help="for each shape, op and direction (default: 2)",
     )
-    return command.measure_shapes(p.parse_args(argv), rows_of, table)
+    return cli.measure_shapes(p.parse_args(argv), rows_of, table)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
 
-import gpu_stages
-from gpu_stages import Stage
+from harness import gpu_stages
+from harness.gpu_stages import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKED_BYTES = 16 << 20
@@ -84,7 +84,7 @@ class Suite:
         if self.cache or "TRITON_CACHE_DIR" not in found:
             found["TRITON_CACHE_DIR"] = str(self.work / "triton")
         if self.cache:
-            found["TRITON_CACHE_MANAGER"] = "cache_marks:MarkingCache"  # notes what is used
+            found["TRITON_CACHE_MANAGER"] = "harness.cache_marks:MarkingCache"  # notes what is used
         return found
 
     def command(self, stage: Stage) -> list[str]:
@@ -108,7 +108,7 @@ class Suite:
         words += ["-p", "no:cacheprovider", "-W", "default", "-v", "--tb=short"]
         words += ["--junitxml", str(self.files / f"{stage.name}.xml")]
         if self.dry:
-            return [*words, "-p", "no_gpu"]
+            return [*words, "-p", "harness.no_gpu"]
         if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0:
             words += ["-n", "4", "--maxschedchunk", "1"]  # in the order of the file: what matters most first
         return words

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import command
-import measure
 from charts.host import BACKENDS, verdict
+from harness import cli, measure
+from harness.rows import ROOT, environment, rows_file, slug, write_rows
 
-FOLDER = measure.ROOT / "bench/results/host"
+FOLDER = ROOT / "bench/results/host"
 BASE = "F.layer_norm"
 # at most so many times F.layer_norm's
 TARGETS = {
@@ -218,17 +218,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="add the rows to FILE; in a folder: to one named by device and backend (default: bench/results/host)",
     )  # fmt: skip
     add("--backend", choices=(*BACKENDS, "both"), default="both")
-    add("--seconds", type=command.positive(float), default=45.0, metavar="S", help="for each backend (default: 45)")
+    add("--seconds", type=cli.positive(float), default=45.0, metavar="S", help="for each backend (default: 45)")
     add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     return p.parse_args(argv)
 
 
-def rows_file(asked: Path | None, where: dict, backend: str) -> Path | None:
+def file_of(asked: Path | None, where: dict, backend: str) -> Path | None:
     """The file that ``--json`` names, in a folder the one of this machine and backend."""
     if asked and (asked.is_dir() or not asked.suffix):
         release = ".".join(where["triton"].split(".")[:2]) if backend == "triton" else ""
-        asked = asked / f"{measure.slug(where)}-{backend}{release}.json"
-    return measure.rows_file(asked, where)
+        asked = asked / f"{slug(where)}-{backend}{release}.json"
+    return rows_file(asked, where)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,19 +237,19 @@ def main(argv: list[str] | None = None) -> int:
         return next((status for backend in BACKENDS if (status := _in_a_process(backend, args))), 0)
     torch.set_num_threads(1)  # a pool of threads has its own host's time
     if args.backend == "triton":
-        import no_gpu
+        from harness import no_gpu
 
         no_gpu.install(results=False)
-    where = measure.environment("cpu", args.commit) | {"pages": None}
+    where = environment("cpu", args.commit) | {"pages": None}
     try:
-        file = rows_file(args.json, where, args.backend)
+        file = file_of(args.json, where, args.backend)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = [where | row for row in rows_of(args.backend, args.seconds)]
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}\n{table(rows)}", flush=True)
     if file:
-        measure.write_rows(file, rows)
+        write_rows(file, rows)
         print(f"rows: {file}")
     return 0
 

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import measure
 import models
-import no_gpu
 from charts.launches import listed
+from harness import no_gpu
+from harness.rows import ROOT, version_of, environment
 
-FOLDER = measure.ROOT / "bench/results/launches"
+FOLDER = ROOT / "bench/results/launches"
 DIRECTIONS = ("inference", "training")
 STOP = "STOP ViT-B/32, 12 frames"
 SETTINGS = ("r=0", "r=2", "r=8", "memory")  # of bench/stop.py; memory joins frames
@@ -192,10 +192,10 @@ def all_rows(gpu: no_gpu.Gpu) -> list[dict]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    name = f"triton-{measure._version('triton')}.json"
+    name = f"triton-{version_of('triton')}.json"
     p.add_argument(
         "--json", type=Path, metavar="FILE", nargs="?", const=FOLDER / name,
-        help=f"write rows to FILE, or into a folder (default: {(FOLDER / name).relative_to(measure.ROOT)})",
+        help=f"write rows to FILE, or into a folder (default: {(FOLDER / name).relative_to(ROOT)})",
     )  # fmt: skip
     p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
     args = p.parse_args(argv)
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     gpu = no_gpu.install()
     torch.set_num_threads(1)  # next to nothing is computed
-    where = measure.environment("cpu", args.commit)
+    where = environment("cpu", args.commit)
     kept = {key: where[key] for key in ("torch", "triton", "python", "package", "commit", "dirty", "date")}
     rows = [kept | row for row in all_rows(gpu)]
     for row in rows:

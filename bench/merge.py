@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import command
-import data
-import measure
-import no_gpu
-import peers
-import verify
+from harness import cli, measure, no_gpu, shapes, verify
+from harness.baselines import operators
+from harness.rows import environment, rows_file, write_rows
 
 CELLS = (  # what is measured of every shape
     ("match", "forward"),
@@ -41,17 +38,17 @@ GRAPH_ITEMS = 12  # CUDA-graph times where launches rule: one video
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
+    cli.add_options(p)
     add("--plot", type=Path, metavar="FILE.png", help="draw the chart of this run")
-    names = command.one_of("shape", (*data.SHAPES, "list", "all"))
+    names = cli.one_of("shape", (*shapes.SHAPES, "list", "all"))
     add("--shapes", type=names, default=["all"], metavar="NAME,NAME", help="which shapes; `list` shows them")
     add("--dtype", choices=(*DTYPES, "all"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    some = command.one_of("backend", BACKENDS)
+    some = cli.one_of("backend", BACKENDS)
     add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
     add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
     add(
         "--seconds",
-        type=command.positive(float),
+        type=cli.positive(float),
         metavar="S",
         help="time for the clocks; checks and compilation come on top",
     )
@@ -59,10 +56,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.plot and args.plot.suffix != ".png":
         p.error(f"argument --plot: must end in .png, got {str(args.plot)!r}")
-    command.settle(args)
+    cli.settle(args)
     args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
     wanted = args.backend or (BACKENDS[:2] if args.quick else BACKENDS)
-    reasons = {name: peers.unavailable_reason(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
+    reasons = {name: operators.unavailable_reason(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
     args.skipped = {backend: reason for backend, reason in reasons.items() if reason}
     args.backends = [backend for backend, reason in reasons.items() if not reason]
     if args.backend and args.skipped:
@@ -70,13 +67,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def chosen_shapes(args: argparse.Namespace) -> list[data.Shape]:
+def chosen_shapes(args: argparse.Namespace) -> list[shapes.Shape]:
     if args.shapes != ["all"]:
-        return [data.SHAPES[name] for name in args.shapes if name in data.SHAPES]
-    return [shape for shape in data.SHAPES.values() if (shape.quick if args.quick else shape.default)]
+        return [shapes.SHAPES[name] for name in args.shapes if name in shapes.SHAPES]
+    return [shape for shape in shapes.SHAPES.values() if (shape.quick if args.quick else shape.default)]
 
 
-def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
+def calls(peer: operators.Peer, i: shapes.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
     """Return what is timed of one implementation on one set of inputs."""
     leaf = i.x.detach().requires_grad_()
 
@@ -101,19 +98,19 @@ def calls(peer: peers.Peer, i: data.Inputs) -> dict[tuple[str, str], Callable[[]
     return found
 
 
-def input_sets(shape: data.Shape, device: str, dtype: torch.dtype) -> list[data.Inputs]:
+def input_sets(shape: shapes.Shape, device: str, dtype: torch.dtype) -> list[shapes.Inputs]:
     """One set on a CPU, whose caches are as warm in real use; on a GPU enough of them to outlast the L2."""
-    first = data.make(shape, device, dtype)
+    first = shapes.make(shape, device, dtype)
     if device == "cpu":
         return [first]
     touched = first.x.nbytes * (2 if shape.metric == "keys" else 1)
     count = max(2, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // touched + 1))
     count = 2 if no_gpu.pretending() else count
-    return [first, *(data.make(shape, device, dtype, seed) for seed in range(1, count))]
+    return [first, *(shapes.make(shape, device, dtype, seed) for seed in range(1, count))]
 
 
 def measure_shape(
-    shape: data.Shape, dtype: torch.dtype, args: argparse.Namespace, bar: tqdm, seconds: float
+    shape: shapes.Shape, dtype: torch.dtype, args: argparse.Namespace, bar: tqdm, seconds: float
 ) -> Iterator[dict]:
     """The rows of one shape, as they are measured. Raises verify.WrongResult before anything is timed."""
     device, n = args.device, shape.n(args.device)
@@ -122,12 +119,12 @@ def measure_shape(
     # the reference is there to be read, not to be fast: on most shapes one number of it is enough
     brief = {"reference"} if args.backend is None and not shape.compile_on else set()
     image = shape.cell > 0
-    competitors = [peers.eager(image), *(peers.package(name, name in brief, image) for name in args.backends)]
-    if (theirs := peers.tome(sets[0])) is not None:
+    competitors = [operators.eager(image), *(operators.package(name, name in brief, image) for name in args.backends)]
+    if (theirs := operators.tome(sets[0])) is not None:
         competitors.append(theirs)
     if competing_compiler:
         bar.set_postfix_str("torch.compile")
-        competitors.insert(1, peers.compiled())
+        competitors.insert(1, operators.compiled())
     bar.set_postfix_str("checking")
     truth = verify.Truth(sets[0])
     checks = {peer.name: verify.check(peer, truth).fields() for peer in competitors}
@@ -222,7 +219,7 @@ def run(args: argparse.Namespace, rows: list[dict], save: Callable[[], None]) ->
     shapes = chosen_shapes(args)
     cells = len(shapes) * len(CELLS) * len(args.dtypes)
     seconds = (args.seconds or (10 if args.quick else 45)) / cells
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     with tqdm(total=cells, unit="cell", disable=None) as bar:
         for dtype in args.dtypes:
             for shape in shapes:
@@ -241,14 +238,14 @@ def run(args: argparse.Namespace, rows: list[dict], save: Callable[[], None]) ->
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if "list" in args.shapes:
-        for shape in data.SHAPES.values():
+        for shape in shapes.SHAPES.values():
             sizes = f"T {shape.tokens:4} → {shape.tokens_out:4}  D {shape.dim:4}  heads {shape.heads:2}"
             rest = f"protected {shape.protected:2}  metric {shape.metric}"
             print(f"{shape.name:17} N {shape.n(args.device):4} on {args.device}  {sizes}  {rest}")
         return 0
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = measure.rows_file(args.json, where)
+        file = rows_file(args.json, where)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -261,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save() -> None:
         if file and rows:
-            measure.write_rows(file, rows)
+            write_rows(file, rows)
 
     try:
         run(args, rows, save)

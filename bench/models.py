@@ -25,11 +25,11 @@ import torch
 from stoptome_kernels.tome.schedule import plan_layers
 from torch import Tensor, nn
 
-import command
-import measure
 from charts.models import table
-from peers import eager_vit
-from verify import WrongResult
+from harness import cli, measure
+from harness.baselines import vit as eager_vit
+from harness.rows import environment, rows_file, write_rows
+from harness.verify import WrongResult
 
 IMPLS = ("unpatched", "package", "eager")
 MODES = ("plain", "compiled")
@@ -231,7 +231,7 @@ def installed(library: str) -> bool:
     """Return whether a library can be imported here."""
     if importlib.util.find_spec(library) is None:
         return False
-    import libraries  # noqa: F401
+    from harness import libraries  # noqa: F401
 
     __import__(library)
     return True
@@ -240,24 +240,24 @@ def installed(library: str) -> bool:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
+    cli.add_options(p)
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     add("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), help="unpatched is always measured")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--direction", nargs="+", choices=DIRECTIONS, default=["inference"])
-    add("--batch", type=command.positive(int), metavar="N", help="images (default: by model)")
-    add("--layers", type=command.positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add("--batch", type=cli.positive(int), metavar="N", help="images (default: by model)")
+    add("--layers", type=cli.positive(int), default=12, metavar="N", help="blocks (default: 12)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU, float32 on a CPU")
     add(
         "--seconds",
-        type=command.positive(float),
+        type=cli.positive(float),
         default=60.0,
         metavar="S",
         help="for each model and direction (default: 60)",
     )
     add("--quick", action="store_true", help="ViT-S/16 alone, plain, four layers")
     args = p.parse_args(argv)
-    command.settle(args)
+    cli.settle(args)
     if args.quick:
         args.models, args.modes, args.layers, args.seconds = ["ViT-S/16"], ["plain"], 4, min(args.seconds, 10.0)
     args.impls = [impl for impl in IMPLS if impl in {"unpatched", *args.impls}]
@@ -266,9 +266,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = measure.rows_file(args.json, where)
+        file = rows_file(args.json, where)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows += new
                 print(table(new), flush=True)
                 if file:
-                    measure.write_rows(file, rows)
+                    write_rows(file, rows)
             del found
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {name}: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from charts import common, page
-from measure import ROOT
+from harness.rows import ROOT
 
 README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
 

@@ -28,12 +28,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import command
-import data
-import measure
 from charts.stop import GUIDE, table
-from peers import upstream
-from verify import WrongResult
+from harness import cli, measure, shapes
+from harness.baselines import stop as upstream
+from harness.rows import environment, rows_file, write_rows
+from harness.verify import WrongResult
 
 SETTINGS = {
     "r=0": stk.ToMeConfig(0),
@@ -99,7 +98,7 @@ def prepare(args: argparse.Namespace, temporal_prompt: str) -> tuple[StopModel, 
     model = StopModel(config).to(args.device).eval()
     with torch.no_grad():  # patches as different from each other as a trained embedding leaves them
         model.visual.conv1.weight.mul_(4)
-    video = data.frames(args.videos * config.frames, config.frames, config.image_size, args.device, 0)
+    video = shapes.frames(args.videos * config.frames, config.frames, config.image_size, args.device, 0)
     return model, video.unflatten(0, (args.videos, config.frames))
 
 
@@ -362,7 +361,7 @@ def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namesp
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
+    cli.add_options(p)
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which schedules")
     add(
         "--scope",
@@ -373,19 +372,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "or STOP proper's prompts alone",
     )
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    add("--videos", type=command.positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
-    add("--layers", type=command.positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add("--videos", type=cli.positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
+    add("--layers", type=cli.positive(int), default=12, metavar="N", help="blocks (default: 12)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 (autocast) on a GPU, float32 on a CPU")
     add(
         "--seconds",
-        type=command.positive(float),
+        type=cli.positive(float),
         default=20.0,
         metavar="S",
         help="for each scope and direction (default: 20)",
     )
     add("--quick", action="store_true", help="r = 0 and 4, all blocks, inference alone")
     args = p.parse_args(argv)
-    command.settle(args)
+    cli.settle(args)
     args.videos = args.videos or (1 if args.dry else 128 if args.device == "cuda" else 4)
     if args.quick:
         args.settings, args.scope, args.direction = ["r=0", "r=4"], ["blocks"], ["inference"]
@@ -399,9 +398,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = measure.rows_file(args.json, where)
+        file = rows_file(args.json, where)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -417,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
             for direction in args.direction:
                 rows += [where | row for row in rows_of(found, scope, direction, args)]
                 if file:
-                    measure.write_rows(file, rows)
+                    write_rows(file, rows)
             del found
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)

@@ -19,14 +19,10 @@ import torch
 from stoptome_kernels import reference
 from torch import Tensor
 
-import command
-import data
-import measure
-import no_gpu
-import variants
-import verify
+from harness import cli, measure, no_gpu, shapes, variants, verify
+from harness.rows import environment, rows_file, write_rows
+from harness.variants import Job, Kernel
 from merge import input_sets
-from variants import Job, Kernel
 
 STOP, VIT = "stop-b32-train", "vit-b16-r16"
 ORDER = (  # what is measured if no shape is named
@@ -42,26 +38,26 @@ class Broken(Exception):
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    command.add_options(p)
-    names = command.one_of("kernel", tuple(variants.KERNELS))
+    cli.add_options(p)
+    names = cli.one_of("kernel", tuple(variants.KERNELS))
     add("--kernels", type=names, default=list(variants.KERNELS), metavar="A,B", help=", ".join(variants.KERNELS))
-    shapes = command.one_of("shape", tuple(data.SHAPES))
-    add("--shapes", type=shapes, metavar="NAME,NAME", help=f"default: {STOP}, for some kernels {VIT}")
+    names = cli.one_of("shape", tuple(shapes.SHAPES))
+    add("--shapes", type=names, metavar="NAME,NAME", help=f"default: {STOP}, for some kernels {VIT}")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    seconds = command.positive(float)
+    seconds = cli.positive(float)
     add(
         "--seconds", type=seconds, default=1.0, metavar="S", help="for the clocks of each kernel and shape (default: 1)"
     )
     args = p.parse_args(argv)
-    command.settle(args)
+    cli.settle(args)
     if args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("it needs an NVIDIA GPU (without one its own tests run under TRITON_INTERPRET=1)")
     return args
 
 
-def cases(args: argparse.Namespace) -> list[tuple[Kernel, data.Shape]]:
+def cases(args: argparse.Namespace) -> list[tuple[Kernel, shapes.Shape]]:
     pairs = ORDER if args.shapes is None else [(kernel, shape) for kernel in args.kernels for shape in args.shapes]
-    return [(variants.KERNELS[name], data.SHAPES[shape]) for name, shape in pairs if name in args.kernels]
+    return [(variants.KERNELS[name], shapes.SHAPES[shape]) for name, shape in pairs if name in args.kernels]
 
 
 # -- right or wrong ---------------------------------------------------------------------------------------------------
@@ -121,7 +117,7 @@ def usage(built: list) -> dict:
     return found
 
 
-def prepare(kernel: Kernel, jobs: list[Job], inputs: data.Inputs, status: list[str]) -> dict[str, dict]:
+def prepare(kernel: Kernel, jobs: list[Job], inputs: shapes.Inputs, status: list[str]) -> dict[str, dict]:
     """Run the default and every variant once: by label what to time (``steps``), or why not (``reason``).
 
     Raises:
@@ -170,7 +166,7 @@ def prepare(kernel: Kernel, jobs: list[Job], inputs: data.Inputs, status: list[s
     return found
 
 
-def _still_alive(inputs: data.Inputs, what: str) -> None:
+def _still_alive(inputs: shapes.Inputs, what: str) -> None:
     """Raise Broken where a failed launch has taken the device with it."""
     if inputs.x.is_cuda:
         try:
@@ -179,7 +175,7 @@ def _still_alive(inputs: data.Inputs, what: str) -> None:
             raise Broken(what) from error
 
 
-def rows_of(kernel: Kernel, shape: data.Shape, args: argparse.Namespace, status: list[str]) -> list[dict]:
+def rows_of(kernel: Kernel, shape: shapes.Shape, args: argparse.Namespace, status: list[str]) -> list[dict]:
     """Measure one kernel on one shape: a row for the default and each variant."""
     dtype = getattr(torch, args.dtype)
     sets = input_sets(shape, args.device, dtype)
@@ -240,9 +236,9 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = measure.rows_file(args.json, where)
+        file = rows_file(args.json, where)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -266,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
                     torch.cuda.empty_cache()
             rows += new
             if file:
-                measure.write_rows(file, new)
+                write_rows(file, new)
             print(f"{kernel.name}, {shape.name}: {sum(bool(row['p50_us']) for row in new)} timed", flush=True)
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)

@@ -14,7 +14,7 @@ import sys
 import stoptome_kernels as stk
 import torch
 
-import gpu_stages
+from harness import gpu_stages
 
 PACKAGES = ("torch", "triton", "numpy", "matplotlib", "pytest", "pytest-xdist", "hypothesis", "timm", "transformers")
 TOOLS = ("ncu", "compute-sanitizer", "nvcc", "gcc")

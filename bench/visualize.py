@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
-from command import positive
+from harness import shapes
+from harness.cli import positive
 
 PIXELS = 224
 PROTECTED = 1  # a class token; nothing reads it here, but it shows that it stays where it is
@@ -119,7 +119,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    frames = data.video(args.frames, PIXELS, args.seed)
+    frames = shapes.video(args.frames, PIXELS, args.seed)
     x = tokens_of(frames, args.patch)
     dest, left = merge_video(x, args.r, args.layers, args.clip)
     before = x.shape[0] * x.shape[1]

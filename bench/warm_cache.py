@@ -4,7 +4,7 @@
 
     python bench/warm_cache.py make FILE.tar.gz           # compile for sm_90 and pack
     python bench/warm_cache.py use FILE.tar.gz FOLDER     # on the GPU machine: unpack, if its Triton is the same
-    TRITON_CACHE_DIR=FOLDER TRITON_CACHE_MANAGER=cache_marks:MarkingCache PYTHONPATH=bench ... # whatever is to run
+    PYTHONPATH=bench TRITON_CACHE_DIR=FOLDER TRITON_CACHE_MANAGER=harness.cache_marks:MarkingCache ...  # what is to run
     python bench/warm_cache.py used FILE.tar.gz FOLDER    # how many were used, and what was compiled besides
 
 Triton's key of a kernel is made of Triton's own files, the kernel's source, constants, options and ptxas; a kernel that
@@ -71,7 +71,7 @@ def _start(results: bool, first: str) -> None:
     global _gpu
     import torch
 
-    import no_gpu
+    from harness import no_gpu
 
     torch.set_num_threads(1)
     _gpu = no_gpu.install(results=results)
@@ -81,7 +81,7 @@ def _start(results: bool, first: str) -> None:
 
 
 def _work(job: str) -> tuple[str, float, str | None]:
-    import launch_paths
+    from harness import launch_paths
 
     begin, wrong = time.perf_counter(), None
     try:
@@ -100,7 +100,7 @@ def make(file: Path, only: list[str], processes: int) -> int:
         os.environ.pop("TRITON_CACHE_MANAGER", None)
         gpu_suite.copy_package(site)  # whether this Python has the package or not, and whichever
         sys.path.insert(0, str(site))
-        import launch_paths
+        from harness import launch_paths
 
         chosen = [job for job in launch_paths.jobs() if not only or any(job.startswith(text) for text in only)]
         # Triton hashes the constants of a function that a kernel calls only if it was hashed before: the first kernel
@@ -205,7 +205,7 @@ def other_gpu() -> str | None:
 
 def used(file: Path, folder: Path) -> int:
     """Say how many of the pack's kernels were read since ``use``, and what was compiled besides."""
-    from cache_marks import MARKS
+    from harness.cache_marks import MARKS
 
     with tarfile.open(file) as tar:
         packed = {member.name.partition("/")[0] for member in _members(tar) if member.name != KEY}
@@ -228,7 +228,7 @@ def used(file: Path, folder: Path) -> int:
     return 0
 
 
-MARKS_HINT = "TRITON_CACHE_MANAGER=cache_marks:MarkingCache"
+MARKS_HINT = "TRITON_CACHE_MANAGER=harness.cache_marks:MarkingCache"
 
 
 def _listed(counts: Counter) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import IDENTITY, read_rows
+from harness.rows import IDENTITY, read_rows
 
 from . import accuracy, blocks, common, host, launches, models, operators, stop
 from .common import Draw, find

@@ -34,9 +34,10 @@ from retrieval.errors import UsageError
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-import measure  # noqa: E402
 import stop  # noqa: E402
 from charts import accuracy as page  # noqa: E402
+from harness import measure  # noqa: E402
+from harness.rows import environment, rows_file, write_rows  # noqa: E402
 
 SETTINGS: dict[str, stk.ToMeConfig] = {
     "r=0": stk.ToMeConfig(0),
@@ -220,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seeds = list(range(args.seeds or (1 if args.quick else 3)))
     try:
-        where = measure.environment(device, args.commit)
-        file = measure.rows_file(args.json, where)
+        where = environment(device, args.commit)
+        file = rows_file(args.json, where)
         study = Study(args.work / ("quick" if args.quick else "full"), args.quick)
     except (ValueError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     print(page.table(rows))
     if file:
-        measure.write_rows(file, rows)
+        write_rows(file, rows)
         print(f"rows: {file}")
     return 0
 

@@ -39,14 +39,14 @@ def test_rows(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_results_are_not_timed(monkeypatch, capsys, part, dtype):
     """A peer that merges other tokens, or forgets the sizes."""
-    right = getattr(blocks.peers, part)
+    right = getattr(blocks.operators, part)
 
     def wrong(*args):
         if part == "eager_match":
             return right(args[0].flip(1), *args[1:])
         return right(*args[:2], torch.ones_like(args[2]), *args[3:])
 
-    monkeypatch.setattr(blocks.peers, part, wrong)
+    monkeypatch.setattr(blocks.operators, part, wrong)
     monkeypatch.setattr(blocks.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
     assert blocks.main([*SMALL, "--dtype", dtype]) == 1
     assert "differ between eager and package" in capsys.readouterr().err

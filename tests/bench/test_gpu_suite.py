@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import gpu_stages
 import gpu_suite
 import plot
-from gpu_stages import PLANS, Stage
+from harness import gpu_stages
+from harness.gpu_stages import PLANS, Stage
 
 SUITE = Path(gpu_suite.__file__)
 

@@ -84,12 +84,12 @@ def test_rows_are_complete(rows_file):
 
 
 def test_a_second_run_replaces_its_rows_and_keeps_others(bench, rows_file, tmp_path):
-    measure = bench("measure")
-    rows, file = measure.read_rows(rows_file), tmp_path / "copy.json"
-    measure.write_rows(file, rows)
+    kept = bench("harness.rows")
+    rows, file = kept.read_rows(rows_file), tmp_path / "copy.json"
+    kept.write_rows(file, rows)
     newer = [rows[0] | {"p50_us": 1.0}, rows[1] | {"device": "another"}]
-    measure.write_rows(file, newer)
-    assert measure.read_rows(file) == [newer[0], *rows[1:], newer[1]]
+    kept.write_rows(file, newer)
+    assert kept.read_rows(file) == [newer[0], *rows[1:], newer[1]]
     assert [path.name for path in tmp_path.iterdir()] == ["copy.json"]
 
 
@@ -112,20 +112,20 @@ def test_bad_arguments_name_the_good_ones(bench, capsys, args, says):
 
 def test_shapes_are_listed(bench, capsys):
     assert bench("merge").main(["--shapes", "list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(bench("data").SHAPES)
+    assert len(capsys.readouterr().out.splitlines()) == len(bench("harness.shapes").SHAPES)
 
 
 def small(bench, dtype=torch.float32, metric="keys", protected=5):
-    data = bench("data")
-    return data.make(data.Shape("small", 3, 3, 25, 96, 2, protected, 4, metric), "cpu", dtype)
+    shapes = bench("harness.shapes")
+    return shapes.make(shapes.Shape("small", 3, 3, 25, 96, 2, protected, 4, metric), "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("metric", "protected"), [("keys", 0), ("keys", 1), ("keys", 5), ("x", 4)])
 def test_peers_pass_the_check(bench, dtype, metric, protected):
-    peers, verify = bench("peers"), bench("verify")
+    operators, verify = bench("harness.baselines.operators"), bench("harness.verify")
     truth = verify.Truth(small(bench, dtype, metric, protected))
-    for peer in (peers.eager(), peers.package("reference"), peers.package("auto")):
+    for peer in (operators.eager(), operators.package("reference"), operators.package("auto")):
         assert verify.check(peer, truth).merge_of_bound <= 1
 
 
@@ -134,15 +134,19 @@ def test_peers_pass_the_check(bench, dtype, metric, protected):
 def test_peers_of_an_image_pass_the_check(bench, dtype, side, cell):
     from dataclasses import replace
 
-    data, peers, verify = bench("data"), bench("peers"), bench("verify")
-    shape = data.Shape("image", 2, 2, side * side, 24, 0, 0, side * side // 2, "x", cell=cell)
-    truth = verify.Truth(data.make(shape, "cpu", dtype))
-    for peer in (peers.eager(True), peers.package("reference", image=True), peers.package("auto", image=True)):
+    shapes, operators, verify = bench("harness.shapes"), bench("harness.baselines.operators"), bench("harness.verify")
+    shape = shapes.Shape("image", 2, 2, side * side, 24, 0, 0, side * side // 2, "x", cell=cell)
+    truth = verify.Truth(shapes.make(shape, "cpu", dtype))
+    for peer in (
+        operators.eager(True),
+        operators.package("reference", image=True),
+        operators.package("auto", image=True),
+    ):
         assert verify.check(peer, truth).merge_of_bound <= 1
-    good = peers.package("reference", image=True)
-    assert peers.tome(truth.inputs) is None
+    good = operators.package("reference", image=True)
+    assert operators.tome(truth.inputs) is None
     with pytest.raises(verify.WrongResult):  # even and odd tokens
-        verify.check(replace(good, match=peers.package("reference").match), truth)
+        verify.check(replace(good, match=operators.package("reference").match), truth)
     with pytest.raises(verify.WrongResult):
         verify.check(replace(good, merge=lambda i, x, plan: (good.merge(i, x, plan)[0] * (1 + 1e-2), None)), truth)
 
@@ -156,8 +160,8 @@ def test_large_images_are_measured_when_named(bench):
 def test_wrong_results_are_refused(bench):
     from dataclasses import replace
 
-    peers, verify = bench("peers"), bench("verify")
-    truth, good = verify.Truth(small(bench)), peers.package("reference")
+    operators, verify = bench("harness.baselines.operators"), bench("harness.verify")
+    truth, good = verify.Truth(small(bench)), operators.package("reference")
 
     def refused(**broken):
         with pytest.raises(verify.WrongResult):
@@ -174,8 +178,8 @@ def test_wrong_results_are_refused(bench):
 
 def test_one_wrong_match_is_refused(bench):
     """Of all decisions, one: so few might differ by rounding, but not by as much."""
-    peers, verify = bench("peers"), bench("verify")
-    truth, good = verify.Truth(small(bench)), peers.package("reference")
+    operators, verify = bench("harness.baselines.operators"), bench("harness.verify")
+    truth, good = verify.Truth(small(bench)), operators.package("reference")
     dest = good.dest(truth.inputs, good.match(truth.inputs))
     assert truth.differences(dest, "good") <= 2
     merged, _ = truth.decisions(dest, "good")
@@ -197,4 +201,4 @@ def test_real_input_merges_alike_tokens(bench):
     again = small(bench)
     assert torch.equal(i.x, again.x)
     # neighbouring patches of a picture are alike, random tokens are not
-    assert bench("verify").Truth(i).best.mean() > 0.5
+    assert bench("harness.verify").Truth(i).best.mean() > 0.5

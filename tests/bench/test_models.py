@@ -8,8 +8,8 @@ import torch
 
 import models
 import plot
-from peers import eager_vit
-from verify import WrongResult
+from harness.baselines import vit as eager_vit
+from harness.verify import WrongResult
 
 SMALL = ["--layers", "2", "--batch", "1", "--seconds", "0.1", "--modes", "plain"]
 

@@ -74,7 +74,7 @@ def test_chart_and_table(done, bench, tmp_path):
 def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
     """A peer that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
     stop = bench("stop")
-    from peers import upstream
+    from harness.baselines import stop as upstream
 
     masked = upstream.MergingStopBlock.masked
 

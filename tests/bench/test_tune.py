@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 @pytest.fixture
 def bench(bench, monkeypatch):
     """Import a module of the bench folder; a tiny shape, and a clock that runs every side once."""
-    data, measure = bench("data"), bench("measure")
-    monkeypatch.setitem(data.SHAPES, "tiny", data.Shape("tiny", 1, 1, 9, 24, 1, 1, 3))
+    shapes, measure = bench("harness.shapes"), bench("harness.measure")
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.Shape("tiny", 1, 1, 9, 24, 1, 1, 3))
 
     def once(sides, device, seconds, graph):
         for calls in sides.values():
@@ -41,8 +41,8 @@ def run(bench, tmp_path):
 
 def limit(bench, monkeypatch, kernel, *changes):
     """Try these variants alone."""
-    table = bench("variants").KERNELS
-    monkeypatch.setattr(bench("variants"), "ORDERS", set())
+    table = bench("harness.variants").KERNELS
+    monkeypatch.setattr(bench("harness.variants"), "ORDERS", set())
     monkeypatch.setitem(table, kernel, replace(table[kernel], variants=lambda c: list(changes), flags=()))
 
 
@@ -74,15 +74,15 @@ def test_right_variants_are_timed(bench, run, monkeypatch, capsys, kernel):
 
 def test_a_variant_changes_what_is_launched(bench):
     """Rows of a tile and the grid made of them; afterwards everything is as before."""
-    data, variants = bench("data"), bench("variants")
+    shapes, variants = bench("harness.shapes"), bench("harness.variants")
     kernel = variants.KERNELS["norm_grad_rows"]
-    job = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=2), "cpu", torch.float32))
+    job = kernel.job(shapes.make(replace(shapes.SHAPES["tiny"], n_cpu=2), "cpu", torch.float32))
     before = variants.config.norm, variants.config.norm_programs, variants.config.norm_resident
     with variants.configured(kernel, {"ROWS": 2, "num_warps": 8, "programs": 1}):
         ((_, grid, _, meta),) = job.launches()
     # 2 items of 3 tiles, 4 of them a program; and one more for each item
     assert (grid, meta["ROWS"], meta["num_warps"]) == ((4,), 2, 8)
-    many = kernel.job(data.make(replace(data.SHAPES["tiny"], n_cpu=200), "cpu", torch.float32))
+    many = kernel.job(shapes.make(replace(shapes.SHAPES["tiny"], n_cpu=200), "cpu", torch.float32))
     for programs in (1, 2):  # on each of 132 multiprocessors; the 1200 tiles would let them be more
         with variants.configured(kernel, {"ROWS": 1, "programs": programs}):
             assert many.launches()[0][1] == (132 * programs + 200,)
@@ -113,7 +113,7 @@ def test_a_wrong_default_is_not_timed(bench, run, monkeypatch, capsys, kernel):
                 tensor.add_(1)
         return found
 
-    table = bench("variants").KERNELS
+    table = bench("harness.variants").KERNELS
     outputs = set()
     make = table[kernel].job
 
@@ -141,7 +141,7 @@ def test_a_variant_that_can_not_run_is_a_row(bench, run, monkeypatch, capsys):
 
 def test_orders_of_loads(bench):
     """A flag is tried the other way round where a configuration has it; where it is missing, that is said."""
-    variants = bench("variants")
+    variants = bench("harness.variants")
     default = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
     attend = variants.KERNELS["attend"]
     tried, missing = variants.variants_of(attend, default)
@@ -160,7 +160,7 @@ def test_orders_of_loads(bench):
 
 def test_the_limit_of_registers_is_the_defaults(bench):
     """Fewer warps under it would spill, and be judged by that; what leaves the tile as it is keeps it."""
-    variants = bench("variants")
+    variants = bench("harness.variants")
     default = {"ROWS": 1, "num_warps": 4, "EARLY": True, "maxnreg": 80}
     tried, _ = variants.variants_of(variants.KERNELS["norm_grad_rows"], default)
     assert {"ROWS": 2, "num_warps": 2, "programs": 4, "maxnreg": None} in tried.values()
@@ -175,7 +175,7 @@ def test_the_limit_of_registers_is_the_defaults(bench):
 
 
 def test_stopping_keeps_what_was_measured(bench, run, monkeypatch, capsys):
-    measure = bench("measure")
+    measure = bench("harness.measure")
     for kernel in ("reduce_rows", "spread_rows"):
         limit(bench, monkeypatch, kernel)
     once, turns = measure.measure, []
@@ -194,10 +194,10 @@ def test_stopping_keeps_what_was_measured(bench, run, monkeypatch, capsys):
 
 
 def test_bytes_are_the_least(bench):
-    data, measure, variants = bench("data"), bench("measure"), bench("variants")
-    shape = data.SHAPES["tiny"]
+    shapes, measure, variants = bench("harness.shapes"), bench("harness.measure"), bench("harness.variants")
+    shape = shapes.SHAPES["tiny"]
     shape = replace(shape, heads=2)
-    inputs = data.make(shape, "cpu", torch.float32)
+    inputs = shapes.make(shape, "cpu", torch.float32)
     for kernel, cell in (
         ("reduce_rows", ("merge", "forward")), ("spread_rows", ("merge", "backward")), ("match", ("match", "forward")),
     ):  # fmt: skip
@@ -208,7 +208,7 @@ def test_the_order_of_importance(bench):
     tune = bench("tune")
     found = [(kernel.name, shape.name) for kernel, shape in tune.cases(tune.arguments([]))]
     assert found[:3] == [(name, "stop-b32-train") for name in ("norm_rows", "norm_grad_rows", "reduce_rows")]
-    assert {name for name, _ in found} == set(bench("variants").KERNELS)
+    assert {name for name, _ in found} == set(bench("harness.variants").KERNELS)
     only = tune.cases(tune.arguments(["--kernels", "match", "--shapes", "vit-b16-r16"]))
     assert [(kernel.name, shape.name) for kernel, shape in only] == [("match", "vit-b16-r16")]
 

@@ -104,9 +104,8 @@ def test_a_link_and_a_file_that_is_no_pack(warm_cache, tmp_path, monkeypatch, ca
 
 LAUNCH = """
 import sys
-import no_gpu
+from harness import launch_paths, no_gpu
 gpu = no_gpu.install(results=False)
-import launch_paths
 launch_paths.run("large", gpu)
 print(*gpu.variants)
 """
@@ -133,7 +132,7 @@ def test_another_process_finds_the_kernels(tmp_path):
     assert count in (4, 5)
     assert run(script, "use", file, folder).splitlines()[-1] == f"{count} kernels"
     before = sorted(path.name for path in folder.iterdir())
-    with_cache = {"TRITON_CACHE_DIR": str(folder), "TRITON_CACHE_MANAGER": "cache_marks:MarkingCache"}
+    with_cache = {"TRITON_CACHE_DIR": str(folder), "TRITON_CACHE_MANAGER": "harness.cache_marks:MarkingCache"}
     assert len(run("-c", LAUNCH, **with_cache).split()) == 4
     assert sorted(path.name for path in folder.iterdir() if path.name != ".used") == before
     out = run(script, "used", file, folder)

@@ -270,7 +270,7 @@ def test_tables_by_hand():
         stk.apply_tome_patch(tower, [5, 5], prop_attn=False)
     *head, table = str(stk.describe(tower)).split("\n", 4)
     assert head == [
-        "StopTower, 4 frames: 17 → 9 tokens, ideal 1.57×", "family: StopTower (peers.upstream)",
+        "StopTower, 4 frames: 17 → 9 tokens, ideal 1.57×", "family: StopTower (harness.baselines.stop)",
         "prop_attn: False, trace_source: False, protected tokens: 5",
         "after the last layer: global prompts and class tokens",
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from stoptome_kernels.stop.temporal import TemporalPrompt
 from stoptome_kernels.video.convolutions import FrequencyConv3d
 from torch import nn
 
-from peers import upstream
+from harness.baselines import stop as upstream
 
 FRAMES = 3
 MOST_TIES = 2  # cells of a video whose scores are as close as rounding

@@ -14,7 +14,7 @@ import torch
 from stoptome_kernels.video.blocks import VideoTokens
 from torch import nn
 
-from peers import upstream
+from harness.baselines import stop as upstream
 
 WIDTH, LAYERS, PATCHES, FRAMES, BATCH = 64, 3, 12, 4, 2
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peers import upstream
+from harness.baselines import stop as upstream
 from support.families import families, get, norm, stop_model, stop_tower
 
 READ = [family for family in families() if family.name in ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")]

@@ -13,7 +13,7 @@ import torch
 from stoptome_kernels.stop import StopConfig, StopModel
 from torch import Tensor, nn
 
-from peers import upstream
+from harness.baselines import stop as upstream
 from support import slow_tempme
 from support.vit import build, cases
 

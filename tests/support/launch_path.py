@@ -15,7 +15,7 @@ from stoptome_kernels.tome.schedule import plan_layers
 from stoptome_kernels.video.blocks import VideoTokens, run_block
 
 import launches
-import no_gpu
+from harness import no_gpu
 
 VIDEO, IMAGE = (12, 54, 5, 2), (2, 197, 1, 13)  # items, tokens, protected, r
 
@@ -77,7 +77,7 @@ def main() -> None:
     gpu = no_gpu.install()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found: dict = {"triton": launches.measure._version("triton"), "ops": {}, "blocks": {}}
+    found: dict = {"triton": launches.version_of("triton"), "ops": {}, "blocks": {}}
     for name, (items, tokens, protected, r) in {"video": VIDEO, "image": IMAGE}.items():
         gpu.forget()
         found["ops"][name] = of_ops(gpu, items, tokens, protected, r)

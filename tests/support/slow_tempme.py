@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import peers
-from peers.upstream import LayerNorm, QuickGELU
+from harness.baselines import operators
+from harness.baselines.stop import LayerNorm, QuickGELU
 
 
 class Attention(nn.Module):
@@ -94,8 +94,8 @@ class MergingBlock(Block):
         r = min(r, (x.shape[1] - info["cls_num"]) // 2)
         if r:
             size = like.new_ones(*like.shape[:2], 1) if info["size"] is None else info["size"]
-            plan = peers.eager_match(metric, r, info["cls_num"])
-            x, info["size"] = peers.eager_merge(x, plan, size, info["cls_num"])
+            plan = operators.eager_match(metric, r, info["cls_num"])
+            x, info["size"] = operators.eager_merge(x, plan, size, info["cls_num"])
         info["token_num"] = x.shape[1]
         return x
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from stoptome_kernels import reference
 from torch import Tensor
 
-import no_gpu
+from . import no_gpu
 
 PATCH = 16  # pixels a side: 3 · 16 · 16 = 768 numbers a patch, as wide as ViT-B
 HEAD_DIM = 64

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How it is measured: clocks, bytes, the machine, and the file of rows."""
+"""How it is measured: clocks, and the bytes that must move."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import math
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Callable
 from statistics import median
 
 import torch
 
-import no_gpu
-from data import HEAD_DIM, Shape
+from . import no_gpu
+from .shapes import HEAD_DIM, Shape
 
-ROOT = Path(__file__).resolve().parent.parent
 Calls = list[Callable[[], object]]  # one for each set of inputs; the GPU rotates through them
 
 # -- clocks -----------------------------------------------------------------------------------------------------------
@@ -210,95 +201,3 @@ def least_bytes(shape: Shape, n: int, itemsize: int, op: str, direction: str) ->
         ("unmerge", "forward"): rows_out + rows_in + gather,
     }
     return n * parts[op, direction]
-
-
-# -- the machine ------------------------------------------------------------------------------------------------------
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment(device: str, commit: str | None) -> dict:
-    """The part of a row that says where and on what it was measured; a dry run's device is ``none``."""
-    gpu = device == "cuda"
-    # who names the commit vouches for the checkout, which may lie on another one, or hold a prepared cache
-    changed = None if commit else _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
-    return {
-        "device": torch.cuda.get_device_name() if gpu else cpu_model(),
-        "device_kind": "none" if no_gpu.pretending() else device,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
-        "cuda": torch.version.cuda if gpu else None,
-        "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "package": _version("stoptome_kernels"),
-        "commit": commit or _output("git", "rev-parse", "--verify", "-q", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def slug(row: dict) -> str:
-    """A file name for the rows of a machine, such as ``amd-epyc-2-threads-torch2.13``."""
-    threads = f" {row['threads']} threads" if row["device_kind"] == "cpu" else ""
-    release = ".".join(row["torch"].split(".")[:2])
-    return re.sub(r"[^a-z0-9.]+", "-", f"{row['device']}{threads} torch{release}".lower()).strip("-")
-
-
-# -- the file of rows -------------------------------------------------------------------------------------------------
-
-IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", "direction", "impl")
-
-
-def read_rows(file: Path, keys: Iterable[str] = IDENTITY) -> list[dict]:
-    """Return the rows of a results file, which have these keys; raise ValueError if it is none."""
-    rows = json.loads(file.read_text())
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
-        raise ValueError(f"{file} is not a list of benchmark rows")
-    return rows
-
-
-def rows_file(asked: Path | None, where: dict) -> Path | None:
-    """The file that ``--json`` names, in a folder the one of this machine; ValueError if something else is in it."""
-    if asked and (asked.is_dir() or not asked.suffix):
-        asked = asked / f"{slug(where)}.json"
-    if asked and asked.exists():
-        try:
-            read_rows(asked)
-        except ValueError as error:
-            raise ValueError(f"--json: {error}; name another file") from None
-    return asked
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """Add rows to a file, in place of older ones of the same measurement; all or nothing, whenever it is stopped."""
-    kept = {tuple(row[key] for key in IDENTITY): row for row in (read_rows(file) if file.exists() else [])}
-    kept.update({tuple(row[key] for key in IDENTITY): row for row in rows})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept.values()) + "\n]\n")
-    os.replace(part, file)

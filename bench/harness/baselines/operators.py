@@ -18,7 +18,7 @@ import torch
 from stoptome_kernels import compat
 from torch import Tensor
 
-from data import Inputs, Shape
+from ..shapes import Inputs, Shape
 
 
 class EagerPlan(NamedTuple):

@@ -18,14 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import aot_report
-import data
 import fused
 import merge
-import no_gpu
-import peers
 import stop
 import tune
-import variants
+
+from . import no_gpu, shapes, variants
+from .baselines import operators
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALONE = ("stop-b32-train", "stop-b32-video", "clip-b16", "tempme-68", "tempme-88", "tempme-168", "vit-l16-384", "long")
@@ -77,11 +76,11 @@ def large(few: bool) -> None:
     stk.unmerge(stk.merge(row, plan)[0], plan)
 
 
-def _inputs(name: str, few: bool) -> data.Inputs:
+def _inputs(name: str, few: bool) -> shapes.Inputs:
     """Of a benchmark, in bfloat16; the pictures' content does not matter."""
-    shape = data.SHAPES[name]
+    shape = shapes.SHAPES[name]
     n = min(shape.n_gpu, ITEMS) if few else shape.n_gpu
-    made = data.make(replace(shape, n_cpu=1), "cpu", torch.bfloat16)
+    made = shapes.make(replace(shape, n_cpu=1), "cpu", torch.bfloat16)
 
     def repeat(t: torch.Tensor) -> torch.Tensor:
         return t.repeat(n, *[1] * (t.dim() - 1))
@@ -89,11 +88,11 @@ def _inputs(name: str, few: bool) -> data.Inputs:
     metric = x = repeat(made.x)
     if shape.metric == "keys":
         metric = repeat(made.metric.transpose(1, 2)[:, :, None].expand(-1, -1, 3, -1, -1))[:, :, 1].transpose(1, 2)
-    return data.Inputs(shape, metric, x, repeat(made.size), repeat(made.column), repeat(made.grad))
+    return shapes.Inputs(shape, metric, x, repeat(made.size), repeat(made.column), repeat(made.grad))
 
 
 def bench_merge(name: str, few: bool) -> None:
-    for call in merge.calls(peers.package("auto", image=data.SHAPES[name].cell > 0), _inputs(name, few)).values():
+    for call in merge.calls(operators.package("auto", image=shapes.SHAPES[name].cell > 0), _inputs(name, few)).values():
         call()
 
 
@@ -171,7 +170,7 @@ def jobs() -> list[str]:
         *(f"tune {kernel} {shape}" for kernel, shape in tune.ORDER),
         *(f"alone {shape} {dtype}" for dtype in DTYPES for shape in ALONE),
         *(f"model {dtype}" for dtype in DTYPES),
-        *(f"merge {shape.name}" for shape in data.SHAPES.values() if shape.default),
+        *(f"merge {shape.name}" for shape in shapes.SHAPES.values() if shape.default),
         *(f"fused {shape}" for shape in fused.SHAPES),
         *(f"image {side} {dtype}" for side in (16, 64, 128) for dtype in DTYPES),
         "sets",

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-import data
-import measure
-import no_gpu
-from verify import WrongResult
+from . import measure, no_gpu, shapes
+from .rows import environment, rows_file, write_rows
+from .verify import WrongResult
 
 
 def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -83,7 +82,7 @@ def settle(args: argparse.Namespace) -> None:
 
 def measure_shapes(
     args: argparse.Namespace,
-    rows_of: Callable[[data.Shape, argparse.Namespace], list[dict]],
+    rows_of: Callable[[shapes.Shape, argparse.Namespace], list[dict]],
     table: Callable[[list[dict]], str],
 ) -> int:
     """Measure shape by shape, keep the rows as they come, print their table; return the exit status.
@@ -94,9 +93,9 @@ def measure_shapes(
         table: makes text of all rows.
     """
     settle(args)
-    where = measure.environment(args.device, args.commit) | {"pages": args.pages}
+    where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = measure.rows_file(args.json, where)
+        file = rows_file(args.json, where)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -105,9 +104,9 @@ def measure_shapes(
     status = 0
     try:
         for name in args.shapes:
-            rows += [where | row for row in rows_of(data.SHAPES[name], args)]
+            rows += [where | row for row in rows_of(shapes.SHAPES[name], args)]
             if file:
-                measure.write_rows(file, rows)
+                write_rows(file, rows)
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
         status = 1

@@ -13,7 +13,7 @@ from stoptome_kernels.kernels import attention, config, match, merge, norm
 from stoptome_kernels.layout import empty_heads_last
 from torch import Tensor
 
-import data
+from . import shapes
 
 SINGLE = torch.finfo(torch.float32).eps / 2
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
@@ -39,7 +39,7 @@ class Kernel:
     name: str
     config: str  # the function of kernels.config that configures it
     part: Callable[[dict], str | None]  # which of the configurations that the function returns
-    job: Callable[[data.Inputs], Job]
+    job: Callable[[shapes.Inputs], Job]
     variants: Callable[[dict], list[Changes]]  # of a default configuration
     flags: tuple[str, ...] = ()  # orders of loads: constants that are tried the other way round
     direction: str = "forward"
@@ -57,11 +57,11 @@ def _most(tensor: Tensor) -> float:
     return tensor.abs().max().item()
 
 
-def _metric(i: data.Inputs) -> Tensor:
+def _metric(i: shapes.Inputs) -> Tensor:
     return i.metric if i.metric.dim() == 4 else i.metric[:, None]
 
 
-def _plan(i: data.Inputs) -> tuple[Tensor, Tensor]:
+def _plan(i: shapes.Inputs) -> tuple[Tensor, Tensor]:
     r = i.shape.tokens - i.shape.tokens_out
     return reference.match(_metric(i), r, i.shape.protected)[1:]
 
@@ -69,7 +69,7 @@ def _plan(i: data.Inputs) -> tuple[Tensor, Tensor]:
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def match_job(i: data.Inputs) -> Job:
+def match_job(i: shapes.Inputs) -> Job:
     """Return the matching of all items. What is right depends on rounding: tune.py asks verify.Truth, not bounds."""
     n, tokens, out = i.x.shape[0], i.shape.tokens, i.shape.tokens_out
     metric, r, protected = _metric(i), tokens - out, i.shape.protected
@@ -84,7 +84,7 @@ def match_job(i: data.Inputs) -> Job:
     )
 
 
-def reduce_job(i: data.Inputs) -> Job:
+def reduce_job(i: shapes.Inputs) -> Job:
     plan = _plan(i)
     y, size = torch.empty_like(i.grad), i.size.new_empty(i.grad.shape[:2])
     return Job(
@@ -96,7 +96,7 @@ def reduce_job(i: data.Inputs) -> Job:
     )
 
 
-def spread_job(i: data.Inputs) -> Job:
+def spread_job(i: shapes.Inputs) -> Job:
     plan, out = _plan(i), torch.empty_like(i.x)
     return Job(
         lambda: [merge.spread_launch(i.grad, *plan, i.size, out, "mean", None, None)],
@@ -107,19 +107,19 @@ def spread_job(i: data.Inputs) -> Job:
     )
 
 
-def _norm_inputs(i: data.Inputs) -> tuple[Tensor, ...]:
+def _norm_inputs(i: shapes.Inputs) -> tuple[Tensor, ...]:
     """residual, weight, bias."""
     rng = torch.Generator().manual_seed(0)
     weight, bias = (torch.rand(i.x.shape[2], generator=rng).to(i.x.device) for _ in range(2))
     return i.x.flip(0) * 0.5, weight, bias
 
 
-def _norm_noise(i: data.Inputs) -> float:
+def _norm_noise(i: shapes.Inputs) -> float:
     """Of a sum over a row, or over all rows, as a share of the largest result: rounding errors add up as a walk."""
     return 4 * (i.x.shape[2] ** 0.5 + i.x[..., 0].numel() ** 0.5) * SINGLE
 
 
-def norm_job(i: data.Inputs) -> Job:
+def norm_job(i: shapes.Inputs) -> Job:
     plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
     names = ("y", "normed", "size", "mean", "rstd")
     y, normed = (torch.empty_like(i.grad) for _ in range(2))
@@ -144,7 +144,7 @@ def norm_job(i: data.Inputs) -> Job:
     )  # fmt: skip
 
 
-def norm_grad_job(i: data.Inputs) -> Job:
+def norm_grad_job(i: shapes.Inputs) -> Job:
     plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
     y, _, _, mean, rstd = reference.merge_norm(i.x, residual, *plan, i.size, weight, bias, 1e-5)
     grads, out = (i.grad, i.grad.flip(0)), torch.empty_like(i.x)
@@ -166,12 +166,12 @@ def norm_grad_job(i: data.Inputs) -> Job:
     )
 
 
-def _attention_inputs(i: data.Inputs) -> tuple[Tensor, ...]:
+def _attention_inputs(i: shapes.Inputs) -> tuple[Tensor, ...]:
     """q, k, v, size and the prefix's keys and values, laid out as in a block of STOP's."""
     n, heads, rng = i.x.shape[0], max(1, i.shape.heads), torch.Generator(i.x.device).manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, heads, data.HEAD_DIM, generator=rng, device=i.x.device).to(i.x.dtype)
+        return torch.randn(*sizes, heads, shapes.HEAD_DIM, generator=rng, device=i.x.device).to(i.x.dtype)
 
     q, k, v = random(n, i.shape.tokens, 3).permute(2, 0, 3, 1, 4)
     share = FRAMES if n % FRAMES == 0 else 1
@@ -179,16 +179,16 @@ def _attention_inputs(i: data.Inputs) -> tuple[Tensor, ...]:
     return q, k, v, i.size, *prefix
 
 
-def attend_job(i: data.Inputs) -> Job:
+def attend_job(i: shapes.Inputs) -> Job:
     given = q, k, v, size, _, prefix_v = _attention_inputs(i)
-    scale = data.HEAD_DIM**-0.5
+    scale = shapes.HEAD_DIM**-0.5
     out = empty_heads_last(q, *q.shape[:3])
     lse = size.new_empty(q.shape[:3])
 
     def bounds(want: dict[str, Tensor]) -> dict[str, float]:
         # a score is off by the rounding of its sum, a weight by that and its rounding to the dtype, as the output is
         reach = scale * _most(q.float().norm(dim=-1)) * _most(k.float().norm(dim=-1))
-        noise = 8 * (data.HEAD_DIM**0.5 + k.shape[2] ** 0.5) * SINGLE * (1 + reach)
+        noise = 8 * (shapes.HEAD_DIM**0.5 + k.shape[2] ** 0.5) * SINGLE * (1 + reach)
         return {"out": (4 * _unit(q.dtype) + noise) * max(_most(v), _most(prefix_v)), "lse": noise}
 
     return Job(
@@ -200,9 +200,9 @@ def attend_job(i: data.Inputs) -> Job:
     )
 
 
-def attend_grad_job(i: data.Inputs) -> Job:
+def attend_grad_job(i: shapes.Inputs) -> Job:
     given = q, k, v, size, prefix_k, prefix_v = _attention_inputs(i)
-    scale = data.HEAD_DIM**-0.5
+    scale = shapes.HEAD_DIM**-0.5
     out, lse = reference.attention(*given, scale)
     grad = torch.ones_like(out) * out.flip(0)
     rows = [empty_heads_last(x, *x.shape[:3]) for x in (q, k, v)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's cache, noting which entries it was read for: TRITON_CACHE_MANAGER=cache_marks:MarkingCache, with this folder
-in PYTHONPATH. ``bench/warm_cache.py used`` counts the marks."""
+"""Triton's cache, noting which entries it was read for: TRITON_CACHE_MANAGER=harness.cache_marks:MarkingCache, with
+bench/ in PYTHONPATH. ``bench/warm_cache.py used`` counts the marks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-import peers
+from . import operators
 
 
 class LayerNorm(nn.LayerNorm):
@@ -102,8 +102,8 @@ class MergingStopBlock(StopBlock):
         weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
         metric = nn.functional.linear(own, weight[width : 2 * width], bias[width : 2 * width]).transpose(0, 1)
         metric = metric.detach().unflatten(2, (self.attn.num_heads, -1)).mean(2)
-        plan = peers.eager_match(metric, self.r, 1 + count)
-        rows, self.size = peers.eager_merge(rows, plan, column, 1 + count)
+        plan = operators.eager_match(metric, self.r, 1 + count)
+        rows, self.size = operators.eager_merge(rows, plan, column, 1 + count)
         x = torch.cat([x[:count] + over, rows.transpose(0, 1).reshape(-1, batch, width)])
         return self.feed_forward(x), frames, visual
 

@@ -12,8 +12,8 @@ import torch
 from stoptome_kernels import reference
 from torch import Tensor
 
-from data import Inputs, sets
-from peers import Peer
+from .baselines.operators import Peer
+from .shapes import Inputs, sets
 
 SINGLE = torch.finfo(torch.float32).eps / 2  # unit roundoff
 FLIPPED = 0.01  # at most this share of the decisions may fall otherwise than in float64

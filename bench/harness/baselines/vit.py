@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peers import eager_both
+from .operators import eager_both
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPU that is not there: Triton's binder, cache and compiler for sm_90 over a driver that launches nothing.
 
-    import no_gpu
+    from harness import no_gpu
     gpu = no_gpu.install()         # before any kernel of the package is imported
     model(images)                  # tensors on the CPU
     gpu.launches, gpu.variants     # what a GPU would have been given to do
@@ -299,6 +299,6 @@ def pretending() -> bool:
 
 
 def pytest_load_initial_conftests() -> None:
-    """Install the driver and pretend before any test is imported: ``python -m pytest -p no_gpu``."""
+    """Install the driver and pretend before any test is imported: ``python -m pytest -p harness.no_gpu``."""
     install()
     pretend()
