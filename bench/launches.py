@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 import models
 from charts.launches import listed
 from harness import no_gpu
-from harness.rows import ROOT, version_of, environment
+from harness.rows import ROOT, environment, version_of
 
 FOLDER = ROOT / "bench/results/launches"
 DIRECTIONS = ("inference", "training")
