@@ -13,7 +13,6 @@ so does one that a table given with --check holds other numbers for. The committ
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -30,21 +29,9 @@ from stoptome_kernels.kernels import attention, conv, match, merge, norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# name: (N, T, D, heads, protected, r); heads 0: the metric is x itself
-SHAPES = {
-    "stop-b32-train": (1536, 54, 768, 12, 5, 2),
-    "stop-b32-video": (12, 54, 768, 12, 5, 8),
-    "clip-b16": (768, 197, 768, 12, 1, 10),
-    "tempme-68": (384, 68, 768, 0, 2, 20),
-    "tempme-88": (192, 88, 768, 0, 4, 26),
-    "tempme-168": (64, 168, 768, 0, 12, 50),
-    "vit-b16": (256, 197, 768, 12, 1, 16),
-    "vit-b16-deep": (256, 101, 768, 12, 1, 16),
-    "few-tokens": (256, 16, 768, 12, 1, 2),
-    "vit-l16-384": (64, 577, 1024, 16, 1, 23),
-    "long": (8, 4097, 1024, 16, 1, 512),
-    "sd-64": (2, 4096, 320, 0, 0, 2048),
-}
+from harness import cli
+from harness.shapes import COMPILED as SHAPES
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have (CUDA guide, table 27)
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # other keys of a specialisation
@@ -281,7 +268,7 @@ def differences(rows: list[dict], text: str) -> list[str]:
 
 def main() -> int:
     """Compile, print a table, return 1 if a kernel spills, asks for too much, or differs from a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.bare_parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))

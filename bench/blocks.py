@@ -23,6 +23,7 @@ from torch import Tensor
 from charts.blocks import SIDES, table
 from harness import cli, measure, shapes
 from harness.baselines import operators
+from harness.rows import percentiles
 from harness.verify import WrongResult
 
 SHAPES = tuple(name for name, shape in shapes.SHAPES.items() if shape.metric == "keys")
@@ -111,13 +112,9 @@ def rows_of(shape: shapes.Shape, args: argparse.Namespace) -> list[dict]:
     rows = []
     for impl, own in found.items():
         for part in own:
-            samples = times[f"{impl}\n{part}"]["samples"]
             rows.append({
-                **{"shape": shape.name, "n": shape.n(args.device), "tokens": shape.tokens, "dim": shape.dim},
-                **{"heads": shape.heads, "protected": shape.protected, "r": shape.r, "dtype": args.dtype},
-                **{"op": part, "direction": "inference", "impl": impl, "runs": len(samples)},
-                **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) for k in (20, 50, 80)},
-                "check_rows_that_differ": differ,
+                **shape.columns(args.device), "dtype": args.dtype, "op": part, "direction": "inference", "impl": impl,
+                **percentiles(times[f"{impl}\n{part}"]["samples"]), "check_rows_that_differ": differ,
             })  # fmt: skip
     return rows
 
@@ -136,14 +133,7 @@ def check(eager: Tensor, package: Tensor) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    cli.add_options(p)
-    add("--shapes", type=cli.one_of("shape", SHAPES), default=list(DEFAULT), metavar="NAME,NAME",
-        help=f"{', '.join(SHAPES)} (default: {','.join(DEFAULT)})")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--seconds", type=cli.positive(float), default=30.0, metavar="S", help="for each shape (default: 30)")
-    return cli.measure_shapes(p.parse_args(argv), rows_of, table)
+    return cli.main_by_shape(argv, __doc__, rows_of, table, (SHAPES, DEFAULT), (30.0, "each shape"))
 
 
 if __name__ == "__main__":

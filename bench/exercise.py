@@ -10,14 +10,13 @@ Checks the results' finiteness alone: whether they are right is what the tests a
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import stoptome_kernels as stk
 import torch
 
-from fused import attention_sides, norm_sides
 from harness import cli, shapes
+from harness.workloads.fused import attention_sides, norm_sides
 
 
 def run(inputs: shapes.Inputs) -> list[torch.Tensor]:
@@ -37,7 +36,7 @@ def run(inputs: shapes.Inputs) -> list[torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.bare_parser(__doc__)
     names = [name for name, shape in shapes.SHAPES.items() if shape.metric == "keys"]
     p.add_argument("--shape", choices=names, default="stop-b32-video-r2")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the benchmarks")

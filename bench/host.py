@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from charts.host import BACKENDS, verdict
-from harness import cli, measure
-from harness.rows import ROOT, environment, rows_file, slug, write_rows
+from harness import cli, measure, no_gpu
+from harness.rows import ROOT, percentiles, version_of
+from harness.verify import by_reference
+from harness.workloads.models import installed
 
 FOLDER = ROOT / "bench/results/host"
 BASE = "F.layer_norm"
@@ -127,16 +129,14 @@ def stop_block(cast: Callable, r: int) -> Sides:
 
 def vit_block(cast: Callable, r: int) -> Sides:
     """The second block of timm's vision transformer, whose tokens have sizes, narrow; nothing if there is no timm."""
-    import models
-
-    if not models.installed("timm"):
+    if not installed("timm"):
         print("timm is not installed, its block is left out", file=sys.stderr)
         return {}
     from timm.models.vision_transformer import VisionTransformer
 
     built = VisionTransformer(img_size=64, embed_dim=64, depth=3, num_heads=1, num_classes=0).eval()
     given: list = []
-    with _values(), torch.no_grad(), cast():
+    with by_reference(), torch.no_grad(), cast():  # the launch path that is timed gives no results
         stk.apply_tome_patch(built, r)  # which compares results
         handle = built.blocks[1].register_forward_pre_hook(lambda _, args: given.extend(args))
         built(torch.randn(1, 3, 64, 64))
@@ -149,17 +149,6 @@ def vit_block(cast: Callable, r: int) -> Sides:
             return built.blocks[1](tokens._replace(x=leaf if torch.is_grad_enabled() else leaf.detach())).x
 
     return block_directions(f"timm ViT block, r = {r}", call, [leaf, *built.blocks[1].parameters()])
-
-
-@contextmanager
-def _values() -> Iterator[None]:
-    """Compute what is right for once: the launch path that is timed gives no results."""
-    chosen = os.environ.get("STOPTOME_BACKEND")
-    os.environ["STOPTOME_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        os.environ.pop("STOPTOME_BACKEND") if chosen is None else os.environ.update(STOPTOME_BACKEND=chosen)
 
 
 def sides(backend: str) -> Sides:
@@ -187,13 +176,14 @@ def rows_of(backend: str, seconds: float) -> list[dict]:
     rows = []
     for op, way in found:
         samples = [sample / often[op, way] for sample in times[f"{op}\n{way}"]["samples"]]
-        p20, p50, p80 = (round(measure.percentile(samples, k), 3) for k in (0.2, 0.5, 0.8))
-        target, ratio = TARGETS.get((op, way)), p50 / base
+        own = percentiles(samples)
+        target, ratio = TARGETS.get((op, way)), own["p50_us"] / base
         rows.append(
             {
                 **{"shape": "tiny", "n": ITEMS, "dtype": "float32" if backend == "native" else "bfloat16"},
-                **{"op": op, "direction": way, "impl": backend, "runs": len(samples)},
-                **{"p20_us": p20, "p50_us": p50, "p80_us": p80, "base_us": round(base, 3)},
+                **{"op": op, "direction": way, "impl": backend},
+                **own,
+                "base_us": round(base, 3),
                 **{"times_layer_norm": round(ratio, 2), "target": target},
                 "met": None if target is None else ratio <= target,
             }
@@ -211,24 +201,16 @@ def table(rows: list[dict]) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.bare_parser(__doc__)
     add = p.add_argument
     add(
         "--json", type=Path, metavar="FILE", nargs="?", const=FOLDER,
         help="add the rows to FILE; in a folder: to one named by device and backend (default: bench/results/host)",
     )  # fmt: skip
     add("--backend", choices=(*BACKENDS, "both"), default="both")
-    add("--seconds", type=cli.positive(float), default=45.0, metavar="S", help="for each backend (default: 45)")
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    cli.add_seconds(p, 45.0, "each backend")
+    cli.add_commit(p)
     return p.parse_args(argv)
-
-
-def file_of(asked: Path | None, where: dict, backend: str) -> Path | None:
-    """The file that ``--json`` names, in a folder the one of this machine and backend."""
-    if asked and (asked.is_dir() or not asked.suffix):
-        release = ".".join(where["triton"].split(".")[:2]) if backend == "triton" else ""
-        asked = asked / f"{slug(where)}-{backend}{release}.json"
-    return rows_file(asked, where)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,22 +218,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.backend == "both":
         return next((status for backend in BACKENDS if (status := _in_a_process(backend, args))), 0)
     torch.set_num_threads(1)  # a pool of threads has its own host's time
+    args.device, args.pages = "cpu", None
+    release = ""
     if args.backend == "triton":
-        from harness import no_gpu
-
         no_gpu.install(results=False)
-    where = environment("cpu", args.commit) | {"pages": None}
-    try:
-        file = file_of(args.json, where, args.backend)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows = [where | row for row in rows_of(args.backend, args.seconds)]
-    print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}\n{table(rows)}", flush=True)
-    if file:
-        write_rows(file, rows)
-        print(f"rows: {file}")
-    return 0
+        release = ".".join((version_of("triton") or "").split(".")[:2])
+    batches = (rows_of(args.backend, args.seconds) for _ in range(1))
+    heading = "{device}, torch {torch}, Triton {triton}"
+    return cli.main(args, batches, table, heading, suffix=f"-{args.backend}{release}")
 
 
 def _in_a_process(backend: str, args: argparse.Namespace) -> int:

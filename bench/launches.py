@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import models
 from charts.launches import listed
-from harness import no_gpu
+from harness import cli, no_gpu
 from harness.rows import ROOT, environment, version_of
+from harness.workloads import DIRECTIONS, models, stop
 
 FOLDER = ROOT / "bench/results/launches"
-DIRECTIONS = ("inference", "training")
 STOP = "STOP ViT-B/32, 12 frames"
 SETTINGS = ("r=0", "r=2", "r=8", "memory")  # of bench/stop.py; memory joins frames
 VITS = (("ViT-B/16", 13), ("CLIP ViT-B/32 (open_clip)", 13))  # of bench/models.py, and r
@@ -133,8 +132,6 @@ def stop_models(layers: int = 12) -> list[Model]:
     """STOP with each of the settings; one module, patched when its turn has come."""
     from stoptome_kernels.stop import StopModel
 
-    import stop
-
     config = stop.model_config(SimpleNamespace(layers=layers), "DGL")
     built = StopModel(config)
 
@@ -191,13 +188,13 @@ def all_rows(gpu: no_gpu.Gpu) -> list[dict]:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.bare_parser(__doc__)
     name = f"triton-{version_of('triton')}.json"
     p.add_argument(
         "--json", type=Path, metavar="FILE", nargs="?", const=FOLDER / name,
         help=f"write rows to FILE, or into a folder (default: {(FOLDER / name).relative_to(ROOT)})",
     )  # fmt: skip
-    p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    cli.add_commit(p)
     args = p.parse_args(argv)
     if args.json and args.json.is_dir():
         args.json = args.json / name

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from harness import cli, measure, no_gpu, shapes, verify
+from harness import cli, measure, shapes, verify
 from harness.baselines import operators
-from harness.rows import environment, rows_file, write_rows
+from harness.rows import percentiles
+from harness.workloads.operators import calls, input_sets
 
 CELLS = (  # what is measured of every shape
     ("match", "forward"),
@@ -30,34 +31,28 @@ CELLS = (  # what is measured of every shape
     ("match+merge", "forward+backward"),
     ("unmerge", "forward"),
 )
-DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("triton", "native", "reference")
 GRAPH_ITEMS = 12  # CUDA-graph times where launches rule: one video
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__)
     add = p.add_argument
-    cli.add_options(p)
     add("--plot", type=Path, metavar="FILE.png", help="draw the chart of this run")
     names = cli.one_of("shape", (*shapes.SHAPES, "list", "all"))
     add("--shapes", type=names, default=["all"], metavar="NAME,NAME", help="which shapes; `list` shows them")
-    add("--dtype", choices=(*DTYPES, "all"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    cli.add_dtype(p, (*cli.DTYPES, "all"))
     some = cli.one_of("backend", BACKENDS)
     add("--backend", type=some, metavar="A,B", help=f"of {', '.join(BACKENDS)}; default: all that can run")
     add("--quick", action="store_true", help="two shapes without torch.compile and reference: about 20 seconds")
-    add(
-        "--seconds",
-        type=cli.positive(float),
-        metavar="S",
-        help="time for the clocks; checks and compilation come on top",
-    )
+    said = "time for the clocks; checks and compilation come on top"
+    add("--seconds", type=cli.positive(float), metavar="S", help=said)
     add("--no-compile", action="store_true", help="leave torch.compile out")
     args = p.parse_args(argv)
     if args.plot and args.plot.suffix != ".png":
         p.error(f"argument --plot: must end in .png, got {str(args.plot)!r}")
-    cli.settle(args)
-    args.dtypes = DTYPES if args.dtype == "all" else (args.dtype,)
+    cli.configure(args)
+    args.dtypes = cli.DTYPES if args.dtype == "all" else (args.dtype,)
     wanted = args.backend or (BACKENDS[:2] if args.quick else BACKENDS)
     reasons = {name: operators.unavailable_reason(name, args.device, getattr(torch, args.dtypes[0])) for name in wanted}
     args.skipped = {backend: reason for backend, reason in reasons.items() if reason}
@@ -73,46 +68,10 @@ def chosen_shapes(args: argparse.Namespace) -> list[shapes.Shape]:
     return [shape for shape in shapes.SHAPES.values() if (shape.quick if args.quick else shape.default)]
 
 
-def calls(peer: operators.Peer, i: shapes.Inputs) -> dict[tuple[str, str], Callable[[], object]]:
-    """Return what is timed of one implementation on one set of inputs."""
-    leaf = i.x.detach().requires_grad_()
-
-    def back(y: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(y, leaf, i.grad)[0]
-
-    found = {
-        ("match+merge", "forward"): lambda: peer.both(i, i.x),
-        ("match+merge", "forward+backward"): lambda: back(peer.both(i, leaf)[0]),
-    }
-    if not peer.only_both:
-        plan = peer.match(i)
-        y, tracked = peer.merge(i, i.x, plan)[0], peer.merge(i, leaf, plan)[0]
-        found |= {
-            ("match", "forward"): lambda: peer.match(i),
-            ("merge", "forward"): lambda: peer.merge(i, i.x, plan),
-            ("merge", "forward, out="): peer.into(i, plan) if peer.into else lambda: peer.merge(i, i.x, plan),
-            ("merge", "backward"): lambda: torch.autograd.grad(tracked, leaf, i.grad, retain_graph=True),
-            ("merge", "forward+backward"): lambda: back(peer.merge(i, leaf, plan)[0]),
-            ("unmerge", "forward"): lambda: peer.unmerge(i, y, plan),
-        }
-    return found
-
-
-def input_sets(shape: shapes.Shape, device: str, dtype: torch.dtype) -> list[shapes.Inputs]:
-    """One set on a CPU, whose caches are as warm in real use; on a GPU enough of them to outlast the L2."""
-    first = shapes.make(shape, device, dtype)
-    if device == "cpu":
-        return [first]
-    touched = first.x.nbytes * (2 if shape.metric == "keys" else 1)
-    count = max(2, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // touched + 1))
-    count = 2 if no_gpu.pretending() else count
-    return [first, *(shapes.make(shape, device, dtype, seed) for seed in range(1, count))]
-
-
 def measure_shape(
     shape: shapes.Shape, dtype: torch.dtype, args: argparse.Namespace, bar: tqdm, seconds: float
-) -> Iterator[dict]:
-    """The rows of one shape, as they are measured. Raises verify.WrongResult before anything is timed."""
+) -> Iterator[list[dict]]:
+    """Yield the rows of one shape, cell by cell. Raises verify.WrongResult before anything is timed."""
     device, n = args.device, shape.n(args.device)
     sets = input_sets(shape, device, dtype)
     competing_compiler = device in shape.compile_on and not (args.no_compile or args.quick)
@@ -142,29 +101,29 @@ def measure_shape(
             sides["clone of result"] = measure.copies(2 * result, len(sets), device, fresh=True)
         graph = {p.name for p in competitors if p.graphs and n <= GRAPH_ITEMS and direction != "backward"}
         times = measure.measure(sides, device, seconds, graph)
-        middle = {name: measure.percentile(found["samples"], 0.5) for name, found in times.items()}
-        for peer in competitors:
-            if peer.name not in times:
-                continue
-            yield {
-                **{"shape": shape.name, "n": n, "tokens": shape.tokens, "dim": shape.dim, "heads": shape.heads},
-                **{"channels": sets[0].metric.shape[-1], "protected": shape.protected, "r": shape.r},
-                "dtype": str(dtype).removeprefix("torch."),
+        middle = measure.medians(times)
+        yield [
+            {
+                **shape.columns(device),
+                **{"channels": sets[0].metric.shape[-1], "dtype": str(dtype).removeprefix("torch.")},
                 "metric_form": "x" if shape.metric == "x" else peer.metric_form,
                 **{"op": op, "direction": direction, "impl": peer.name, "backend": peer.backend},
                 **numbers(times[peer.name], nbytes, middle, peer.name),
                 **{"input_sets": len(sets), **checks[peer.name]},
             }
+            for peer in competitors
+            if peer.name in times
+        ]
         bar.update()
 
 
 def numbers(times: measure.Times, nbytes: int, middle: dict[str, float], name: str) -> dict:
     """The measured part of a row; ``middle`` holds every side's median in µs."""
-    samples, t, copy = times["samples"], middle[name], middle["copy"]
+    t, copy = middle[name], middle["copy"]
     result = {how: middle.get(f"{how} of result") for how in ("copy", "clone")}
     return {
-        **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) for k in (20, 50, 80)},
-        **{"wall_us": times.get("wall_us"), "graph_us": times.get("graph_us"), "runs": len(samples)},
+        **percentiles(times["samples"]),
+        **{"wall_us": times.get("wall_us"), "graph_us": times.get("graph_us")},
         **{"bytes": nbytes, "gb_per_s": round(nbytes / t / 1e3, 3), "copy_gb_per_s": round(nbytes / copy / 1e3, 3)},
         "share_of_copy": round(copy / t, 4),
         **{f"times_{how}_of_result": round(t / other, 4) if other else None for how, other in result.items()},
@@ -214,71 +173,50 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace, rows: list[dict], save: Callable[[], None]) -> None:
-    """Measure everything, into ``rows``."""
-    shapes = chosen_shapes(args)
-    cells = len(shapes) * len(CELLS) * len(args.dtypes)
+def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Measure everything."""
+    for backend, reason in args.skipped.items():
+        print(f"not measured: {backend}: {reason}")
+    chosen = chosen_shapes(args)
+    cells = len(chosen) * len(CELLS) * len(args.dtypes)
     seconds = (args.seconds or (10 if args.quick else 45)) / cells
-    where = environment(args.device, args.commit) | {"pages": args.pages}
     with tqdm(total=cells, unit="cell", disable=None) as bar:
         for dtype in args.dtypes:
-            for shape in shapes:
+            for shape in chosen:
                 bar.set_description(f"{shape.name} {dtype}")
                 try:
-                    for row in measure_shape(shape, getattr(torch, dtype), args, bar, seconds):
-                        rows.append(where | row)
+                    yield from measure_shape(shape, getattr(torch, dtype), args, bar, seconds)
                 except torch.OutOfMemoryError:
                     bar.write(f"{shape.name}, {dtype}: skipped, not enough GPU memory for N = {shape.n(args.device)}")
                     bar.update(len(CELLS))
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
-                save()
+
+
+def list_shapes(device: str) -> None:
+    for shape in shapes.SHAPES.values():
+        sizes = f"T {shape.tokens:4} → {shape.tokens_out:4}  D {shape.dim:4}  heads {shape.heads:2}"
+        rest = f"protected {shape.protected:2}  metric {shape.metric}"
+        print(f"{shape.name:17} N {shape.n(device):4} on {device}  {sizes}  {rest}")
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    from charts import common, operators
+
+    common.draw(operators.chart, rows, file)
+    print(f"chart: {file}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if "list" in args.shapes:
-        for shape in shapes.SHAPES.values():
-            sizes = f"T {shape.tokens:4} → {shape.tokens_out:4}  D {shape.dim:4}  heads {shape.heads:2}"
-            rest = f"protected {shape.protected:2}  metric {shape.metric}"
-            print(f"{shape.name:17} N {shape.n(args.device):4} on {args.device}  {sizes}  {rest}")
+        list_shapes(args.device)
         return 0
-    where = environment(args.device, args.commit) | {"pages": args.pages}
-    try:
-        file = rows_file(args.json, where)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    memory = f", {args.pages} pages" if args.pages else ""
-    print(f"{where['device']}, {where['threads']} threads{memory}, torch {where['torch']}, package {where['package']}")
-    for backend, reason in args.skipped.items():
-        print(f"not measured: {backend}: {reason}")
-    rows: list[dict] = []
-    status = 0
-
-    def save() -> None:
-        if file and rows:
-            write_rows(file, rows)
-
-    try:
-        run(args, rows, save)
-    except verify.WrongResult as error:
-        print(f"error: a wrong result is not timed: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
-        status = 130
-    save()
-    if rows:
-        print(table(rows))
-        if file:
-            print(f"rows: {file}")
-        if args.plot:
-            from charts import common, operators
-
-            common.draw(operators.chart, rows, args.plot)
-            print(f"chart: {args.plot}")
-    return status
+    memory = ", {pages} pages" if args.pages else ""
+    heading = f"{{device}}, {{threads}} threads{memory}, torch {{torch}}, package {{package}}"
+    return cli.main(
+        args, batches(args), table, heading, after=lambda rows: plot(rows, args.plot) if args.plot else None
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from charts import common, page
+from harness import cli
 from harness.rows import ROOT
 
 README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
@@ -66,7 +67,7 @@ def publish(root: Path, check: bool) -> int:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.bare_parser(__doc__)
     add = p.add_argument
     add("kind", choices=tuple(page.KINDS), nargs="?", help="one kind of rows (default: all that are committed)")
     add("files", type=Path, nargs="*", metavar="FILE.json", help="rows of that kind")

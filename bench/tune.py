@@ -14,21 +14,16 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 from stoptome_kernels import reference
 from torch import Tensor
 
 from harness import cli, measure, no_gpu, shapes, variants, verify
-from harness.rows import environment, rows_file, write_rows
-from harness.variants import Job, Kernel
-from merge import input_sets
-
-STOP, VIT = "stop-b32-train", "vit-b16-r16"
-ORDER = (  # what is measured if no shape is named
-    ("norm_rows", STOP), ("norm_grad_rows", STOP), ("reduce_rows", STOP), ("match", VIT), ("match", STOP),
-    ("attend", STOP), ("attend", VIT), ("spread_rows", STOP), ("grad_keys", STOP),
-)  # fmt: skip
+from harness.rows import percentiles
+from harness.variants import Job, Kernel, launch
+from harness.workloads.operators import input_sets
 
 
 class Broken(Exception):
@@ -36,36 +31,29 @@ class Broken(Exception):
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__)
     add = p.add_argument
-    cli.add_options(p)
     names = cli.one_of("kernel", tuple(variants.KERNELS))
     add("--kernels", type=names, default=list(variants.KERNELS), metavar="A,B", help=", ".join(variants.KERNELS))
     names = cli.one_of("shape", tuple(shapes.SHAPES))
-    add("--shapes", type=names, metavar="NAME,NAME", help=f"default: {STOP}, for some kernels {VIT}")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    seconds = cli.positive(float)
-    add(
-        "--seconds", type=seconds, default=1.0, metavar="S", help="for the clocks of each kernel and shape (default: 1)"
-    )
-    args = p.parse_args(argv)
-    cli.settle(args)
+    said = f"default: {variants.STOP}, for some kernels {variants.VIT}"
+    add("--shapes", type=names, metavar="NAME,NAME", help=said)
+    cli.add_dtype(p)
+    cli.add_seconds(p, 1.0, "the clocks of each kernel and shape")
+    args = cli.configure(p.parse_args(argv))
     if args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("it needs an NVIDIA GPU (without one its own tests run under TRITON_INTERPRET=1)")
     return args
 
 
 def cases(args: argparse.Namespace) -> list[tuple[Kernel, shapes.Shape]]:
-    pairs = ORDER if args.shapes is None else [(kernel, shape) for kernel in args.kernels for shape in args.shapes]
+    pairs = (
+        variants.ORDER if args.shapes is None else [(kernel, shape) for kernel in args.kernels for shape in args.shapes]
+    )
     return [(variants.KERNELS[name], shapes.SHAPES[shape]) for name, shape in pairs if name in args.kernels]
 
 
 # -- right or wrong ---------------------------------------------------------------------------------------------------
-
-
-def launch(steps: list[tuple]) -> list:
-    """Launch them; what Triton compiled for each, None in the interpreter."""
-    return [kernel[grid](*given, **meta) for kernel, grid, given, meta in steps]
 
 
 def read(job: Job, steps: list[tuple]) -> tuple[dict[str, Tensor], list]:
@@ -102,12 +90,6 @@ def check_plan(who: str, got: dict[str, Tensor], truth: verify.Truth) -> int:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def reason_of(error: Exception) -> str:
-    """Say in one line why a variant can't run."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
-
-
 def usage(built: list) -> dict:
     """Registers of a thread and bytes spilled, the most of its launches; None in the interpreter."""
     found = {}
@@ -142,7 +124,7 @@ def prepare(kernel: Kernel, jobs: list[Job], inputs: shapes.Inputs, status: list
         except (KeyboardInterrupt, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the compiler or the driver says: the others are still of interest
-            entry["reason"] = reason_of(error)
+            entry["reason"] = variants.reason_of(error)
             _still_alive(inputs, f"{name}, {label}: {entry['reason']}")
             if label == "default":
                 raise verify.WrongResult(f"{name}, default: {entry['reason']}") from error
@@ -189,19 +171,18 @@ def rows_of(kernel: Kernel, shape: shapes.Shape, args: argparse.Namespace, statu
     nbytes = jobs[0].nbytes
     sides["copy"] = measure.copies(nbytes, len(sets), args.device)
     times = measure.measure(sides, args.device, args.seconds, set())
-    middle = {label: measure.percentile(t["samples"], 0.5) for label, t in times.items()}
+    middle = measure.medians(times)
     rows = []
     for label, entry in found.items():
         t = middle.get(label)
-        samples = times[label]["samples"] if t else []
         rows.append(
             {
-                **{"shape": shape.name, "n": shape.n(args.device), "tokens": shape.tokens, "dim": shape.dim},
-                **{"heads": shape.heads, "protected": shape.protected, "r": shape.r, "dtype": args.dtype},
-                **{"op": kernel.name, "direction": kernel.direction, "impl": label, "reason": entry["reason"]},
+                **shape.columns(args.device),
+                **{"dtype": args.dtype, "op": kernel.name, "direction": kernel.direction, "impl": label},
+                "reason": entry["reason"],
                 "config": {key: _plain(value) for key, value in entry.get("config", {}).items()},
-                **{f"p{k}_us": round(measure.percentile(samples, k / 100), 3) if t else None for k in (20, 50, 80)},
-                **{"runs": len(samples), "bytes": nbytes, "copy_us": round(middle["copy"], 3)},
+                **percentiles(times[label]["samples"] if t else []),
+                **{"bytes": nbytes, "copy_us": round(middle["copy"], 3)},
                 "copy_gb_per_s": round(nbytes / middle["copy"] / 1e3, 3),
                 "share_of_copy": round(middle["copy"] / t, 4) if t else None,
                 "gain": round(middle["default"] / t, 4) if t else None,
@@ -234,45 +215,32 @@ def table(rows: list[dict]) -> str:
     return "\n".join([*lines, *left])
 
 
+def batches(args: argparse.Namespace, wrong: list[str]) -> Iterator[list[dict]]:
+    """Measure one kernel on one shape after the other; a wrong one is noted in ``wrong``, and the next begins."""
+    for kernel, shape in cases(args):
+        try:
+            rows = rows_of(kernel, shape, args, wrong)
+        except verify.WrongResult as error:
+            wrong.append(str(error))
+            continue
+        except Broken as error:
+            wrong.append(f"{error}; the device is lost, nothing more is run")
+            return
+        except torch.OutOfMemoryError:
+            print(f"{kernel.name}, {shape.name}: skipped, not enough GPU memory", file=sys.stderr)
+            continue
+        finally:
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        yield rows
+        print(f"{kernel.name}, {shape.name}: {sum(bool(row['p50_us']) for row in rows)} timed", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    where = environment(args.device, args.commit) | {"pages": args.pages}
-    try:
-        file = rows_file(args.json, where)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, {args.dtype}", flush=True)
-    rows: list[dict] = []
     wrong: list[str] = []
-    stopped = 0
-    try:
-        for kernel, shape in cases(args):
-            try:
-                new = [where | row for row in rows_of(kernel, shape, args, wrong)]
-            except verify.WrongResult as error:
-                wrong.append(str(error))
-                continue
-            except torch.OutOfMemoryError:
-                print(f"{kernel.name}, {shape.name}: skipped, not enough GPU memory", file=sys.stderr)
-                continue
-            finally:
-                gc.collect()
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
-            rows += new
-            if file:
-                write_rows(file, new)
-            print(f"{kernel.name}, {shape.name}: {sum(bool(row['p50_us']) for row in new)} timed", flush=True)
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
-        stopped = 130
-    except Broken as error:
-        wrong.append(f"{error}; the device is lost, nothing more is run")
-    if rows:
-        print(table(rows))
-        if file:
-            print(f"rows: {file}")
+    stopped = cli.main(args, batches(args, wrong), table, "{device}, torch {torch}, Triton {triton}, {dtype}")
     for text in wrong:
         print(f"error: wrong result, not timed: {text}", file=sys.stderr)
     return 1 if wrong else stopped

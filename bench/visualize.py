@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import shapes
+from harness import cli, shapes
 from harness.cli import positive
 
 PIXELS = 224
@@ -95,7 +95,7 @@ def whole(text: str) -> int:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.bare_parser(__doc__)
     add = p.add_argument
     add("--r", type=whole, default=24, metavar="R", help="tokens to remove from a frame in each layer (default: 24)")
     add("--layers", type=whole, default=4, metavar="N", help="how often (default: 4)")

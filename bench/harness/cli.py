@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and main of the benchmarks."""
+"""The command line of the benchmarks: options that they share, and the main of them all."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from . import measure, no_gpu, shapes
+from . import measure, no_gpu
 from .rows import environment, rows_file, write_rows
+from .shapes import SHAPES, Shape
 from .verify import WrongResult
 
+DTYPES = ("float32", "bfloat16", "float16")
+HEADING = "{device}, {threads} threads, torch {torch}, {dtype}"
 
-def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated list of the allowed values."""
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def one_of(what: str, allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an argparse type: a comma-separated list of the allowed values."""
 
     def parse(text: str) -> list[str]:
         chosen = [part.strip() for part in text.split(",") if part.strip()]
@@ -30,6 +37,8 @@ def one_of(what: str, allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def positive(kind: type) -> Callable[[str], int | float]:
+    """Return an argparse type: a positive int or float."""
+
     def parse(text: str) -> int | float:
         try:
             value = kind(text)
@@ -42,14 +51,25 @@ def positive(kind: type) -> Callable[[str], int | float]:
     return parse
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """Where rows go and how the machine is set up; ``settle`` does as they say."""
+def bare_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that say where rows go and how the machine is set up: see ``configure``."""
+    p = bare_parser(description)
     add = p.add_argument
     add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
     add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's)")
     add("--pages", choices=("reused", "fresh"), default="reused", help="CPU: where blocks of 16 MiB and more come from")
-    add("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
+    add_commit(p)
     add_dry(p)
+    return p
+
+
+def add_commit(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
 
 
 def add_dry(p: argparse.ArgumentParser) -> None:
@@ -59,6 +79,26 @@ def add_dry(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go through all of a GPU's steps on a CPU, with few items and a driver that launches nothing; no results",
     )
+
+
+def add_dtype(p: argparse.ArgumentParser, choices: Sequence[str] = DTYPES, cast: str = "") -> None:
+    p.add_argument("--dtype", choices=choices, help=f"default: bfloat16{cast} on a GPU, float32 on a CPU")
+
+
+def add_seconds(p: argparse.ArgumentParser, default: float, each: str) -> None:
+    said = f"for {each} (default: {default:g})"
+    p.add_argument("--seconds", type=positive(float), default=default, metavar="S", help=said)
+
+
+def add_models(p: argparse.ArgumentParser, directions: Sequence[str], seconds: float, each: str) -> None:
+    """Add the options of benchmarks of whole models."""
+    p.add_argument("--direction", nargs="+", choices=("inference", "training"), default=list(directions))
+    p.add_argument("--layers", type=positive(int), default=12, metavar="N", help="blocks (default: 12)")
+    add_dtype(p, DTYPES[:2], " (autocast)")
+    add_seconds(p, seconds, each)
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
 
 
 def choose_device(args: argparse.Namespace) -> None:
@@ -72,46 +112,119 @@ def choose_device(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Set ``device``, a ``dtype`` where none was asked for, the threads, and where memory comes from."""
+def configure(args: argparse.Namespace) -> argparse.Namespace:
+    """Choose the device, the threads, and where memory comes from, as the options of ``parser`` say."""
     choose_device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.pages = measure.settle_heap(args.pages) if args.device == "cpu" else None
+    args.pages = measure.configure_heap(args.pages) if args.device == "cpu" else None
+    return args
 
 
-def measure_shapes(
+# -- main -------------------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """A reason to end a run: what to say, and the exit status."""
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
+
+
+@contextmanager
+def measuring(what: str, smaller: str) -> Iterator[None]:
+    """Name ``what`` in errors raised under it, and the option that makes it ``smaller``."""
+    try:
+        yield
+    except WrongResult as error:
+        raise WrongResult(f"{what}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise Failure(f"not enough GPU memory for {what}: use a smaller {smaller}") from error
+
+
+def main(
     args: argparse.Namespace,
-    rows_of: Callable[[shapes.Shape, argparse.Namespace], list[dict]],
+    batches: Iterable[list[dict]],
     table: Callable[[list[dict]], str],
+    heading: str = HEADING,
+    *,
+    live: bool = False,
+    suffix: str = "",
+    after: Callable[[list[dict]], None] = lambda rows: None,
 ) -> int:
-    """Measure shape by shape, keep the rows as they come, print their table; return the exit status.
+    """Measure, write the rows as they come, print their table; return the exit status.
 
     Args:
-        args: parsed arguments with ``shapes``, ``dtype`` and those of ``add_options``.
-        rows_of: measures one shape; raises WrongResult before anything wrong is timed.
-        table: makes text of all rows.
+        args: parsed and configured, with what ``parser`` adds.
+        batches: gives the rows of one measurement after the other; raises WrongResult before anything wrong is timed.
+        table: makes text of rows.
+        heading: printed first, with the columns of ``environment`` and the arguments in braces.
+        live: print the table of each batch as it comes, in place of one of all.
+        suffix: of the file's name, where ``--json`` is a folder.
+        after: what else to do with the rows.
     """
-    settle(args)
     where = environment(args.device, args.commit) | {"pages": args.pages}
     try:
-        file = rows_file(args.json, where)
+        file = rows_file(args.json, where, suffix)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {args.dtype}")
+    print(heading.format_map({**vars(args), **where}), flush=True)
     rows: list[dict] = []
     status = 0
     try:
-        for name in args.shapes:
-            rows += [where | row for row in rows_of(shapes.SHAPES[name], args)]
-            if file:
-                write_rows(file, rows)
+        for batch in batches:
+            new = [where | row for row in batch]
+            rows += new
+            if file and new:
+                write_rows(file, new)
+            if live:
+                print(table(new), flush=True)
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
         status = 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: not enough GPU memory: {str(error).partition('. ')[0]}", file=sys.stderr)
+        status = 1
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.status
     except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
+        print("stopped" if live else "stopped; what was measured so far:", file=sys.stderr)
         status = 130
-    print(table(rows))
+    if rows:
+        if not live:
+            print(table(rows))
+        if file:
+            print(f"rows: {file}")
+        after(rows)
     return status
+
+
+def main_by_shape(
+    argv: list[str] | None,
+    description: str | None,
+    rows_of: Callable[[Shape, argparse.Namespace], list[dict]],
+    table: Callable[[list[dict]], str],
+    shapes: tuple[Sequence[str], Sequence[str]],
+    seconds: tuple[float, str],
+) -> int:
+    """Be the main of a benchmark that goes shape by shape.
+
+    Args:
+        argv: arguments; None: those of the process.
+        description: of the command.
+        rows_of: measures one shape.
+        table: makes text of rows.
+        shapes: names to choose from, and those that are measured if none is named.
+        seconds: the default, and for what each.
+    """
+    allowed, default = shapes
+    p = parser(description)
+    said = ", ".join(allowed) + ("" if default == allowed else f" (default: {','.join(default)})")
+    p.add_argument("--shapes", type=one_of("shape", allowed), default=list(default), metavar="NAME,NAME", help=said)
+    add_dtype(p)
+    add_seconds(p, *seconds)
+    args = configure(p.parse_args(argv))
+    return main(args, (rows_of(SHAPES[name], args) for name in args.shapes), table)

@@ -17,14 +17,9 @@ from stoptome_kernels.compat import bipartite_soft_matching_random2d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import aot_report
-import fused
-import merge
-import stop
-import tune
-
 from . import no_gpu, shapes, variants
-from .baselines import operators
+from .baselines.operators import package
+from .workloads import fused, operators, stop
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALONE = ("stop-b32-train", "stop-b32-video", "clip-b16", "tempme-68", "tempme-88", "tempme-168", "vit-l16-384", "long")
@@ -35,7 +30,7 @@ RESULTS = ("stop", "model")  # jobs in which torch's own operations read plans: 
 def alone(name: str, dtype: str, few: bool) -> None:
     """As tests/ops/test_gpu.py: every mode with its gradient, merge_norm with and without gradients of its weights, and
     a second matching behind the first."""
-    n, tokens, dim, heads, protected, r = aot_report.SHAPES[name]
+    n, tokens, dim, heads, protected, r = shapes.COMPILED[name]
     n = min(n, ITEMS) if few else n
     x, size = torch.zeros(n, tokens, dim, dtype=DTYPES[dtype]), torch.ones(n, tokens)
     metric = x
@@ -92,7 +87,7 @@ def _inputs(name: str, few: bool) -> shapes.Inputs:
 
 
 def bench_merge(name: str, few: bool) -> None:
-    for call in merge.calls(operators.package("auto", image=shapes.SHAPES[name].cell > 0), _inputs(name, few)).values():
+    for call in operators.calls(package("auto", image=shapes.SHAPES[name].cell > 0), _inputs(name, few)).values():
         call()
 
 
@@ -113,9 +108,9 @@ def bench_tune(kernel: str, name: str, few: bool) -> None:
     for changes in ({}, *tried.values()):
         with variants.configured(line, changes):
             try:
-                tune.launch(job.launches())
+                variants.launch(job.launches())
             except Exception as error:
-                print(f"tune: {kernel}, {name}, {changes}: {tune.reason_of(error)}")
+                print(f"tune: {kernel}, {name}, {changes}: {variants.reason_of(error)}")
 
 
 class _NoProducts(TorchDispatchMode):
@@ -167,7 +162,7 @@ def jobs() -> list[str]:
     """Return all jobs by name, those that take the longest first."""
     return [
         "stop",
-        *(f"tune {kernel} {shape}" for kernel, shape in tune.ORDER),
+        *(f"tune {kernel} {shape}" for kernel, shape in variants.ORDER),
         *(f"alone {shape} {dtype}" for dtype in DTYPES for shape in ALONE),
         *(f"model {dtype}" for dtype in DTYPES),
         *(f"merge {shape.name}" for shape in shapes.SHAPES.values() if shape.default),

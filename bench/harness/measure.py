@@ -73,7 +73,7 @@ def _cpu(sides: dict[str, Calls], seconds: float, clock: Callable[[], int]) -> d
     return {name: Times(samples=samples) for name, samples in found.items()}
 
 
-def settle_heap(pages: str) -> str | None:
+def configure_heap(pages: str) -> str | None:
     """Fix where the C library takes large blocks from; what was fixed, or None where it is not glibc.
 
     By default glibc moves the limit as a program runs, so that whether a 30 MB temporary reuses warm pages or pays for
@@ -176,6 +176,11 @@ def copies(nbytes: int, sets: int, device: str, fresh: bool = False) -> Calls:
 def percentile(samples: list[float], share: float) -> float:
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def medians(times: dict[str, Times]) -> dict[str, float]:
+    """Return the median of every side in µs."""
+    return {name: percentile(found["samples"], 0.5) for name, found in times.items()}
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from . import no_gpu
+from .measure import percentile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +79,13 @@ def slug(row: dict) -> str:
 
 # -- the file of rows -------------------------------------------------------------------------------------------------
 
+
+def percentiles(samples: list[float], digits: int = 3) -> dict[str, float | int | None]:
+    """Return the columns of a time in µs: percentiles, and of how many samples; None where there are none."""
+    columns = {f"p{k}_us": round(percentile(samples, k / 100), digits) if samples else None for k in (20, 50, 80)}
+    return {**columns, "runs": len(samples)}
+
+
 IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", "direction", "impl")
 
 
@@ -89,10 +97,11 @@ def read_rows(file: Path, keys: Iterable[str] = IDENTITY) -> list[dict]:
     return rows
 
 
-def rows_file(asked: Path | None, where: dict) -> Path | None:
-    """The file that ``--json`` names, in a folder the one of this machine; ValueError if something else is in it."""
+def rows_file(asked: Path | None, where: dict, suffix: str = "") -> Path | None:
+    """Return the file that ``--json`` names, in a folder the one of this machine; ValueError if something else is in
+    it."""
     if asked and (asked.is_dir() or not asked.suffix):
-        asked = asked / f"{slug(where)}.json"
+        asked = asked / f"{slug(where)}{suffix}.json"
     if asked and asked.exists():
         try:
             read_rows(asked)

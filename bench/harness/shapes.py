@@ -46,6 +46,11 @@ class Shape:
         n = self.n_gpu if device == "cuda" else self.n_cpu
         return min(n, self.frames * DRY_ITEMS) if no_gpu.pretending() else n
 
+    def columns(self, device: str) -> dict[str, str | int]:
+        """Return the columns of rows of this shape."""
+        own = {"tokens": self.tokens, "dim": self.dim, "heads": self.heads, "protected": self.protected, "r": self.r}
+        return {"shape": self.name, "n": self.n(device), **own}
+
     @property
     def side(self) -> int:
         """Width and height of an image in tokens."""
@@ -76,6 +81,28 @@ SHAPES = {
         Shape("sd-512", 2, 2, 4096, 320, 0, 0, 2048, "x", cell=2, default=False),
         Shape("sd-1024", 2, 2, 16384, 320, 0, 0, 8192, "x", cell=2, default=False),
     )
+}
+
+
+def _sizes(name: str) -> tuple[int, ...]:
+    shape = SHAPES[name]
+    heads = shape.heads if shape.metric == "keys" else 0
+    return shape.n_gpu, shape.tokens, shape.dim, heads, shape.protected, shape.r
+
+
+# what bench/aot_report.py compiles, by the names in its tables: (N, T, D, heads, protected, r); heads 0: the metric is
+# x itself
+COMPILED = {
+    "stop-b32-train": _sizes("stop-b32-train"),
+    "stop-b32-video": _sizes("stop-b32-video-r8"),
+    "clip-b16": _sizes("clip-b16"),
+    **{f"tempme-{tokens}": _sizes(f"tempme-b32-clip{clip}") for tokens, clip in ((68, 2), (88, 4), (168, 12))},
+    "vit-b16": _sizes("vit-b16-r16"),
+    "vit-b16-deep": (256, 101, 768, 12, 1, 16),
+    "few-tokens": (256, 16, 768, 12, 1, 2),
+    "vit-l16-384": _sizes("vit-l16-384"),
+    "long": _sizes("long"),
+    "sd-64": _sizes("sd-512"),
 }
 
 

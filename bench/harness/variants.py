@@ -303,6 +303,11 @@ KERNELS = {
                attend_grad_job, attend_grad_variants, direction="backward"),
     )
 }  # fmt: skip
+STOP, VIT = "stop-b32-train", "vit-b16-r16"
+ORDER = (  # what is measured if no shape is named
+    ("norm_rows", STOP), ("norm_grad_rows", STOP), ("reduce_rows", STOP), ("match", VIT), ("match", STOP),
+    ("attend", STOP), ("attend", VIT), ("spread_rows", STOP), ("grad_keys", STOP),
+)  # fmt: skip
 ORDERS = {flag for kernel in KERNELS.values() for flag in kernel.flags}
 
 
@@ -361,3 +366,14 @@ def _replaced(name: str, change: Callable) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, original)
+
+
+def launch(steps: list[tuple]) -> list:
+    """Launch them; what Triton compiled for each, None in the interpreter."""
+    return [kernel[grid](*given, **meta) for kernel, grid, given, meta in steps]
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line why a variant can't run."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]

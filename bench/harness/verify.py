@@ -6,6 +6,9 @@ Truth is computed in float64 on the very numbers that the implementation saw, an
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -157,6 +160,27 @@ def check_both(peer: Peer, inputs: Inputs, leaf: Tensor, y: Tensor, g: Tensor) -
     # bfloat16 it also keeps more digits than eager, so most items differ
     if inputs.x.dtype == torch.float32 and far.sum() > max(2, 5 * FLIPPED * far.numel()):
         raise WrongResult(f"{peer.name}: {int(far.sum())} of {far.numel()} items differ from the eager peer's")
+
+
+def check_directions(who: str, got: Tensor, right: Tensor, least: float) -> None:
+    """Raise WrongResult if a row of ``got`` is not finite, or points elsewhere than that of ``right``.
+
+    Of models that merge, results differ where two tokens are equally similar to rounding; directions hardly do.
+    """
+    cosine = torch.cosine_similarity(got, right, dim=-1).min().item()
+    if not (got.isfinite().all() and cosine >= least):
+        raise WrongResult(f"{who}: a row's cosine with the right one is {cosine:.6f}")
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Let ``auto`` mean the reference for once."""
+    chosen = os.environ.get("STOPTOME_BACKEND")
+    os.environ["STOPTOME_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop("STOPTOME_BACKEND") if chosen is None else os.environ.update(STOPTOME_BACKEND=chosen)
 
 
 def _compare(got: Tensor, exact: Tensor, bound: Tensor, what: str) -> tuple[float, float]:

@@ -34,10 +34,11 @@ from retrieval.errors import UsageError
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-import stop  # noqa: E402
 from charts import accuracy as page  # noqa: E402
 from harness import measure  # noqa: E402
+from harness.memory import memory  # noqa: E402
 from harness.rows import environment, rows_file, write_rows  # noqa: E402
+from harness.workloads import Side  # noqa: E402
 
 SETTINGS: dict[str, stk.ToMeConfig] = {
     "r=0": stk.ToMeConfig(0),
@@ -162,17 +163,17 @@ def costs(settings: list[str], device: str, seconds: float, videos: int) -> dict
             return tower.encode_video(pixels, mask)
 
         used = tuple(tower.clip.visual.parameters())
-        sides[setting] = stop.Side("package", setting, call, used, tower.clip.visual.tome.schedule)
+        sides[setting] = Side("package", setting, call, used, tower.clip.visual.tome.schedule)
     found: dict[str, dict[str, Any]] = {name: {} for name in sides}
     for direction in ("inference", "training"):
-        calls = {name: [side.train if direction == "training" else side.infer] for name, side in sides.items()}
+        calls = {name: [side.run(direction)] for name, side in sides.items()}
         for name, times in measure.measure(calls, device, seconds, set()).items():
             middle = measure.percentile(times["samples"], 0.5)
             found[name][f"{direction}_us"] = middle
             found[name][f"{direction}_videos_per_s"] = videos / middle * 1e6
     for name, side in sides.items():
         for direction in ("inference", "training"):
-            bytes_used = stop.memory(side, direction, device)
+            bytes_used = memory(side, direction, device)
             found[name][f"{direction}_bytes"] = bytes_used["saved_bytes"] or bytes_used["peak_bytes"]
         found[name] |= {
             "speedup_ideal": side.schedule.speedup, "tokens": side.schedule.tokens,

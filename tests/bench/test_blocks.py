@@ -8,16 +8,8 @@ import torch
 
 import blocks
 
+pytestmark = pytest.mark.usefixtures("machine")
 SMALL = ["--shapes", "stop-b32-video-r8", "--seconds", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
-    """Leave the C library's heap and the number of threads alone."""
-    monkeypatch.setattr(blocks.measure, "settle_heap", lambda pages: pages)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
@@ -37,7 +29,7 @@ def test_rows(tmp_path, capsys):
 
 @pytest.mark.parametrize("part", ["eager_match", "eager_merge"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_wrong_results_are_not_timed(monkeypatch, capsys, part, dtype):
+def test_wrong_results_are_not_timed(no_clock, monkeypatch, capsys, part, dtype):
     """A peer that merges other tokens, or forgets the sizes."""
     right = getattr(blocks.operators, part)
 
@@ -47,7 +39,6 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys, part, dtype):
         return right(*args[:2], torch.ones_like(args[2]), *args[3:])
 
     monkeypatch.setattr(blocks.operators, part, wrong)
-    monkeypatch.setattr(blocks.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
     assert blocks.main([*SMALL, "--dtype", dtype]) == 1
     assert "differ between eager and package" in capsys.readouterr().err
 
@@ -57,11 +48,3 @@ def test_shapes_without_keys_are_refused(capsys, shape):
     with pytest.raises(SystemExit):
         blocks.main(["--shapes", shape])
     assert "choose from stop-b32-train" in capsys.readouterr().err
-
-
-def test_a_file_of_something_else_is_not_overwritten(tmp_path, capsys):
-    other = tmp_path / "other.json"
-    other.write_text('{"mine": 1}')
-    assert blocks.main([*SMALL, "--json", str(other)]) == 2
-    assert "--json: " in capsys.readouterr().err
-    assert other.read_text() == '{"mine": 1}'

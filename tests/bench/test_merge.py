@@ -2,17 +2,11 @@
 """The benchmark runs, its rows hold what they promise, and it refuses wrong results."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from support import ROOT
-
-BENCH = ROOT / "bench"
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -46,20 +40,11 @@ KEYS = {
 }
 
 
-def run(script: str, *args: object) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(BENCH / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=BENCH.parent.parent)
-
-
 @pytest.fixture(scope="module")
-def rows_file(tmp_path_factory) -> Path:
+def rows_file(tmp_path_factory, run_script) -> Path:
     file = tmp_path_factory.mktemp("bench") / "rows.json"
-    done = run(
-        "merge.py", "--quick", "--shapes", "stop-b32-video-r2", "--seconds", "0.5", "--threads", 1, "--json", file
-    )
-    assert done.returncode == 0, done.stderr
-    assert "of copy speed" in done.stdout
+    more = ("--seconds", 0.5, "--threads", 1, "--json", file)
+    assert "of copy speed" in run_script("merge.py", "--quick", "--shapes", "stop-b32-video-r2", *more)
     return file
 
 
@@ -81,16 +66,6 @@ def test_rows_are_complete(rows_file):
         assert (row["times_copy_of_result"] is not None) == (
             row["op"] == "merge" and row["direction"] != "forward+backward"
         )
-
-
-def test_a_second_run_replaces_its_rows_and_keeps_others(bench, rows_file, tmp_path):
-    kept = bench("harness.rows")
-    rows, file = kept.read_rows(rows_file), tmp_path / "copy.json"
-    kept.write_rows(file, rows)
-    newer = [rows[0] | {"p50_us": 1.0}, rows[1] | {"device": "another"}]
-    kept.write_rows(file, newer)
-    assert kept.read_rows(file) == [newer[0], *rows[1:], newer[1]]
-    assert [path.name for path in tmp_path.iterdir()] == ["copy.json"]
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,20 @@ import models
 import plot
 from harness.baselines import vit as eager_vit
 from harness.verify import WrongResult
+from harness.workloads import DIRECTIONS, Side
 
+pytestmark = pytest.mark.usefixtures("machine")
 SMALL = ["--layers", "2", "--batch", "1", "--seconds", "0.1", "--modes", "plain"]
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-def test_rows_chart_and_table(tmp_path, capsys, threads):
+def test_rows_chart_and_table(tmp_path, capsys):
     file, chart, page = (tmp_path / name for name in ("rows.json", "chart.png", "table.md"))
     names = ["ViT-S/16", "CLIP ViT-B/32 (open_clip)"]
     assert models.main([*SMALL, "--json", str(file), "--models", *names, "--direction", "inference", "training"]) == 0
     assert "ViT-S/16" in capsys.readouterr().out
     rows = {(row["shape"], row["direction"], row["impl"]): row for row in json.loads(file.read_text())}
-    assert set(rows) == {(n, d, i) for n in names for d in models.DIRECTIONS for i in models.IMPLS}
+    assert set(rows) == {(n, d, i) for n in names for d in DIRECTIONS for i in models.IMPLS}
     for (name, _, impl), row in rows.items():
         model = models.MODELS[name]
         assert row["tokens_out"] == model.tokens - (0 if impl == "unpatched" else 2 * model.r)
@@ -68,8 +63,11 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
 
     monkeypatch.setattr(eager_vit, "eager_both", wrong)
     assert models.main([*SMALL, "--models", "CLIP ViT-B/32 (open_clip)"]) == 1
-    assert "wrong result" in capsys.readouterr().err
-    side = models.Side("eager", "plain", lambda: torch.full((2, 3), torch.nan), ())
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: wrong result, nothing more is timed: CLIP ViT-B/32 (open_clip): eager plain: a row's"
+    )
+    side = Side("eager", "plain", lambda: torch.full((2, 3), torch.nan), ())
     with pytest.raises(WrongResult):
         models.check([side], "float32")
 

@@ -2,30 +2,18 @@
 """bench/stop.py runs, its rows hold what they promise, and it refuses wrong results."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from support import ROOT
-
-BENCH = ROOT / "bench"
 SMALL = ("--layers", "2", "--videos", "1", "--settings", "r=0", "r=4", "--seconds", "0.1", "--scope", "block", "blocks")
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A run from the shell, as a user starts it, and its file."""
+def done(tmp_path_factory, run_script):
+    """A run from the shell, and its file."""
     file = tmp_path_factory.mktemp("bench") / "rows.json"
-    run = subprocess.run(
-        [sys.executable, str(BENCH / "stop.py"), *SMALL, "--json", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout, file
+    return run_script("stop.py", *SMALL, "--json", file), file
 
 
 @pytest.mark.slow
@@ -71,7 +59,7 @@ def test_chart_and_table(done, bench, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["sizes", "prompts"])
-def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
+def test_a_wrong_result_is_not_timed(bench, no_clock, monkeypatch, capsys, forgotten):
     """A peer that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
     stop = bench("stop")
     from harness.baselines import stop as upstream
@@ -85,8 +73,6 @@ def test_a_wrong_result_is_not_timed(bench, monkeypatch, capsys, forgotten):
         return masked(self, q, k[self.visual_prompt_length - own :], None)
 
     monkeypatch.setattr(upstream.MergingStopBlock, "masked", forgetful)
-    monkeypatch.setattr(stop.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
-    monkeypatch.setattr(stop.measure, "settle_heap", lambda pages: pages)
     assert stop.main(["--layers", "3", "--videos", "1", "--settings", "r=0", "r=8", "--scope", "blocks"]) == 1
     assert "eager at r=8: a row's cosine" in capsys.readouterr().err
 
@@ -119,7 +105,7 @@ def test_bad_arguments(bench, capsys, arguments, says):
 
 
 def test_live_bytes_counts_what_lives(bench):
-    live = bench("stop").LiveBytes()
+    live = bench("harness.memory").LiveBytes()
     kept = torch.zeros(100)
     with live:
         a = kept + 1  # 400 bytes
@@ -131,12 +117,10 @@ def test_live_bytes_counts_what_lives(bench):
 
 
 @pytest.mark.slow
-def test_fused_operators_are_measured(tmp_path):
+def test_fused_operators_are_measured(tmp_path, run_script):
     """bench/fused.py from the shell: rows for both operators, each with what it is compared with."""
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(BENCH / "fused.py"), "--shapes", "stop-b32-video-r2", "--seconds", "0.05"]
-    run = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_script("fused.py", "--shapes", "stop-b32-video-r2", "--seconds", 0.05, "--json", file)
     rows = json.loads(file.read_text())
     assert {(row["op"], row["impl"]) for row in rows} == {
         ("merge_norm", "merge_norm"), ("merge_norm", "add, merge, layer_norm"), ("merge_norm", "add + layer_norm"),
@@ -147,32 +131,17 @@ def test_fused_operators_are_measured(tmp_path):
     assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
 
 
-def test_fused_refuses_wrong_results(bench, monkeypatch, capsys):
+def test_fused_refuses_wrong_results(bench, no_clock, monkeypatch, capsys):
     """A merge_norm that forgets the residual is found out before a clock runs."""
-    fused = bench("fused")
-    right = fused.stk.merge_norm
+    fused, stk = bench("fused"), bench("stoptome_kernels")
+    right = stk.merge_norm
 
     def forgetful(x, residual, *rest, **options):
         return right(x, residual * (options["backend"] == "reference"), *rest, **options)
 
-    monkeypatch.setattr(fused.stk, "merge_norm", forgetful)
-    monkeypatch.setattr(fused.measure, "measure", lambda *_: pytest.fail("timed a wrong result"))
-    monkeypatch.setattr(fused.measure, "settle_heap", lambda pages: pages)
+    monkeypatch.setattr(stk, "merge_norm", forgetful)
     assert fused.main(["--shapes", "stop-b32-video-r2"]) == 1
     assert "merge_norm: result 0 is off" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["stop", "fused"])
-def test_a_file_of_something_else_is_not_overwritten(bench, monkeypatch, tmp_path, capsys, command):
-    """Said before anything is measured, not after minutes."""
-    module = bench(command)
-    monkeypatch.setattr(module.measure, "settle_heap", lambda pages: pages)
-    monkeypatch.setattr(module.measure, "measure", lambda *_: pytest.fail("measured"))
-    other = tmp_path / "other.json"
-    other.write_text('{"mine": 1}')
-    assert module.main(["--json", str(other)]) == 2
-    assert "--json: " in capsys.readouterr().err
-    assert other.read_text() == '{"mine": 1}'
 
 
 @pytest.mark.slow  # conv3d of a video of 12 frames, six times

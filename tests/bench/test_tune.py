@@ -174,25 +174,6 @@ def test_the_limit_of_registers_is_the_defaults(bench):
     assert {"BLOCK_B": 32, "maxnreg": None} in tried.values()
 
 
-def test_stopping_keeps_what_was_measured(bench, run, monkeypatch, capsys):
-    measure = bench("harness.measure")
-    for kernel in ("reduce_rows", "spread_rows"):
-        limit(bench, monkeypatch, kernel)
-    once, turns = measure.measure, []
-
-    def stopped(*args):
-        turns.append(1)
-        if len(turns) == 2:
-            raise KeyboardInterrupt
-        return once(*args)
-
-    monkeypatch.setattr(measure, "measure", stopped)
-    status, rows = run("reduce_rows,spread_rows")
-    assert status == 130
-    assert [row["op"] for row in rows] == ["reduce_rows"]
-    assert "reduce_rows" in capsys.readouterr().out
-
-
 def test_bytes_are_the_least(bench):
     shapes, measure, variants = bench("harness.shapes"), bench("harness.measure"), bench("harness.variants")
     shape = shapes.SHAPES["tiny"]

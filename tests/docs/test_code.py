@@ -12,11 +12,11 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import libraries  # noqa: F401  (first of all that may import torchvision)
 import pytest
 import stoptome_kernels as stk
 import torch
 
+from harness import libraries  # noqa: F401  (first of all that may import torchvision)
 from support import ROOT, pages
 
 WITH_PYTHON = [page for page in pages.PAGES if any(block.language == "python" for block in pages.blocks(page))]
@@ -88,7 +88,7 @@ def commands(text: str) -> list[list[str]]:
 def options_of(script: Path) -> str:
     """Return the sources in which a script's options are: its own, and those that its command line is made of."""
     parts = {"main.py": ["retrieval/options.py", "../../stoptome_kernels/tome/config.py"]}.get(script.name, [])
-    if "cli.add_" in script.read_text():
+    if "cli." in script.read_text():
         parts = ["harness/cli.py"]
     return "\n".join(file.read_text() for file in (script, *(script.parent / part for part in parts)))
 

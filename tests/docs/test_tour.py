@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-import libraries  # noqa: F401  (first of all that may import torchvision)
+from harness import libraries  # noqa: F401  (first of all that may import torchvision)
 from support import ROOT
 
 NOTEBOOK = ROOT / "examples/tour.ipynb"

@@ -13,7 +13,7 @@ import stoptome_kernels as stk
 import torch
 from torch import Tensor, nn
 
-import libraries  # noqa: F401  (first of all that may import torchvision)
+from harness import libraries  # noqa: F401  (first of all that may import torchvision)
 
 
 @dataclass(frozen=True)
