@@ -3,6 +3,7 @@
 """Make charts and tables from rows of results; nothing in them is typed.
 
 python bench/plot.py                    all charts (docs/images), docs/benchmarks.md and the README's summary
+python bench/plot.py stop               the charts of one kind of rows alone, and both pages
 python bench/plot.py --check            write nothing; exit status 1 if a page is not what the rows give
 python bench/plot.py stop FILE.json --chart stop.png --table stop.md    of one kind of rows, from files of yours
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from charts import common, page
@@ -41,13 +43,14 @@ def pages(root: Path, rows: dict[str, list[dict]]) -> dict[Path, str]:
     }
 
 
-def publish(root: Path, check: bool) -> int:
-    """Write, or check, the charts and pages below ``root`` from all rows below it; return the exit status."""
+def publish(root: Path, kinds: Collection[str], check: bool) -> int:
+    """Write, or check, the charts of some kinds below ``root``, and its pages, from the rows below it; return the exit
+    status."""
     rows = {kind: page.rows_of(kind, root / "bench/results") for kind in page.KINDS}
     wanted = pages(root, rows)
     charts = [
         (chart, rows[kind], theme, root / page.IMAGES / f"{chart.name}-{theme}.svg")
-        for kind, what in page.KINDS.items() for chart in what.charts for theme in common.THEMES
+        for kind in kinds for chart in page.KINDS[kind].charts for theme in common.THEMES
     ]  # fmt: skip
     if check:
         wrong = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
@@ -69,34 +72,32 @@ def publish(root: Path, check: bool) -> int:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = cli.bare_parser(__doc__)
     add = p.add_argument
-    add("kind", choices=tuple(page.KINDS), nargs="?", help="one kind of rows (default: all that are committed)")
-    add("files", type=Path, nargs="*", metavar="FILE.json", help="rows of that kind")
+    add("kind", choices=(*page.KINDS, "all"), nargs="?", default="all", help="one kind of rows (default: all)")
+    add("files", type=Path, nargs="*", metavar="FILE.json", help="rows of that kind (default: those in bench/results)")
     add("--chart", type=Path, metavar="FILE", help="draw its chart into FILE (.png, .svg, .pdf)")
     add("--table", type=Path, metavar="FILE", help="write its tables to FILE in Markdown")
     add("--check", action="store_true", help="only compare the pages with the rows")
     args = p.parse_args(argv)
-    if args.kind is None and (args.chart or args.table):
-        p.error("arguments --chart and --table: say of which kind of rows")
-    if args.kind is not None:
-        if args.check:
-            p.error("argument --check: is of all pages: leave the kind out")
-        if not args.files:
-            p.error(f"argument FILE.json: which rows? those of a run of `{page.KINDS[args.kind].command}`, say")
-        if args.chart and not page.KINDS[args.kind].charts:
-            p.error(f"argument --chart: there is no chart of {args.kind}")
+    if args.kind == "all":
+        if args.files or args.chart or args.table:
+            p.error("arguments FILE.json, --chart and --table: say of which kind of rows")
+    elif args.check:
+        p.error("argument --check: is of all pages: leave the kind out")
+    elif args.chart and not page.KINDS[args.kind].charts:
+        p.error(f"argument --chart: there is no chart of {args.kind}")
     return args
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     args = arguments(argv)
     try:
-        if args.kind is None:
-            return publish(root, args.check)
+        if not (args.files or args.chart or args.table):
+            return publish(root, page.KINDS if args.kind == "all" else [args.kind], args.check)
         kind = page.KINDS[args.kind]
-        rows = page.read(args.kind, args.files)
+        rows = page.read(args.kind, args.files) if args.files else page.rows_of(args.kind, root / "bench/results")
         sections = kind.tables(rows)
         if not sections:
-            raise ValueError(f"there is nothing to show in {', '.join(map(str, args.files))}")
+            raise ValueError(f"there is nothing to show in {', '.join(map(str, args.files)) or args.kind}")
         text = "\n\n".join(sections) + "\n"
         if args.chart:
             common.draw(kind.charts[0].draw, rows, args.chart)

@@ -334,6 +334,21 @@ def test_pages_follow_the_rows(project, capsys):
     assert "docs/images/blocks-light.svg is not" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_one_kind_of_committed_rows(project, tmp_path, capsys):
+    """Its charts alone, and the pages, which are of all kinds."""
+    assert plot.main(["blocks"], project) == 0
+    assert {file.name for file in (project / page.IMAGES).iterdir()} == {"blocks-light.svg", "blocks-dark.svg"}
+    alone = (project / plot.BENCHMARKS).read_text()
+    table = tmp_path / "table.md"
+    assert plot.main(["blocks", "--table", str(table)], project) == 0
+    assert table.read_text() in alone
+    assert plot.main(["all"], project) == 0
+    assert (project / plot.BENCHMARKS).read_text() == alone
+    assert len(list((project / page.IMAGES).iterdir())) == 2 * sum(len(kind.charts) for kind in page.KINDS.values())
+    assert plot.main(["--check"], project) == 0
+
+
 @pytest.mark.parametrize("case", ["no marker", "swapped", "no rows", "not rows", "other rows", "dry run", "dirty"])
 def test_nothing_is_written_where_something_is_wrong(project, capsys, case):
     readme, rows = project / "README.md", next((project / "bench/results/operators").glob("*.json"))
@@ -380,7 +395,7 @@ def test_one_kind_from_files_of_ones_own(kind, tmp_path, capsys):
     ("arguments", "says"),
     [
         (["--chart", "a.png"], "say of which kind"),
-        (["stop"], "which rows?"),
+        (["all", "a.json"], "say of which kind"),
         (["stop", "--check"], "leave the kind out"),
         (["host", "a.json", "--chart", "a.png"], "no chart of host"),
         (["nothing"], "invalid choice"),
