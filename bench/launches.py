@@ -27,7 +27,6 @@ import stoptome_kernels as stk
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from charts.launches import listed
 from harness import cli, no_gpu
@@ -60,7 +59,6 @@ class Model:
 # -- counting ---------------------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward}
 
 
 @cache
@@ -91,14 +89,7 @@ class Operations(TorchDispatchMode):
         self.names.append(func.overloadpacket.__name__)
         if no_gpu.waits(func, args):
             self.gpu.waits.append(func.overloadpacket.__name__)
-        if func.overloadpacket not in _PRODUCTS:
-            return func(*args, **(kwargs or {}))
-        out = func(*tree_map_only(Tensor, _shape_alone, args), **tree_map_only(Tensor, _shape_alone, kwargs or {}))
-        return tree_map_only(Tensor, lambda t: torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).zero_(), out)
-
-
-def _shape_alone(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
+        return no_gpu.without_products(func, args, kwargs)
 
 
 def count(gpu: no_gpu.Gpu, model: Model, n: int, direction: str) -> tuple[no_gpu.Gpu, list[str], list[list[str]]]:

@@ -210,16 +210,8 @@ def main_by_shape(
     shapes: tuple[Sequence[str], Sequence[str]],
     seconds: tuple[float, str],
 ) -> int:
-    """Be the main of a benchmark that goes shape by shape.
-
-    Args:
-        argv: arguments; None: those of the process.
-        description: of the command.
-        rows_of: measures one shape.
-        table: makes text of rows.
-        shapes: names to choose from, and those that are measured if none is named.
-        seconds: the default, and for what each.
-    """
+    """Be the main of a benchmark that goes shape by shape: ``shapes`` to choose from and by default, ``seconds`` by
+    default and for what each."""
     allowed, default = shapes
     p = parser(description)
     said = ", ".join(allowed) + ("" if default == allowed else f" (default: {','.join(default)})")

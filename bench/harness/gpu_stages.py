@@ -54,19 +54,9 @@ def chart(name: str, kind: str, rows: str) -> Stage:
 
 def profile(name: str, seconds: int, shape: str, kernels: str) -> Stage:
     """Return a stage in which ncu counts what bounds each kernel at a shape, at its second launch."""
-    under = (
-        *("ncu", "--clock-control", "none", "--log-file", f"{{out}}/{name}.txt"),
-        *(
-            "--kernel-id",
-            f"::regex:^({kernels})$:2",
-            "--section",
-            "SpeedOfLight",
-            "--section",
-            "MemoryWorkloadAnalysis",
-        ),
-        *("--section", "MemoryWorkloadAnalysis", "--section", "Occupancy", "--section", "LaunchStats"),
-        *("--section", "WarpStateStats"),
-    )
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
+    under = ("ncu", "--clock-control", "none", "--log-file", f"{{out}}/{name}.txt")
+    under += ("--kernel-id", f"::regex:^({kernels})$:2", *(word for s in sections for word in ("--section", s)))
     return Stage(name, seconds, "exercise.py", ("--shape", shape), under)
 
 

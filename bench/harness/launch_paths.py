@@ -15,7 +15,6 @@ import stoptome_kernels as stk
 import torch
 from stoptome_kernels.compat import bipartite_soft_matching_random2d
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from . import no_gpu, shapes, variants
 from .baselines.operators import package
@@ -114,19 +113,11 @@ def bench_tune(kernel: str, name: str, few: bool) -> None:
 
 
 class _NoProducts(TorchDispatchMode):
-    """Zeros in place of the products of layers: half precision on a CPU takes minutes, and no launch depends on
+    """No products of layers are computed under it: half precision on a CPU takes minutes, and no launch depends on
     values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ not in ("mm", "addmm", "convolution", "convolution_backward"):
-            return func(*args, **(kwargs or {}))
-
-        def on(device: str):
-            return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-
-        args, kwargs = tree_map_only(torch.Tensor, on("meta"), (args, kwargs or {}))
-        shaped = tree_map_only(torch.Tensor, on("cpu"), func(*args, **kwargs))
-        return tree_map_only(torch.Tensor, torch.Tensor.zero_, shaped)
+        return no_gpu.without_products(func, args, kwargs)
 
 
 def bench_stop(few: bool) -> None:

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 MULTIPROCESSORS, SHARED_BYTES, REGISTERS = 132, 232448, 65536  # of an H100
 WAITING = {  # operations whose result, or its shape, the host reads from the device; and copies from its own memory
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "histc", "lift_fresh",
 }  # fmt: skip
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 READING = ("cpu", "numpy", "tolist", "__array__")  # methods of a tensor that do so past the dispatcher
 ENTRIES = ("match", "reduce", "spread", "merge_norm", "merge_norm_backward", "attention", "attention_backward")
 
@@ -127,6 +128,18 @@ def waits(func: Any, args: tuple) -> bool:
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # by a mask: how many are chosen is data
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return name in WAITING
+
+
+def without_products(func: Any, args: tuple, kwargs: dict | None) -> Any:
+    """Run an operation of torch; of a product or a convolution return zeros, which take no time."""
+    if func.overloadpacket.__name__ not in PRODUCTS:
+        return func(*args, **(kwargs or {}))
+
+    def on(device: str) -> Any:
+        return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+    args, kwargs = tree_map_only(torch.Tensor, on("meta"), (args, kwargs or {}))
+    return tree_map_only(torch.Tensor, lambda t: on("cpu")(t).zero_(), func(*args, **kwargs))
 
 
 def _form(tensor: torch.Tensor | None) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import stoptome_kernels as stk
@@ -135,96 +135,48 @@ class Peer:
 
 
 def eager(image: bool = False) -> Peer:
-    if image:
-        return Peer(
-            "eager",
-            None,
-            lambda i: image_match(i.metric, i.shape),
-            lambda i, x, plan: image_merge(x, plan),
-            lambda i, y, plan: image_unmerge(y, plan),
-            lambda i, x: image_merge(x, image_match(i.metric, i.shape)),
-        )
-    return Peer(
-        "eager",
-        None,
-        lambda i: eager_match(i.metric, *i.args),
-        lambda i, x, plan: eager_merge(x, plan, i.column, i.shape.protected),
-        lambda i, y, plan: eager_unmerge(y, plan, i.shape.protected),
-        lambda i, x: eager_both(i.metric, x, i.column, *i.args),
-    )
+    def match(i: Inputs) -> Any:
+        return image_match(i.metric, i.shape) if image else eager_match(i.metric, *i.args)
+
+    def merge(i: Inputs, x: Tensor, plan: Any) -> tuple[Tensor, Tensor | None]:
+        return image_merge(x, plan) if image else eager_merge(x, plan, i.column, i.shape.protected)
+
+    def unmerge(i: Inputs, y: Tensor, plan: Any) -> Tensor:
+        return image_unmerge(y, plan) if image else eager_unmerge(y, plan, i.shape.protected)
+
+    return Peer("eager", None, match, merge, unmerge, lambda i, x: merge(i, x, match(i)))
 
 
 def compiled() -> Peer:
     """The eager peer under torch.compile: match + merge in one graph, which is what it is good at."""
     torch._dynamo.reset()  # else the shapes of a run add up to dynamo's recompilation limit
     both = torch.compile(eager_both, fullgraph=True, dynamic=False)
-    base = eager()
-    return Peer(
-        "compile",
-        None,
-        base.match,
-        base.merge,
-        base.unmerge,
-        lambda i, x: both(i.metric, x, i.column, *i.args),
-        only_both=True,
-    )
+    own = {"name": "compile", "only_both": True}
+    return replace(eager(), **own, both=lambda i, x: both(i.metric, x, i.column, *i.args))
 
 
 def package(backend: str, only_both: bool = False, image: bool = False) -> Peer:
-    """A backend of stoptome_kernels."""
-    if image:
-        return package_image(backend, only_both)
-
-    def both(i: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
-        return stk.merge(x, stk.match(i.metric, *i.args, backend=backend), i.size, backend=backend)
-
-    def into(i: Inputs, plan: stk.MergePlan) -> Callable[[], object]:
-        out = stk.merge(i.x, plan, i.size, backend=backend)
-        return lambda: stk.merge(i.x, plan, i.size, backend=backend, out=out)
-
-    return Peer(
-        backend,
-        backend,
-        lambda i: stk.match(i.metric, *i.args, backend=backend),
-        lambda i, x, plan: stk.merge(x, plan, i.size, backend=backend),
-        lambda i, y, plan: stk.unmerge(y, plan, backend=backend),
-        both,
-        into,
-        only_both=only_both,
-        fused=True,
-        graphs=backend != "reference",
-    )
-
-
-def package_image(backend: str, only_both: bool) -> Peer:
-    """A backend through the function that code for image generation calls."""
+    """A backend of stoptome_kernels; of an image through the functions that code for image generation calls."""
 
     def match(i: Inputs) -> stk.MergePlan:
-        side, cell = i.shape.side, i.shape.cell
-        matched = compat.bipartite_soft_matching_random2d(
-            i.metric, side, side, cell, cell, i.shape.r, no_rand=True, backend=backend
-        )
-        return matched[0].plan
+        if not image:
+            return stk.match(i.metric, *i.args, backend=backend)
+        side, cell, choose = i.shape.side, i.shape.cell, compat.bipartite_soft_matching_random2d
+        return choose(i.metric, side, side, cell, cell, i.shape.r, no_rand=True, backend=backend)[0].plan
 
-    def merge(i: Inputs, x: Tensor, plan: stk.MergePlan) -> tuple[Tensor, None]:
-        return compat.Merge(plan, backend)(x), None
+    def merge(i: Inputs, x: Tensor, plan: stk.MergePlan) -> tuple[Tensor, Tensor | None]:
+        return (compat.Merge(plan, backend)(x), None) if image else stk.merge(x, plan, i.size, backend=backend)
+
+    def unmerge(i: Inputs, y: Tensor, plan: stk.MergePlan) -> Tensor:
+        return compat.Unmerge(plan, backend)(y) if image else stk.unmerge(y, plan, backend=backend)
 
     def into(i: Inputs, plan: stk.MergePlan) -> Callable[[], object]:
-        out = stk.merge(i.x, plan, backend=backend)
-        return lambda: stk.merge(i.x, plan, backend=backend, out=out)
+        size = None if image else i.size
+        out = stk.merge(i.x, plan, size, backend=backend)
+        return lambda: stk.merge(i.x, plan, size, backend=backend, out=out)
 
-    return Peer(
-        backend,
-        backend,
-        match,
-        merge,
-        lambda i, y, plan: compat.Unmerge(plan, backend)(y),
-        lambda i, x: merge(i, x, match(i)),
-        into,
-        only_both=only_both,
-        fused=True,
-        graphs=backend != "reference",
-    )
+    own = {"into": into, "only_both": only_both, "fused": True, "graphs": backend != "reference"}
+    return Peer(backend, backend, match, merge, unmerge, lambda i, x: merge(i, x, match(i)), **own)
 
 
 def tome(inputs: Inputs) -> Peer | None:
@@ -240,14 +192,10 @@ def tome(inputs: Inputs) -> Peer | None:
         metric = i.metric.mean(1) if i.metric.dim() == 4 else i.metric
         return bipartite_soft_matching(metric, i.shape.r, i.shape.protected == 1, False)
 
-    return Peer(
-        "tome",
-        None,
-        match,
-        lambda i, x, plan: merge_wavg(plan[0], x, i.column),
-        lambda i, y, plan: plan[1](y),
-        lambda i, x: merge_wavg(match(i)[0], x, i.column),
-    )
+    def merge(i: Inputs, x: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
+        return merge_wavg(plan[0], x, i.column)
+
+    return Peer("tome", None, match, merge, lambda i, y, plan: plan[1](y), lambda i, x: merge(i, x, match(i)))
 
 
 def unavailable_reason(backend: str, device: str, dtype: torch.dtype) -> str | None:

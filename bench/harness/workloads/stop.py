@@ -101,10 +101,7 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
                 continue
             r = SETTINGS[name].tome_r
             kind = upstream.MergingStopBlock if r else upstream.StopBlock
-            peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora, kind)
-            peer.to(args.device).load_state_dict(
-                {k: v for k, v in tower.state_dict().items() if k in peer.state_dict()}
-            )
+            peer = _with_weights(model, kind, args)
             for block in peer.transformer.resblocks:
                 block.r = r
 
@@ -124,6 +121,14 @@ def _learnt(visual: torch.nn.Module) -> tuple[Tensor, ...]:
     """The parameters of the blocks and, if there is one, of the temporal prompt."""
     parts = [visual.transformer, *([visual.TemporalPrompt] if hasattr(visual, "TemporalPrompt") else [])]
     return tuple(parameter for part in parts for parameter in part.parameters())
+
+
+def _with_weights(model: StopModel, block: type, args: argparse.Namespace) -> upstream.StopTower:
+    """Upstream's tower with the weights of a model."""
+    c = model.config
+    peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora, block).to(args.device)
+    peer.load_state_dict({k: v for k, v in model.visual.state_dict().items() if k in peer.state_dict()})
+    return peer
 
 
 def _temporal_prompts(model: StopModel, video: Tensor, schedule: Schedule, args: argparse.Namespace, impl: str) -> Side:
@@ -151,8 +156,7 @@ def _upstream_tower(
 ) -> Side:
     """Upstream's whole tower: its blocks, and its temporal prompts by conv3d, step by step."""
     visual, c, cast = copy.deepcopy(model.visual), model.config, casting(args)
-    peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora).to(args.device)
-    peer.load_state_dict({k: v for k, v in visual.state_dict().items() if k in peer.state_dict()})
+    peer = _with_weights(model, upstream.StopBlock, args)
     visual.transformer = peer.transformer
     proper = c.temporal_prompt == "group2-2"
     if proper:
