@@ -11,9 +11,9 @@
 
 Needs a python3 with its own torch, Triton, pytest, hypothesis, matplotlib, numpy, tqdm; no network, no pip, and before
 the stage `native` no compiler but the one that Triton calls. The environment is left as it is. Without a GPU all plans
-but `dry` end after their first stage. The stages and their boxes are in gpu_stages.py, the most important first; each
-is interrupted at the end of its box, and a benchmark then writes what it has. A stage that fails does not stop the
-next; the exit status is 1 if any failed.
+but `dry` end after their first stage. The stages and their boxes are in harness/gpu_stages.py, the most important
+first; each is interrupted at the end of its box, and a benchmark then writes what it has. A stage that fails does not
+stop the next; the exit status is 1 if any failed.
 
 Leaves in OUTDIR `report.txt`, what every stage printed, and `suite.tar.gz`, of at most 16 MiB: the report, junit files,
 rows, charts, tables, versions, and what profiler and sanitizer wrote. `--cache` takes kernels that were compiled

@@ -3,8 +3,8 @@
 """Measure the host's time of each op and of a patched block as a multiple of F.layer_norm's in the same run.
 
 Tensors are so small that computing takes next to nothing. --backend native: the CPU's kernels; triton: Triton's launch
-path on the CPU, over a driver that launches nothing (no_gpu.py), as an upper bound of what a GPU's host spends without
-the launch itself; both, the default: one after the other, each in a process of its own. In two minutes.
+path on the CPU, over a driver that launches nothing (harness/no_gpu.py), as an upper bound of what a GPU's host spends
+without the launch itself; both, the default: one after the other, each in a process of its own. In two minutes.
 """
 
 from __future__ import annotations

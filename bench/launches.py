@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count what whole models launch on a GPU, without one: kernels by name, variants compiled, and operations of torch.
 
-The driver of no_gpu.py stands under Triton, for sm_90; one video or one image, in bfloat16 by autocast("cpu"), the
-stand-in for autocast("cuda"). Matrix products of torch are not computed, their results are zeros: nothing that is
+The driver of harness/no_gpu.py stands under Triton, for sm_90; one video or one image, in bfloat16 by autocast("cpu"),
+the stand-in for autocast("cuda"). Matrix products of torch are not computed, their results are zeros: nothing that is
 counted depends on a value. No GPU is used, even where there is one. It takes a minute, the first time with compiling.
 """
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main of all benchmarks: what it writes, prints and returns, whatever happens. A benchmark that does next to
-nothing, written as the recipe in docs/dev/testing.md has it, goes through it."""
+nothing, written as the recipe in docs/dev/architecture.md has it, goes through it."""
 
 import argparse
 import json

@@ -20,7 +20,7 @@ from torch import nn
 
 from support.families import CASES, CLIPS, clip4clip_tower, stop_model, stop_tower, tempme_model
 from support.vit import build
-from support.vit.timm import dynamic, images  # in this order: see libraries.py
+from support.vit.timm import dynamic, images  # in this order: see harness/libraries.py
 
 TRACE = {"trace_source": True}
 

@@ -19,7 +19,7 @@ from torch import nn
 from support import slow_tempme
 from support.families import CASES, CLIPS, clip4clip_tower, stop_model, stop_tower, tempme_model
 from support.vit import build
-from support.vit.timm import VisionTransformer, dynamic, images  # in this order: see libraries.py
+from support.vit.timm import VisionTransformer, dynamic, images  # in this order: see harness/libraries.py
 
 
 def warned(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
