@@ -29,6 +29,7 @@ from stoptome_kernels.kernels import attention, conv, match, merge, norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from charts.common import markdown_table
 from harness import cli
 from harness.shapes import COMPILED as SHAPES
 
@@ -209,17 +210,16 @@ def _cells(row: dict) -> tuple[str, ...]:
     return f"{row['grid']} × {row['warps']}", f"{row['registers']}{spill}", str(row["shared"]), str(row["blocks"])
 
 
-def _markdown(rows: list[dict], leading: tuple[str, ...]) -> list[str]:
-    """Lines of a table: a line for each launch, named by these keys of a row, and columns for each dtype."""
+def _markdown(rows: list[dict], leading: tuple[str, ...]) -> str:
+    """Return a table: a line for each launch, named by these keys of a row, and columns for each dtype."""
     lines: dict[tuple, dict] = {}
     for row in rows:
         lines.setdefault(tuple(str(row[key]) for key in leading), {})[row["dtype"]] = _cells(row)
     dtypes = [name for name in DTYPES if any(name in found for found in lines.values())]
     head = [*leading, *(f"{name} {column}" for name in dtypes for column in _COLUMNS)]
-    text = [head, ["---"] * len(leading) + ["---:"] * (len(head) - len(leading))]
     nothing = ("",) * len(_COLUMNS)
-    text += [[*names, *(cell for d in dtypes for cell in found.get(d, nothing))] for names, found in lines.items()]
-    return [f"| {' | '.join(line)} |" for line in text]
+    cells = [[*names, *(cell for d in dtypes for cell in found.get(d, nothing))] for names, found in lines.items()]
+    return markdown_table(head, cells, len(leading))
 
 
 _NAMES = ("shape", "what", "kernel")
@@ -239,12 +239,12 @@ def table(rows: list[dict]) -> str:
         "",
         "## sm_90",
         "",
-        *_markdown([row for row in rows if row["arch"] == 90], _NAMES),
+        _markdown([row for row in rows if row["arch"] == 90], _NAMES),
     ]
     for arch in sorted({row["arch"] for row in rows} - {90}):
         notable = [row for row in rows if row["arch"] == arch and (row["blocks"] < 2 or not row["ok"])]
         text += ["", f"## sm_{arch}: one block a multiprocessor, or a spill", ""]
-        text += _markdown(notable, _NAMES) if notable else ["None."]
+        text += [_markdown(notable, _NAMES) if notable else "None."]
     return "\n".join(text) + "\n"
 
 

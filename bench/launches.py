@@ -10,7 +10,6 @@ counted depends on a value. No GPU is used, even where there is one. It takes a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from charts.launches import listed
 from harness import cli, no_gpu
-from harness.rows import ROOT, environment, version_of
+from harness.rows import ROOT, environment, save_rows, version_of
 from harness.workloads import DIRECTIONS, models, stop
 
 FOLDER = ROOT / "bench/results/launches"
@@ -41,18 +40,11 @@ VITS = (("ViT-B/16", 13), ("CLIP ViT-B/32 (open_clip)", 13))  # of bench/models.
 
 @dataclass(frozen=True)
 class Model:
-    """A patched model.
+    """A patched model."""
 
-    Attributes:
-        name: the model's, and its merging.
-        call: ``call(n)`` runs it on n videos or images.
-        blocks: of its tower.
-        built: the module.
-    """
-
-    name: str
-    call: Callable[[int], Tensor]
-    blocks: list[nn.Module]
+    name: str  # and its merging
+    call: Callable[[int], Tensor]  # runs it on so many videos or images
+    blocks: list[nn.Module]  # of its tower
     built: nn.Module
 
 
@@ -203,8 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row['model']}, {row['direction']}: {row['launches']} kernels ({listed(row['kernels'])}), "
               f"{row['compiled']} compiled, {row['operations']} other operations")  # fmt: skip
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        save_rows(args.json, rows)
         print(f"rows: {args.json}")
     return 0
 

@@ -10,21 +10,13 @@ LIMITS = {"first": 400, "second": 300, "tests": 540, "bench": 560, "models": 400
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the suite.
-
-    Attributes:
-        name: unique within a plan.
-        seconds: its box.
-        script: a file of bench/, or ``pytest``.
-        arguments: ``{out}`` stands for the folder of the suite's files.
-        under: the words of a profiler or sanitizer that runs the script; the stage is left out where there is none.
-    """
+    """A command of the suite, with a name that is unique in a plan, and its box."""
 
     name: str
     seconds: int
-    script: str
-    arguments: tuple[str, ...] = ()
-    under: tuple[str, ...] = ()
+    script: str  # a file of bench/, or ``pytest``
+    arguments: tuple[str, ...] = ()  # ``{out}`` stands for the folder of the suite's files
+    under: tuple[str, ...] = ()  # the words of a profiler or sanitizer that runs it; left out where there is none
 
 
 FIVE = "stop-b32-train,vit-b16-r16,stop-b32-video-r2,tempme-b32-clip12,vit-l16-384"

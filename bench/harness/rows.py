@@ -114,7 +114,12 @@ def write_rows(file: Path, rows: list[dict]) -> None:
     """Add rows to a file, in place of older ones of the same measurement; all or nothing, whenever it is stopped."""
     kept = {tuple(row[key] for key in IDENTITY): row for row in (read_rows(file) if file.exists() else [])}
     kept.update({tuple(row[key] for key in IDENTITY): row for row in rows})
+    save_rows(file, kept.values())
+
+
+def save_rows(file: Path, rows: Iterable[dict]) -> None:
+    """Write a file of rows, all or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept.values()) + "\n]\n")
+    part.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     os.replace(part, file)

@@ -22,33 +22,20 @@ MODES = ("plain", "compiled")
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is measured.
-
-    Attributes:
-        library: what it is from.
-        make: ``make(layers)``.
-        answer: what of its result is compared and trained.
-        blocks: its blocks, first to last.
-        parts: what they are made of.
-        shape: of one input.
-        tokens, protected, width: of its tower.
-        r: tokens merged in each layer.
-        batch: on a CPU, and on a GPU.
-        mean: its head averages over all tokens.
-    """
+    """A model that is measured."""
 
     library: str
-    make: Callable[[int], nn.Module]
-    answer: Callable[[Any], Tensor]
-    blocks: Callable[[Any], list]
-    parts: eager_vit.Parts
-    shape: tuple[int, ...]
+    make: Callable[[int], nn.Module]  # of so many layers
+    answer: Callable[[Any], Tensor]  # what of its result is compared and trained
+    blocks: Callable[[Any], list]  # first to last
+    parts: eager_vit.Parts  # what they are made of
+    shape: tuple[int, ...]  # of one input
     tokens: int
     protected: int
     width: int
-    r: int
-    batch: tuple[int, int]
-    mean: bool = False
+    r: int  # in each layer
+    batch: tuple[int, int]  # on a CPU, and on a GPU
+    mean: bool = False  # its head averages over all tokens
 
 
 def _timm(name: str) -> Callable[[int], nn.Module]:
