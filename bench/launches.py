@@ -25,12 +25,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 import stoptome_kernels as stk
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from charts.launches import listed
 from harness import cli, no_gpu
 from harness.rows import ROOT, environment, save_rows, version_of
-from harness.workloads import DIRECTIONS, models, stop
+from harness.workloads import DIRECTIONS, Side, models, stop
 
 FOLDER = ROOT / "bench/results/launches"
 STOP = "STOP ViT-B/32, 12 frames"
@@ -67,7 +66,7 @@ def launches_something(name: str) -> bool:
     return not views and any("Tensor" in str(value.type) for value in returns)
 
 
-class Operations(TorchDispatchMode):
+class Operations(no_gpu.WithoutProducts):
     """The operations of torch that run under it, by name, those inside the package's operators left out; products are
     not computed."""
 
@@ -81,7 +80,7 @@ class Operations(TorchDispatchMode):
         self.names.append(func.overloadpacket.__name__)
         if no_gpu.waits(func, args):
             self.gpu.waits.append(func.overloadpacket.__name__)
-        return no_gpu.without_products(func, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def count(gpu: no_gpu.Gpu, model: Model, n: int, direction: str) -> tuple[no_gpu.Gpu, list[str], list[list[str]]]:
@@ -95,12 +94,7 @@ def count(gpu: no_gpu.Gpu, model: Model, n: int, direction: str) -> tuple[no_gpu
         handles.append(block.register_forward_hook(lambda *_: blocks[-1].append(len(gpu.launches))))
     try:
         with Operations(gpu) as outside, torch.autocast("cpu", torch.bfloat16):
-            if direction == "inference":
-                with torch.no_grad():
-                    model.call(n)
-            else:
-                loss = model.call(n).float().square().sum()
-                torch.autograd.grad(loss, tuple(model.built.parameters()), allow_unused=True)
+            Side("package", model.name, lambda: model.call(n), tuple(model.built.parameters())).run(direction)()
     finally:
         gpu.results = True
         for handle in handles:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.compat import bipartite_soft_matching_random2d
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import no_gpu, shapes, variants
 from .baselines.operators import package
@@ -112,18 +111,10 @@ def bench_tune(kernel: str, name: str, few: bool) -> None:
                 print(f"tune: {kernel}, {name}, {changes}: {variants.reason_of(error)}")
 
 
-class _NoProducts(TorchDispatchMode):
-    """No products of layers are computed under it: half precision on a CPU takes minutes, and no launch depends on
-    values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return no_gpu.without_products(func, args, kwargs)
-
-
 def bench_stop(few: bool) -> None:
     """The blocks of bench/stop.py for one video; more of them are laid out alike."""
     args = SimpleNamespace(device="cpu", videos=1, layers=12, dtype="bfloat16", settings=list(stop.SETTINGS))
-    with _NoProducts():
+    with no_gpu.WithoutProducts():
         for side in stop.sides(*stop.prepare(args, "DGL"), "blocks", args):
             if side.impl == "package":
                 side.infer()
@@ -137,7 +128,7 @@ def model(dtype: str, few: bool) -> None:
     config = StopConfig(layers=3, prompt_layers=3, text_layers=1, vocab_size=64, temporal_prompt="DGL")
     tower, video = stk.apply_tome_patch(StopModel(config), 4), torch.rand(2, 12, 3, 224, 224)
     for videos in (1, 2):
-        with _NoProducts(), torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+        with no_gpu.WithoutProducts(), torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
             tower.encode_video(video[:videos]).float().square().sum().backward()
             with torch.no_grad():
                 tower.encode_video(video[:videos])

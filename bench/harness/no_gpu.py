@@ -130,16 +130,19 @@ def waits(func: Any, args: tuple) -> bool:
     return name in WAITING
 
 
-def without_products(func: Any, args: tuple, kwargs: dict | None) -> Any:
-    """Run an operation of torch; of a product or a convolution return zeros, which take no time."""
-    if func.overloadpacket.__name__ not in PRODUCTS:
-        return func(*args, **(kwargs or {}))
+class WithoutProducts(TorchDispatchMode):
+    """Operations of torch as they are, but products and convolutions are zeros: in half precision they take minutes on
+    a CPU, and no launch depends on values."""
 
-    def on(device: str) -> Any:
-        return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
 
-    args, kwargs = tree_map_only(torch.Tensor, on("meta"), (args, kwargs or {}))
-    return tree_map_only(torch.Tensor, lambda t: on("cpu")(t).zero_(), func(*args, **kwargs))
+        def on(device: str) -> Any:
+            return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+        args, kwargs = tree_map_only(torch.Tensor, on("meta"), (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, lambda t: on("cpu")(t).zero_(), func(*args, **kwargs))
 
 
 def _form(tensor: torch.Tensor | None) -> object:
