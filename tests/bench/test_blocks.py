@@ -41,10 +41,3 @@ def test_wrong_results_are_not_timed(no_clock, monkeypatch, capsys, part, dtype)
     monkeypatch.setattr(blocks.operators, part, wrong)
     assert blocks.main([*SMALL, "--dtype", dtype]) == 1
     assert "differ between eager and package" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shape", ["sd-512", "tempme-b32-clip2"])
-def test_shapes_without_keys_are_refused(capsys, shape):
-    with pytest.raises(SystemExit):
-        blocks.main(["--shapes", shape])
-    assert "choose from stop-b32-train" in capsys.readouterr().err

@@ -172,16 +172,29 @@ def test_a_file_of_something_else_is_not_overwritten(bench, no_clock, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("command", "arguments", "says"),
     [
-        (["--sizes", "0"], "must be a positive int, got '0'"),
-        (["--seconds", "inf"], "must be a positive float, got 'inf'"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--pages", "new"], "invalid choice: 'new'"),
+        (None, "--sizes 0", "must be a positive int, got '0'"),
+        (None, "--seconds inf", "must be a positive float, got 'inf'"),
+        (None, "--dtype int8", "invalid choice: 'int8'"),
+        (None, "--pages new", "invalid choice: 'new'"),
+        ("merge", "--shapes nonsense", "choose from stop-b32-train"),
+        ("merge", "--dtype int8", "float16"),
+        ("merge", "--backend cuda", "choose from triton, native, reference"),
+        ("merge", "--threads 0", "positive"),
+        ("merge", "--plot chart.gif", ".png"),
+        ("stop", "--videos 0", "positive int"),
+        ("stop", "--layers 3", "leave them out"),
+        ("stop", "--settings r=3", "invalid choice"),
+        ("blocks", "--shapes sd-512", "choose from stop-b32-train"),  # it has no keys
+        ("blocks", "--shapes tempme-b32-clip2", "choose from stop-b32-train"),
+        ("models", "--batch 0", "positive int"),
     ],
 )
-def test_bad_arguments(capsys, arguments, says):
+def test_bad_arguments_name_the_good_ones(bench, no_clock, capsys, command, arguments, says):
+    if command == "merge":
+        pytest.importorskip("tqdm")
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        (bench(command).main if command else main)(arguments.split())
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err

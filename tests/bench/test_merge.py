@@ -68,23 +68,6 @@ def test_rows_are_complete(rows_file):
         )
 
 
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--shapes", "nonsense"], "choose from stop-b32-train"),
-        (["--dtype", "int8"], "float16"),
-        (["--backend", "cuda"], "choose from triton, native, reference"),
-        (["--threads", "0"], "positive"),
-        (["--plot", "chart.gif"], ".png"),
-    ],
-)
-def test_bad_arguments_name_the_good_ones(bench, capsys, args, says):
-    with pytest.raises(SystemExit) as stopped:
-        bench("merge").arguments(args)
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
-
-
 def test_shapes_are_listed(bench, capsys):
     assert bench("merge").main(["--shapes", "list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(bench("harness.shapes").SHAPES)

@@ -89,21 +89,6 @@ def test_conv3d_has_a_peer_with_channels_last(bench):
     assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--videos", "0"], "positive int"),
-        (["--layers", "3"], "leave them out"),
-        (["--settings", "r=3"], "invalid choice"),
-    ],
-)
-def test_bad_arguments(bench, capsys, arguments, says):
-    with pytest.raises(SystemExit) as stopped:
-        bench("stop").arguments(arguments)
-    assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
-
-
 def test_live_bytes_counts_what_lives(bench):
     live = bench("harness.memory").LiveBytes()
     kept = torch.zeros(100)
