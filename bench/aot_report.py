@@ -25,7 +25,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't b
 
 import torch
 import triton
-from stoptome_kernels.kernels import attention, conv, match, merge, norm
+from stoptome_kernels._backends.triton import attention, conv, match, merge, norm
+from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,41 +50,40 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
 
     x, y = meta(n, tokens, dim, dtype=dtype), meta(n, groups, dim, dtype=dtype)
     size, size_out = meta(n, tokens, dtype=torch.float32), meta(n, groups, dtype=torch.float32)
-    dest, members = meta(n, tokens, dtype=torch.int32), meta(n, tokens, dtype=torch.int32)
-    offsets = meta(n, groups + 1, dtype=torch.int32)
+    plan = tuple(meta(n, count, dtype=torch.int32) for count in (tokens, tokens, groups + 1))
+    sized, unsized = Groups(*plan[1:], size), Groups(*plan[1:])
     # keys as attention has them, (N, H, T, C) inside a packed (N, T, 3, H, C)
     packed = meta(n, tokens, 3, max(heads, 1), dim // max(heads, 1), dtype=dtype)
     metric = packed[:, :, 1].transpose(1, 2) if heads else x[:, None]
 
-    found = [("match", launch) for launch in match.launches(metric, r, protected, dest, members, offsets)]
+    found = [("match", launch) for launch in match.launches(metric, r, protected, plan)]
     # a quarter as destinations, the others as sources
     order, before = meta(tokens, dtype=torch.int32), meta((tokens - protected) // 4, dtype=torch.int32)
-    steps = match.launches(metric, r, protected, dest, members, offsets, order, before)
+    steps = match.launches(metric, r, protected, plan, order, before)
     found += [("match sets", launch) for launch in steps]
-    plan = (members, offsets)
     found += [
-        ("merge mean", merge.reduce_launch(x, *plan, size, y, size_out, "mean")),
-        ("merge mean, no size", merge.reduce_launch(x, *plan, None, y, size_out, "mean")),
-        ("merge sum", merge.reduce_launch(x, *plan, size, y, size_out, "sum")),
-        ("merge max", merge.reduce_launch(x, *plan, size, y, size_out, "max")),
-        ("grad of mean", merge.spread_launch(y, *plan, size, x, "mean", None, None)),
-        ("grad of mean, no size", merge.spread_launch(y, *plan, None, x, "mean", None, None)),
-        ("grad of sum", merge.spread_launch(y, *plan, None, x, "sum", None, None)),
-        ("grad of max", merge.spread_launch(y, *plan, None, x, "max", x, y)),
-        ("unmerge", merge.spread_launch(y, *plan, None, x, "all", None, None)),
-        ("grad of unmerge", merge.reduce_launch(x, *plan, None, y, size_out, "all")),
+        ("merge mean", merge.reduce_launch(x, sized, y, size_out, "mean")),
+        ("merge mean, no size", merge.reduce_launch(x, unsized, y, size_out, "mean")),
+        ("merge sum", merge.reduce_launch(x, sized, y, size_out, "sum")),
+        ("merge max", merge.reduce_launch(x, sized, y, size_out, "max")),
+        ("grad of mean", merge.spread_launch(y, sized, x, "mean", None, None)),
+        ("grad of mean, no size", merge.spread_launch(y, unsized, x, "mean", None, None)),
+        ("grad of sum", merge.spread_launch(y, unsized, x, "sum", None, None)),
+        ("grad of max", merge.spread_launch(y, unsized, x, "max", x, y)),
+        ("unmerge", merge.spread_launch(y, unsized, x, "all", None, None)),
+        ("grad of unmerge", merge.reduce_launch(x, unsized, y, size_out, "all")),
     ]
     row, full = meta(dim, dtype=torch.float32), meta(n, tokens, dim, dtype=torch.float32)
     outputs = (y, y, size_out, size_out, size_out)
     mixed = (meta(n, groups, dim, dtype=torch.float32), *outputs[1:])
-    saved = (y, size_out, size_out, *plan)
+    rows = MergedRows(y, size_out, size_out)
     found += [
-        ("merge_norm", norm.norm_launch(x, x, *plan, size, row, row, outputs, 1e-5)),
-        ("merge_norm, plain", norm.norm_launch(x, x, *plan, None, None, None, outputs, 1e-5)),
-        ("merge_norm, autocast", norm.norm_launch(full, x, *plan, size, row, row, mixed, 1e-5)),
-        ("grad of merge_norm", norm.norm_grad_launch(y, y, *saved, size, row, x, True)),
-        ("grad of merge_norm, x", norm.norm_grad_launch(y, y, *saved, size, row, x, False)),
-        ("grad of merge_norm, n", norm.norm_grad_launch(y, None, *saved, None, None, x, False)),
+        ("merge_norm", norm.norm_launch(x, x, sized, row, row, 1e-5, outputs)),
+        ("merge_norm, plain", norm.norm_launch(x, x, unsized, None, None, 1e-5, outputs)),
+        ("merge_norm, autocast", norm.norm_launch(full, x, sized, row, row, 1e-5, mixed)),
+        ("grad of merge_norm", norm.norm_grad_launch(y, y, rows, sized, row, x, True)),
+        ("grad of merge_norm, x", norm.norm_grad_launch(y, y, rows, sized, row, x, False)),
+        ("grad of merge_norm, n", norm.norm_grad_launch(y, None, rows, unsized, None, x, False)),
     ]
     return found + attention_launches(shape, dtype) + conv_launches(shape, dtype)
 
@@ -118,11 +118,12 @@ def attention_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]
     prefix = [rows(n // 12, heads, prompts) for _ in range(2)] if prompts else [None, None]
     parts = [rows(n, heads, prompts, dtype=torch.float32) for _ in range(2)] if prompts else [None, None]
     out = rows(n, tokens, heads).transpose(1, 2)
-    grads = attention.grad_launches(out, q, k, v, size, *prefix, lse, out, out, out, *parts, out, 0.125)
-    plain = attention.grad_launches(out, q, k, v, None, None, None, lse, out, out, out, None, None, out, 0.125)
+    sized, bare = AttentionInputs(q, k, v, size, *prefix, 0.125), AttentionInputs(q, k, v, scale=0.125)
+    grads = attention.grad_launches(out, sized, out, lse, (out, out, out, *parts))
+    plain = attention.grad_launches(out, bare, out, lse, (out, out, out, None, None))
     return [
-        ("attention", attention.attend_launch(q, k, v, size, *prefix, out, lse, 0.125)),
-        ("attention, plain", attention.attend_launch(q, k, v, None, None, None, out, lse, 0.125)),
+        ("attention", attention.attend_launch(sized, out, lse)),
+        ("attention, plain", attention.attend_launch(bare, out, lse)),
         *(("grad of attention", launch) for launch in grads),
         *(("grad of attention, plain", launch) for launch in plain),
     ]

@@ -51,7 +51,7 @@ def key() -> dict:
         from triton.runtime.cache import triton_key
     except ImportError:  # before Triton 3.5
         from triton.compiler.compiler import triton_key
-    sources = sorted((ROOT / "stoptome_kernels" / "kernels").glob("*.py"))
+    sources = sorted((ROOT / "stoptome_kernels" / "_backends" / "triton").glob("*.py"))
     return {
         "triton": triton.__version__,
         "triton_key": hashlib.sha256(triton_key().encode()).hexdigest(),
@@ -75,7 +75,7 @@ def _start(results: bool, first: str) -> None:
 
     torch.set_num_threads(1)
     _gpu = no_gpu.install(results=results)
-    from stoptome_kernels.kernels import attention, merge
+    from stoptome_kernels._backends.triton import attention, merge
 
     _ = {"merge": merge.reduce_rows, "attention": attention.attend}[first].cache_key
 

@@ -52,7 +52,7 @@ class Gpu:
 
     def forget(self) -> None:
         """Forget every variant, as a new process has it; those on the disk stay."""
-        from stoptome_kernels.kernels import attention, match, merge, norm
+        from stoptome_kernels._backends.triton import attention, match, merge, norm
 
         for module in (attention, match, merge, norm):
             for kernel in vars(module).values():
@@ -71,8 +71,9 @@ def install(results: bool = True) -> Gpu:
     """
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
-    from stoptome_kernels import dispatch
-    from stoptome_kernels.kernels import merge
+    from stoptome_kernels._backends import REFERENCE, TRITON
+    from stoptome_kernels._backends import triton as backend
+    from stoptome_kernels._backends.triton import merge
     from stoptome_kernels.video import blocks as stream
     from triton.runtime import driver
 
@@ -80,16 +81,15 @@ def install(results: bool = True) -> Gpu:
         raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: install() in a process without it")
     gpu = Gpu()
     driver.set_active(_driver(gpu))
-    backend = dispatch.triton
-    backend._on = lambda tensor: nullcontext()
-    backend.unavailable_reason = lambda device, dtype, explicit: None if dtype in backend._DTYPES else f"no {dtype}"
+    backend._guard = lambda device: None
+    TRITON.unavailable_reason = lambda device, dtype, explicit: None if dtype in backend._DTYPES else f"no {dtype}"
     # what a GPU runs though its test is for a device: the question is asked of a tensor that says it is there
     pays = stream._metric_columns_cheaper
     stream._metric_columns_cheaper = lambda attn, x: pays(attn, SimpleNamespace(is_cuda=True, numel=x.numel))
     for name in READING if results else ():
         setattr(torch.Tensor, name, _noted(name, getattr(torch.Tensor, name), gpu))
     for name in ENTRIES if results else ():
-        setattr(backend, name, _both(name, getattr(backend, name), getattr(dispatch.reference, name), gpu))
+        setattr(TRITON, name, _both(name, getattr(TRITON, name), getattr(REFERENCE, name), gpu))
     return gpu
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from stoptome_kernels import reference
-from stoptome_kernels.kernels import attention, config, match, merge, norm
+from stoptome_kernels._backends.triton import attention, config, match, merge, norm
 from stoptome_kernels.layout import empty_heads_last
+from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from torch import Tensor
 
 from . import shapes
@@ -37,7 +38,7 @@ class Kernel:
     """A line of the table."""
 
     name: str
-    config: str  # the function of kernels.config that configures it
+    config: str  # the function of the kernels' config that configures it
     part: Callable[[dict], str | None]  # which of the configurations that the function returns
     job: Callable[[shapes.Inputs], Job]
     variants: Callable[[dict], list[Changes]]  # of a default configuration
@@ -61,9 +62,9 @@ def _metric(i: shapes.Inputs) -> Tensor:
     return i.metric if i.metric.dim() == 4 else i.metric[:, None]
 
 
-def _plan(i: shapes.Inputs) -> tuple[Tensor, Tensor]:
+def _groups(i: shapes.Inputs) -> Groups:
     r = i.shape.tokens - i.shape.tokens_out
-    return reference.match(_metric(i), r, i.shape.protected)[1:]
+    return Groups(*reference.match(_metric(i), r, i.shape.protected)[1:], i.size)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def match_job(i: shapes.Inputs) -> Job:
     dest, members = (i.x.new_empty((n, tokens), dtype=torch.int32) for _ in range(2))
     plan = dest, members, i.x.new_empty((n, out + 1), dtype=torch.int32)
     return Job(
-        lambda: match.launches(metric, r, protected, *plan),
+        lambda: match.launches(metric, r, protected, plan),
         lambda steps: dict(zip(("dest", "members", "offsets"), plan, strict=True)),
         lambda: dict(zip(("dest", "members", "offsets"), reference.match(metric, r, protected), strict=True)),
         lambda want: {},
@@ -85,25 +86,25 @@ def match_job(i: shapes.Inputs) -> Job:
 
 
 def reduce_job(i: shapes.Inputs) -> Job:
-    plan = _plan(i)
+    groups = _groups(i)
     y, size = torch.empty_like(i.grad), i.size.new_empty(i.grad.shape[:2])
     return Job(
-        lambda: [merge.reduce_launch(i.x, *plan, i.size, y, size, "mean")],
+        lambda: [merge.reduce_launch(i.x, groups, y, size, "mean")],
         lambda steps: {"y": y, "size": size},
-        lambda: dict(zip(("y", "size"), reference.reduce(i.x, *plan, i.size, "mean"), strict=True)),
+        lambda: dict(zip(("y", "size"), reference.reduce(i.x, groups, "mean"), strict=True)),
         lambda want: {},
-        _bytes(i.x, *plan, i.size, y, size),
+        _bytes(i.x, *groups, y, size),
     )
 
 
 def spread_job(i: shapes.Inputs) -> Job:
-    plan, out = _plan(i), torch.empty_like(i.x)
+    groups, out = _groups(i), torch.empty_like(i.x)
     return Job(
-        lambda: [merge.spread_launch(i.grad, *plan, i.size, out, "mean", None, None)],
+        lambda: [merge.spread_launch(i.grad, groups, out, "mean", None, None)],
         lambda steps: {"out": out},
-        lambda: {"out": reference.spread(i.grad, *plan, i.size, "mean")},
+        lambda: {"out": reference.spread(i.grad, groups, "mean")},
         lambda want: {},
-        _bytes(i.grad, *plan, i.size, out),
+        _bytes(i.grad, *groups, out),
     )
 
 
@@ -120,7 +121,7 @@ def _norm_noise(i: shapes.Inputs) -> float:
 
 
 def norm_job(i: shapes.Inputs) -> Job:
-    plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
+    groups, (residual, weight, bias) = _groups(i), _norm_inputs(i)
     names = ("y", "normed", "size", "mean", "rstd")
     y, normed = (torch.empty_like(i.grad) for _ in range(2))
     outputs = y, normed, *(i.size.new_empty(i.grad.shape[:2]) for _ in range(3))
@@ -134,21 +135,22 @@ def norm_job(i: shapes.Inputs) -> Job:
         }
 
     return Job(
-        lambda: [norm.norm_launch(i.x, residual, *plan, i.size, weight, bias, outputs, 1e-5)],
+        lambda: [norm.norm_launch(i.x, residual, groups, weight, bias, 1e-5, outputs)],
         lambda steps: dict(zip(names, outputs, strict=True)),
         lambda: dict(
-            zip(names, reference.merge_norm(i.x, residual, *plan, i.size, weight, bias, 1e-5), strict=True)
+            zip(names, reference.merge_norm(i.x, residual, groups, weight, bias, 1e-5), strict=True)
         ),
         bounds,
-        _bytes(i.x, residual, *plan, i.size, weight, bias, *outputs),
+        _bytes(i.x, residual, *groups, weight, bias, *outputs),
     )  # fmt: skip
 
 
 def norm_grad_job(i: shapes.Inputs) -> Job:
-    plan, (residual, weight, bias) = _plan(i), _norm_inputs(i)
-    y, _, _, mean, rstd = reference.merge_norm(i.x, residual, *plan, i.size, weight, bias, 1e-5)
+    groups, (residual, weight, bias) = _groups(i), _norm_inputs(i)
+    y, _, _, mean, rstd = reference.merge_norm(i.x, residual, groups, weight, bias, 1e-5)
     grads, out = (i.grad, i.grad.flip(0)), torch.empty_like(i.x)
-    given = (*grads, y, mean, rstd, *plan, i.size, weight)
+    rows = MergedRows(y, mean, rstd)
+    given = (*grads, rows, groups, weight)
 
     def right() -> dict[str, Tensor]:
         return dict(zip(("out", "affine"), reference.merge_norm_backward(*given, True), strict=True))
@@ -162,12 +164,12 @@ def norm_grad_job(i: shapes.Inputs) -> Job:
         lambda steps: {"out": out, "affine": steps[0][2][10]},  # the programs' parts: read() sums them
         right,
         bounds,
-        _bytes(*given, out),
+        _bytes(*grads, *rows, *groups, weight, out),
     )
 
 
-def _attention_inputs(i: shapes.Inputs) -> tuple[Tensor, ...]:
-    """q, k, v, size and the prefix's keys and values, laid out as in a block of STOP's."""
+def _attention_inputs(i: shapes.Inputs) -> AttentionInputs:
+    """Return inputs laid out as in a block of STOP's."""
     n, heads, rng = i.x.shape[0], max(1, i.shape.heads), torch.Generator(i.x.device).manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
@@ -176,11 +178,11 @@ def _attention_inputs(i: shapes.Inputs) -> tuple[Tensor, ...]:
     q, k, v = random(n, i.shape.tokens, 3).permute(2, 0, 3, 1, 4)
     share = FRAMES if n % FRAMES == 0 else 1
     prefix = [random(n // share, PREFIX).transpose(1, 2) for _ in range(2)]
-    return q, k, v, i.size, *prefix
+    return AttentionInputs(q, k, v, i.size, *prefix)
 
 
 def attend_job(i: shapes.Inputs) -> Job:
-    given = q, k, v, size, _, prefix_v = _attention_inputs(i)
+    inputs = q, k, v, size, _, prefix_v, _ = _attention_inputs(i)
     scale = shapes.HEAD_DIM**-0.5
     out = empty_heads_last(q, *q.shape[:3])
     lse = size.new_empty(q.shape[:3])
@@ -192,18 +194,17 @@ def attend_job(i: shapes.Inputs) -> Job:
         return {"out": (4 * _unit(q.dtype) + noise) * max(_most(v), _most(prefix_v)), "lse": noise}
 
     return Job(
-        lambda: [attention.attend_launch(*given, out, lse, scale)],
+        lambda: [attention.attend_launch(inputs, out, lse)],
         lambda steps: {"out": out, "lse": lse},
-        lambda: dict(zip(("out", "lse"), reference.attention(*given, scale), strict=True)),
+        lambda: dict(zip(("out", "lse"), reference.attention(inputs), strict=True)),
         bounds,
-        _bytes(*given, out, lse),
+        _bytes(*inputs[:6], out, lse),
     )
 
 
 def attend_grad_job(i: shapes.Inputs) -> Job:
-    given = q, k, v, size, prefix_k, prefix_v = _attention_inputs(i)
-    scale = shapes.HEAD_DIM**-0.5
-    out, lse = reference.attention(*given, scale)
+    inputs = q, k, v, size, prefix_k, prefix_v, _ = _attention_inputs(i)
+    out, lse = reference.attention(inputs)
     grad = torch.ones_like(out) * out.flip(0)
     rows = [empty_heads_last(x, *x.shape[:3]) for x in (q, k, v)]
     parts = [size.new_empty((q.shape[0], *prefix_k.shape[1:])) for _ in range(2)]
@@ -211,17 +212,17 @@ def attend_grad_job(i: shapes.Inputs) -> Job:
 
     def right() -> dict[str, Tensor]:
         each = [p.repeat_interleave(q.shape[0] // len(p), 0) for p in (prefix_k, prefix_v)]  # an item's own part
-        return dict(zip(names, reference.attention_backward(grad, *given[:4], *each, scale), strict=True))
+        return dict(zip(names, reference.attention_backward(grad, AttentionInputs(*inputs[:4], *each)), strict=True))
 
     def bounds(want: dict[str, Tensor]) -> dict[str, float]:
         return {name: 64 * _unit(q.dtype) * _most(want[name]) for name in names}  # as in fused.py: sums over keys
 
     return Job(
-        lambda: attention.grad_launches(grad, *given, lse, *rows, *parts, out, scale),
+        lambda: attention.grad_launches(grad, inputs, out, lse, (*rows, *parts)),
         lambda steps: dict(zip(names, (*rows, *parts), strict=True)),
         right,
         bounds,
-        _bytes(grad, *given, lse, *rows, *parts),
+        _bytes(grad, *inputs[:6], lse, *rows, *parts),
     )
 
 
@@ -345,7 +346,7 @@ def variants_of(kernel: Kernel, default: dict) -> tuple[dict[str, Changes], list
 
 @contextmanager
 def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
-    """Let kernels.config return another configuration of a kernel. ``programs`` is what a multiprocessor gets of
+    """Let the kernels' config return another configuration of a kernel. ``programs`` is what a multiprocessor gets of
     norm_grad_rows."""
     constants = {key: value for key, value in changes.items() if key != "programs"}
 
@@ -359,7 +360,7 @@ def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str, change: Callable) -> Iterator[None]:
-    """Put what ``change`` makes of it in place of what a function of kernels.config returns."""
+    """Put what ``change`` makes of it in place of what a function of the kernels' config returns."""
     original = getattr(config, name)
     setattr(config, name, lambda *args: change(original(*args)))
     try:

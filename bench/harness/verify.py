@@ -67,12 +67,13 @@ class Truth:
         if self._dest is None or not torch.equal(dest, self._dest):  # most peers choose the same plan
             i = self.inputs
             nothing = torch.zeros_like(dest, dtype=torch.bool)
-            groups = reference.build_groups(dest, nothing, i.shape.tokens_out)
+            members, offsets = reference.build_groups(dest, nothing, i.shape.tokens_out)
+            groups = reference.Groups(members, offsets, i.size)
             rows = i.x.double()
-            exact, total = reference.reduce(rows, *groups, i.size, "mean")
-            mean_abs, _ = reference.reduce(rows.abs(), *groups, i.size, "mean")
-            spread = reference.spread(i.grad.double(), *groups, i.size, "mean")
-            self._dest, self._merged = dest, (*groups, exact, mean_abs, total, spread)
+            exact, total = reference.reduce(rows, groups, "mean")
+            mean_abs, _ = reference.reduce(rows.abs(), groups, "mean")
+            spread = reference.spread(i.grad.double(), groups, "mean")
+            self._dest, self._merged = dest, (members, offsets, exact, mean_abs, total, spread)
         return self._merged
 
     def differences(self, dest: Tensor, who: str) -> int:
