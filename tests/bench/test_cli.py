@@ -139,7 +139,10 @@ def test_tables_that_are_printed_as_they_come(capsys, at_the_second, stopped):
     if stopped:
         at_the_second(KeyboardInterrupt())
     args = cli.configure(cli.parser("").parse_args([], namespace=argparse.Namespace(dtype=None, seconds=0.01)))
-    assert cli.main(args, (rows_of(n, args) for n in (10, 20)), table, live=True) == (130 if stopped else 0)
+    seen = []
+    batches = (rows_of(n, args) for n in (10, 20))
+    assert cli.main(args, batches, table, live=True, after=seen.extend) == (130 if stopped else 0)
+    assert [row["n"] for row in seen] == ([10, 10] if stopped else [10, 10, 20, 20])
     said = capsys.readouterr()
     assert [line.split()[:2] for line in said.out.splitlines()[1:]] == [
         [str(n), impl] for n in ((10,) if stopped else (10, 20)) for impl in ("sum", "copy")
@@ -150,7 +153,7 @@ def test_tables_that_are_printed_as_they_come(capsys, at_the_second, stopped):
 COMMANDS = {
     "blocks": ["--shapes", "stop-b32-video-r8"], "fused": ["--shapes", "stop-b32-video-r2"],
     "models": ["--models", "ViT-S/16", "--layers", "1"], "stop": ["--videos", "1"],
-    "merge": ["--shapes", "stop-b32-video-r2"], "tune": [],
+    "merge": ["--shapes", "stop-b32-video-r2"], "tune": ["--kernels", "norm_rows", "--shapes", "stop-b32-video-r2"],
 }  # fmt: skip
 
 
