@@ -175,7 +175,7 @@ def test_what_the_launch_path_asks_of_torch(found):
         "merge, gradient": {"new_empty": 1},
         "unmerge": {"new_empty": 1},
         "unmerge, gradient": {"new_empty": 2},
-        "merge_norm": {"new_empty": 5, "promote_types": 1},
+        "merge_norm": {"new_empty": 2, "empty_like": 3, "promote_types": 1},
         "merge_norm, gradient": {"new_empty": 2, "sum": 1},  # the programs' sums for weight and bias
         "attention": {"new_empty": 2, "transpose": 1},
         "attention, gradient": three_heads,
