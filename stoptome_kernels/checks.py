@@ -174,10 +174,11 @@ def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") ->
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             what = f"{value.layout}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}.{part} must be a dense tensor, got {what}; use a plan from match()")
-        if value.device != dest.device:
-            raise ValueError(f"{name}.{part} is on {value.device}, but {name}.dest on {dest.device}; use plan.to()")
+    device = dest.device
     for part, value in (("members", members), ("offsets", offsets)):
-        _table(value, f"{name}.{part}")
+        if value.device != device:
+            raise ValueError(f"{name}.{part} is on {value.device}, but {name}.dest on {device}; use plan.to()")
+        _table(value, name, part)
     if dest.dtype != torch.int32 or dest.shape != members.shape:
         raise ValueError(
             f"{name}.dest must be int32 and of members' shape (N, T) = {tuple(members.shape)}, got {dest.dtype} of "
@@ -187,8 +188,8 @@ def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") ->
 
 def groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
     """Raise what is wrong with the shapes and dtypes of a plan's groups."""
-    _table(members, f"{name}.members")
-    _table(offsets, f"{name}.offsets")
+    _table(members, name, "members")
+    _table(offsets, name, "offsets")
     if members.shape[0] != offsets.shape[0] or offsets.shape[1] < 1 or offsets.shape[1] > members.shape[1] + 1:
         raise ValueError(
             f"{name}.members {tuple(members.shape)} and {name}.offsets {tuple(offsets.shape)} do not belong together; "
@@ -196,9 +197,9 @@ def groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
         )
 
 
-def _table(index: Tensor, name: str) -> None:
+def _table(index: Tensor, name: str, part: str) -> None:
     if index.dim() != 2 or index.dtype != torch.int32:
-        raise ValueError(f"{name} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()")
+        raise ValueError(f"{name}.{part} must be 2-D int32, got {index.dim()}-D {index.dtype}; use a plan from match()")
 
 
 def merges_nothing(members: Tensor, offsets: Tensor) -> None:
@@ -346,15 +347,16 @@ def attention(inputs: AttentionInputs, backend: str) -> None:
         raise ValueError(f"prefix_k and prefix_v must be given together, but {missing} is None")
     _heads(q, "q", "(N, H, Tq, d)")
     n, heads, _, d = q.shape
+    dtype, device = q.dtype, q.device
     others: list[tuple[Tensor, str, str, int | None]] = [(k, "k", "(N, H, T, d)", n), (v, "v", "(N, H, T, d)", n)]
     if prefix_k is not None and prefix_v is not None:
         others += [(prefix_k, "prefix_k", "(M, H, G, d)", None), (prefix_v, "prefix_v", "(M, H, G, d)", None)]
     for value, name, shape, items in others:
         _heads(value, name, shape)
-        if value.dtype != q.dtype:
-            raise TypeError(f"{name} must be of q's dtype {q.dtype}, got {value.dtype}; cast one of them")
-        if value.device != q.device:
-            raise ValueError(f"{name} is on {value.device}, but q is on {q.device}; move one of them")
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be of q's dtype {dtype}, got {value.dtype}; cast one of them")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, but q is on {device}; move one of them")
         if value.shape[1] != heads or value.shape[3] != d or items not in (None, value.shape[0]):
             want = f"N = {n}, H = {heads} and d = {d}" if items is not None else f"H = {heads} and d = {d}"
             raise ValueError(f"{name} must have shape {shape} with {want} as q has, got {tuple(value.shape)}")
@@ -380,8 +382,8 @@ def attention(inputs: AttentionInputs, backend: str) -> None:
             raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {size.dtype}")
         if tuple(size.shape) != (n, k.shape[2]):
             raise ValueError(f"size must have shape (N, T) = {(n, k.shape[2])}, got {tuple(size.shape)}")
-        if size.device != q.device:
-            raise ValueError(f"size is on {size.device}, but q is on {q.device}; move one of them")
+        if size.device != device:
+            raise ValueError(f"size is on {size.device}, but q is on {device}; move one of them")
     # a compiled module's scale may be a symbol, of which this can't be asked
     if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")

@@ -40,15 +40,17 @@ def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
 def empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for dest, members and offsets of a matching of ``metric (N, H, T, C)`` or ``(N, T, C)``."""
     n, tokens = metric.shape[0], metric.shape[-2]
-    dest, members, offsets = (metric.new_empty((n, k), dtype=torch.int32) for k in (tokens, tokens, tokens - r + 1))
-    return dest, members, offsets
+    dest = metric.new_empty((n, tokens), dtype=torch.int32)
+    return dest, torch.empty_like(dest), metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
 
 
 def empty_merged(x: Tensor, groups: Groups, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return memory for x ``(N, T, D)`` merged and its sizes: ``(N, T_out, D)`` of x's dtype, or another, and
     ``(N, T_out)`` float32."""
-    n, tokens = x.shape[0], groups.offsets.shape[1] - 1
-    return x.new_empty((n, tokens, x.shape[2]), dtype=dtype), x.new_empty((n, tokens), dtype=torch.float32)
+    n, _, dim = x.shape
+    tokens = groups.offsets.shape[1] - 1
+    y = x.new_empty((n, tokens, dim)) if dtype is None else x.new_empty((n, tokens, dim), dtype=dtype)
+    return y, x.new_empty((n, tokens), dtype=torch.float32)
 
 
 def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:

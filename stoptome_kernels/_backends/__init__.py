@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..reference import AttentionInputs
 from .contract import Backend
 from .native import Native
 from .reference import Reference
@@ -25,14 +26,14 @@ def _asked(name: str) -> str:
     return os.environ.get("STOPTOME_BACKEND") or "auto" if name == "auto" else name
 
 
-def choose(name: str, tensor: Tensor, attends: tuple[int, int] | None = None) -> Backend:
+def choose(name: str, tensor: Tensor, inputs: AttentionInputs | None = None) -> Backend:
     """Return the backend that runs an operator on ``tensor``.
 
     Args:
         name: ``auto``, the backend named by ``STOPTOME_BACKEND``, else the best that can run; any other name is taken
             at its word.
         tensor: what decides by its device and dtype.
-        attends: numbers of keys and of channels a head, if the operator is attention.
+        inputs: what is attended to, if the operator is attention.
 
     Raises:
         ValueError: no such backend.
@@ -42,7 +43,7 @@ def choose(name: str, tensor: Tensor, attends: tuple[int, int] | None = None) ->
     if asked == "auto":
         for run in BACKENDS.values():
             if run.unavailable_reason(device, dtype, explicit=False) is None and (
-                attends is None or run.unsupported_attention(*attends) is None
+                inputs is None or run.unsupported_attention(inputs) is None
             ):
                 return run
     if asked not in BACKENDS:
@@ -50,8 +51,8 @@ def choose(name: str, tensor: Tensor, attends: tuple[int, int] | None = None) ->
         raise ValueError(f"{source} must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {asked!r}")
     run = BACKENDS[asked]
     reason = run.unavailable_reason(device, dtype, explicit=True)
-    if reason is None and attends is not None:
-        reason = run.unsupported_attention(*attends)
+    if reason is None and inputs is not None:
+        reason = run.unsupported_attention(inputs)
     if reason is not None:
         source = f"backend={asked!r}" if asked == name else f"STOPTOME_BACKEND={asked}"
         raise RuntimeError(f"{source} can't run this: {reason}; backend='auto' takes one that can")

@@ -36,9 +36,8 @@ class Backend(ABC):
             explicit: whether the backend was asked for by name.
         """
 
-    def unsupported_attention(self, keys: int, channels: int) -> str | None:
-        """Return the reason why attention to so many keys, prefix included, with so many channels a head can't be
-        computed, or None."""
+    def unsupported_attention(self, inputs: AttentionInputs) -> str | None:
+        """Return the reason why attention can't be computed for inputs of such shapes, or None."""
         return None
 
     @abstractmethod

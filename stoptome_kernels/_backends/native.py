@@ -151,7 +151,10 @@ def _rows(x: Tensor | None) -> tuple[int, int, int]:
 
 def _laid_out(groups: Groups) -> Groups:
     """Return groups whose addresses the kernels can take: sizes have strides, the others must be contiguous."""
-    return Groups(groups.members.contiguous(), groups.offsets.contiguous(), groups.size)
+    members, offsets, size = groups
+    if members.is_contiguous() and offsets.is_contiguous():
+        return groups
+    return Groups(members.contiguous(), offsets.contiguous(), size)
 
 
 def _addresses(groups: Groups) -> tuple[int, int, int, int, int, tuple[int, int, int]]:

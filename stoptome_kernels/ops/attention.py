@@ -13,7 +13,6 @@ from .. import checks
 from .._backends import TRITON, choose
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from ..reference import AttentionInputs
-from ..reference.attention import keys_ahead
 from .library import autocasts, define, gradient, no_gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
@@ -38,12 +37,7 @@ def sdpa(inputs: AttentionInputs) -> Tensor:
 
 def fits(inputs: AttentionInputs) -> bool:
     """Return whether the Triton kernels take tensors of this shape."""
-    return TRITON.unsupported_attention(*_attends(inputs)) is None
-
-
-def _attends(inputs: AttentionInputs) -> tuple[int, int]:
-    """Return the numbers of keys and of channels a head."""
-    return keys_ahead(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+    return TRITON.unsupported_attention(inputs) is None
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -58,7 +52,7 @@ def _given(q, k, v, size=None, prefix_k=None, prefix_v=None, scale=None, backend
 
 def _attention(*arguments) -> tuple[Tensor, Tensor]:
     inputs, backend = _given(*arguments)
-    run = choose(backend, inputs.q, _attends(inputs))
+    run = choose(backend, inputs.q, inputs)
     return run.attention(inputs) if inputs.q.numel() else _outputs(inputs.q)
 
 
@@ -97,7 +91,7 @@ def _given_backward(grad: Tensor, *arguments) -> tuple[AttentionInputs, Tensor, 
 
 def _backward(grad: Tensor, *arguments) -> Gradients:
     inputs, out, lse, backend = _given_backward(grad, *arguments)
-    run = choose(backend, inputs.q, _attends(inputs))
+    run = choose(backend, inputs.q, inputs)
     if inputs.q.numel() == 0:
         return tuple(t.zero_() for t in _gradients(inputs))  # type: ignore[return-value]
     *grads, dprefix_k, dprefix_v = run.attention_backward(grad, inputs, out, lse)

@@ -22,7 +22,8 @@ class Dense(Reference):
     def unavailable_reason(self, device, dtype, explicit):
         return None if device == "cpu" else f"dense matrices are CPU tensors, not on {device}"
 
-    def unsupported_attention(self, keys, channels):
+    def unsupported_attention(self, inputs):
+        keys = inputs.k.shape[2]
         return f"dense attention is to at most 12 keys, not to {keys}" if keys > 12 else None
 
     def reduce(self, x, groups, mode, out=None):

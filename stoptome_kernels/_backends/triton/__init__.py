@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ...reference import AttentionInputs
+from ...reference.attention import keys_ahead
 from ..contract import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +105,8 @@ class Triton(Backend):
             return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
         return _no_triton() or (_no_gpu() if device == "cuda" else None)
 
-    def unsupported_attention(self, keys: int, channels: int) -> str | None:
+    def unsupported_attention(self, inputs: AttentionInputs) -> str | None:
+        keys, channels = keys_ahead(inputs) + inputs.k.shape[2], inputs.q.shape[3]
         if keys > _MOST_KEYS:
             return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
         if channels > _MOST_CHANNELS:
