@@ -6,7 +6,7 @@ and Shen et al., *TempMe* (ICLR 2025, arXiv 2409.01156). It is the yardstick of 
 nothing faster can. It needs torch alone, works on any device, never waits for the device and uses no atomics on floats.
 """
 
-from .attention import AttentionInputs, attention, attention_backward
+from .attention import AttentionInputs, attention, attention_backward, prefix_length, scale_of
 from .conv import fft_conv3d, fft_conv3d_backward
 from .matching import arrange, build_groups, cap_r, identity, match, match_sets, similarity
 from .merging import Groups, reduce, spread, winners
@@ -28,7 +28,9 @@ __all__ = [
     "match_sets",
     "merge_norm",
     "merge_norm_backward",
+    "prefix_length",
     "reduce",
+    "scale_of",
     "similarity",
     "spread",
     "winners",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AttentionInputs(NamedTuple):
-    """The tensors that attention is computed from.
+    """The arguments of attention.
 
     Attributes:
         q: ``(N, H, Tq, d)`` floating.
@@ -37,14 +37,14 @@ def scale_of(inputs: AttentionInputs) -> float:
     return inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
 
 
-def keys_ahead(inputs: AttentionInputs) -> int:
+def prefix_length(inputs: AttentionInputs) -> int:
     """Return the number of keys in the prefix."""
     return 0 if inputs.prefix_k is None else inputs.prefix_k.shape[2]
 
 
 def _shared(prefix: Tensor, items: int) -> Tensor:
     """Repeat ``(M, H, G, d)`` to ``(N, H, G, d)``: item n has the prefix n // (N / M)."""
-    return prefix.unsqueeze(1).expand(-1, items // max(1, prefix.shape[0]), -1, -1, -1).reshape(-1, *prefix.shape[1:])
+    return prefix.unsqueeze(1).expand(-1, items // max(1, prefix.shape[0]), -1, -1, -1).flatten(0, 1)
 
 
 def _joined(prefix: Tensor | None, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _scores(inputs: AttentionInputs) -> Tensor:
     keys = _joined(inputs.prefix_k, inputs.k)
     scores = scale_of(inputs) * (inputs.q.double() @ keys.transpose(-1, -2))
     if inputs.size is not None:
-        bias = torch.nn.functional.pad(inputs.size.double().log(), (keys_ahead(inputs), 0))
+        bias = torch.nn.functional.pad(inputs.size.double().log(), (prefix_length(inputs), 0))
         scores = scores + bias[:, None, None]
     return scores
 
@@ -103,7 +103,7 @@ def attention_backward(
     dp = grad @ values.transpose(-1, -2)
     ds = scale_of(inputs) * p * (dp - (p * dp).sum(-1, keepdim=True))
     dq, dkeys, dvalues = ds @ keys, ds.transpose(-1, -2) @ q.double(), p.transpose(-1, -2) @ grad
-    ahead = keys_ahead(inputs)
+    ahead = prefix_length(inputs)
     dq, dk, dv = (_heads_last(x.to(q.dtype)) for x in (dq, dkeys[:, :, ahead:], dvalues[:, :, ahead:]))
     if prefix_k is None:
         return dq, dk, dv, None, None

@@ -25,8 +25,8 @@ class Groups(NamedTuple):
     size: Tensor | None = None
 
 
-class Members(NamedTuple):
-    """The members of a plan's groups as they are read, once, and checked.
+class CheckedGroups(NamedTuple):
+    """A plan's groups as they are read, once, and checked.
 
     Attributes:
         index: ``(N, T)`` int64, the token of each member.
@@ -51,14 +51,15 @@ def can_raise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and torch._C._get_tracing_state() is None
 
 
-def read(members: Tensor, offsets: Tensor) -> Members:
+def read(groups: Groups) -> CheckedGroups:
     """Read and check a plan. On the CPU a damaged one is an error; elsewhere, where asking would wait for the device,
     its damaged items are replaced and marked.
 
     Raises:
         IndexError: a plan on the CPU whose groups don't hold each token of their item once.
     """
-    members, offsets = members.clone(), offsets.clone()  # once, whatever another thread writes into them meanwhile
+    # once, whatever another thread writes into them meanwhile
+    members, offsets = groups.members.clone(), groups.offsets.clone()
     tokens = members.shape[1]
     every = torch.arange(tokens, device=members.device)
     valid = members >= 0
@@ -69,14 +70,14 @@ def read(members: Tensor, offsets: Tensor) -> Members:
         alone = torch.arange(offsets.shape[1], dtype=torch.int32, device=offsets.device)
         alone[-1] = tokens
         index, offsets = torch.where(good[:, None], index, every), torch.where(good[:, None], offsets, alone)
-        return Members(index, valid, offsets, ~good[:, None, None])
+        return CheckedGroups(index, valid, offsets, ~good[:, None, None])
     if not bool(good.all()):
         item = int((~good).nonzero()[0])
         raise IndexError(
             f"plan is damaged: the groups of item {item} don't hold each of its {tokens} tokens once; it was changed "
             "after match(), or was not made by it"
         )
-    return Members(index, valid, offsets, None)
+    return CheckedGroups(index, valid, offsets, None)
 
 
 def _segments(rows: Tensor, offsets: Tensor, how: str) -> Tensor:
@@ -114,8 +115,8 @@ def reduce(x: Tensor, groups: Groups, mode: str) -> tuple[Tensor, Tensor]:
         y ``(N, T_out, D)`` in x's dtype, accumulated in float32 (float64 for float64) in ascending member order, and
         size_out ``(N, T_out)`` float32 = Σ s. A group of one token is copied bit for bit.
     """
-    members, size = read(groups.members, groups.offsets), groups.size
-    index, valid, offsets, _ = members
+    checked, size = read(groups), groups.size
+    index, valid, offsets, _ = checked
     if mode == "all":
         valid = torch.ones_like(valid)
     weight = x.new_ones(index.shape, dtype=torch.float32) if size is None else size.gather(1, index)
@@ -136,7 +137,7 @@ def reduce(x: Tensor, groups: Groups, mode: str) -> tuple[Tensor, Tensor]:
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     copy = _rows(x.view(bits), only.clamp_min(0))
     y = torch.where(alone, copy, y.to(x.dtype).view(bits)).view(x.dtype)
-    return members.marked(y), members.marked(size_out).squeeze(-1).float()
+    return checked.marked(y), checked.marked(size_out).squeeze(-1).float()
 
 
 def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
@@ -151,14 +152,14 @@ def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: 
         ``(N, T, D)`` in grad's dtype: ``mean`` s_i / Σ s · grad, ``sum`` grad, ``max`` grad where the token is the
         first of its group to reach the maximum. Tokens of weight 0 get 0, except in ``all``.
     """
-    members, size = read(groups.members, groups.offsets), groups.size
-    index, valid, offsets, _ = members
+    checked, size = read(groups), groups.size
+    index, valid, offsets, _ = checked
     group = group_of(offsets, index.shape[1])
     rows = _rows(grad, group)
     if mode == "max":
         if x is None or y is None:
             raise ValueError("mode 'max' needs x and y")
-        won = _rows(_winners(x, y, members), group) == index[..., None]
+        won = _rows(_winners(x, y, checked), group) == index[..., None]
         rows = rows.masked_fill(~won, 0.0)
     elif mode == "mean":
         wide = _wide(grad.dtype)
@@ -171,16 +172,16 @@ def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: 
     if mode != "all":
         rows = rows.masked_fill(~valid[..., None], 0.0)
     # by sorting, not by scatter, which on a GPU waits for the device in deterministic mode
-    return members.marked(_rows(rows, index.argsort(1)))
+    return checked.marked(_rows(rows, index.argsort(1)))
 
 
 def winners(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
     """Return the token that gave each element of a ``max`` merge, the lowest one on a tie: ``(N, T_out, D)`` int64."""
-    return _winners(x, y, read(groups.members, groups.offsets))
+    return _winners(x, y, read(groups))
 
 
-def _winners(x: Tensor, y: Tensor, members: Members) -> Tensor:
-    index, valid, offsets, _ = members
+def _winners(x: Tensor, y: Tensor, groups: CheckedGroups) -> Tensor:
+    index, valid, offsets, _ = groups
     rows = _rows(x, index)
     reached = _rows(y, group_of(offsets, index.shape[1]))
     hit = ((rows == reached) | (rows.isnan() & reached.isnan())) & valid[..., None]

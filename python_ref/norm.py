@@ -11,7 +11,7 @@ from .merging import Groups, _wide, reduce, spread
 
 
 class MergedRows(NamedTuple):
-    """Merged rows and what normalised them: all that the gradient of ``merge_norm`` is computed from.
+    """Results of ``merge_norm`` that its gradient needs.
 
     Attributes:
         y: ``(N, T_out, D)``, as ``merge_norm`` gives it.

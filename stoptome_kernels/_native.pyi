@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# csrc/cpu/binding.cpp; private: stoptome_kernels._backends.native checks what it passes
+# csrc/cpu/binding.cpp; private: called by _backends/native.py with what checks.py has checked
 
 _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
 _Groups = tuple[int, int, int, int, int, _Strided]  # members, offsets; items, tokens in, tokens out; sizes

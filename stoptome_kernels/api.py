@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, onnx, ops, reference
-from ._backends import choose, choose_attention
+from ._backends import TRITON, choose, choose_attention
 from .plan import MergePlan
 
 
@@ -331,7 +331,7 @@ def attention(
     inputs = reference.AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
     checks.attention(inputs, backend)
     plain = size is None and prefix_k is None
-    how = choose_attention(backend, q.device.type, q.dtype, ops.attention.fits(inputs), plain)
+    how = choose_attention(backend, q.device.type, q.dtype, TRITON.takes(inputs), plain)
     if how == "sdpa" or onnx.is_onnx_exporting():
         return ops.attention.sdpa(inputs)
     if how == "reference":  # not as an operator: so it can be differentiated twice

@@ -168,7 +168,7 @@ def indices(src: Tensor, dst: Tensor, tokens: int) -> None:
 
 
 def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") -> None:
-    """Raise what is wrong with a plan's tensors by themselves; ``groups``, which every operator asks too, with how
+    """Raise what is wrong with a plan's tensors by themselves; ``plan_groups``, which every operator asks too, with how
     they belong together."""
     for part, value in (("dest", dest), ("members", members), ("offsets", offsets)):
         if not isinstance(value, Tensor) or value.layout != torch.strided:
@@ -186,7 +186,7 @@ def parts(dest: Tensor, members: Tensor, offsets: Tensor, name: str = "plan") ->
         )
 
 
-def groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
+def plan_groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
     """Raise what is wrong with the shapes and dtypes of a plan's groups."""
     _table(members, name, "members")
     _table(offsets, name, "offsets")
@@ -212,11 +212,11 @@ def merges_nothing(members: Tensor, offsets: Tensor) -> None:
             )
 
 
-def rows(value: Tensor, name: str, plan: Groups, merged: bool, backend: str) -> None:
-    """Check that ``value`` is ``(N, T, D)``, floating and on the plan's device, with T tokens before merging or, if
-    ``merged``, after; and sizes, if there are any."""
-    members, offsets, sizes = plan
-    groups(members, offsets)
+def rows(value: Tensor, name: str, groups: Groups, backend: str, *, merged: bool = False) -> None:
+    """Check that ``value`` is ``(N, T, D)``, floating, of as many tokens as a plan has before merging or, if
+    ``merged``, after it, and on its device; and that its sizes are right."""
+    members, offsets, sizes = groups
+    plan_groups(members, offsets)
     n, tokens = members.shape[0], offsets.shape[1] - 1 if merged else members.shape[1]
     if value.dim() != 3:
         raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")

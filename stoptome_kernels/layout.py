@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of tensors in memory that the kernels ask for, and the dtype that they add in."""
+"""Layouts of tensors in memory that the kernels ask for, memory for their results, and the dtype that they add in."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def heads_last(x: Tensor) -> Tensor:
 def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
     """Return memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
     return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
+
+
+def contiguous_groups(groups: Groups) -> Groups:
+    """Return ``groups`` with all tensors contiguous, as the kernels read them."""
+    members, offsets, size = groups
+    if members.is_contiguous() and offsets.is_contiguous() and (size is None or size.is_contiguous()):
+        return groups
+    return Groups(members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous())
 
 
 def empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,7 @@ class MergePlan:
             raise TypeError(f"following must be a MergePlan, got {type(following).__name__}")
         for plan, name in ((self, "this plan"), (following, "following")):
             checks.parts(plan.dest, plan.members, plan.offsets, name)
-            checks.groups(plan.members, plan.offsets, name)
+            checks.plan_groups(plan.members, plan.offsets, name)
         have, want = (self.dest.shape[0], self.tokens_out), tuple(following.dest.shape)
         if have != want:
             raise ValueError(
@@ -107,7 +107,7 @@ class MergePlan:
         if checks.can_read(dest):
             dest = dest.clone()
             try:
-                groups = read(self.members, self.offsets)
+                groups = read(self._groups())
             except IndexError as error:
                 raise IndexError(f"{name}: {error}") from None
             if not torch.equal(dest.gather(1, groups.index).long(), group_of(groups.offsets, self.tokens_in)):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module stoptome_kernels._native. It takes addresses, sizes and strides instead of tensors, so that it needs
-// no torch header and one binary serves every torch version. stoptome_kernels/_backends/native.py checks shapes, dtypes
-// and devices before it calls.
+// no torch header and one binary serves every torch version. stoptome_kernels/checks.py checks shapes, dtypes and
+// devices before _backends/native.py calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

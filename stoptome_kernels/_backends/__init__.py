@@ -2,7 +2,7 @@
 """Which implementation runs: the one place that chooses a backend and reads ``STOPTOME_BACKEND``.
 
 A backend is a ``contract.Backend``. Its ``unavailable_reason`` serves the silent choice of ``auto`` and the error of an
-explicit backend, which never falls back. ``stoptome_kernels.backends`` is the function below.
+explicit backend, which never falls back. This folder is not called ``backends``, as the public function is.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def choose(name: str, tensor: Tensor, inputs: AttentionInputs | None = None) -> 
     """Return the backend that runs an operator on ``tensor``.
 
     Args:
-        name: ``auto``, the backend named by ``STOPTOME_BACKEND``, else the best that can run; any other name is taken
-            at its word.
-        tensor: what decides by its device and dtype.
-        inputs: what is attended to, if the operator is attention.
+        name: name of a backend, which is taken at its word; ``auto`` for the one that ``STOPTOME_BACKEND`` names, or
+            else the best that can run.
+        tensor: tensor whose device and dtype must be supported.
+        inputs: arguments of attention, if that is the operator.
 
     Raises:
         ValueError: no such backend.
@@ -83,9 +83,8 @@ choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def backends() -> dict[str, str | None]:
     """Return every backend by name, with None if it can run on this machine, else the reason why it can't."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = {}
     for name, run in BACKENDS.items():
-        reasons = [run.unavailable_reason(device, torch.float32, explicit=True) for device in devices]
-        found[name] = None if None in reasons else reasons[-1]
+        here = (d for d in run.devices if d == "cpu" or torch.get_device_module(d).is_available())
+        found[name] = run.unavailable_reason(next(here, run.devices[0]), torch.float32, explicit=True)
     return found

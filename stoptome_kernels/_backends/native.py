@@ -7,9 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import accumulator_dtype, empty_merged, empty_plan, heads_last, log_size_bias, unit_stride, with_prefix
-from ..reference import AttentionInputs, Groups, MergedRows
-from ..reference.attention import keys_ahead, scale_of
+from ..layout import (
+    accumulator_dtype,
+    contiguous_groups,
+    empty_merged,
+    empty_plan,
+    heads_last,
+    log_size_bias,
+    unit_stride,
+    with_prefix,
+)
+from ..reference import AttentionInputs, Groups, MergedRows, prefix_length, scale_of
 from . import frequency
 from .contract import Backend
 
@@ -57,7 +65,7 @@ class Native(Backend):
     def reduce(
         self, x: Tensor, groups: Groups, mode: str, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, groups = unit_stride(x), _laid_out(groups)
+        x, groups = unit_stride(x), contiguous_groups(groups)
         y, size_out = empty_merged(x, groups) if out is None else out
         _native.reduce(
             _rows(x), _rows(y), _DTYPES[x.dtype], _MODES[mode], _addresses(groups), x.shape[2], size_out.data_ptr(),
@@ -68,7 +76,7 @@ class Native(Backend):
     def spread(
         self, grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
-        grad, groups = unit_stride(grad), _laid_out(groups)
+        grad, groups = unit_stride(grad), contiguous_groups(groups)
         out = grad.new_empty((grad.shape[0], groups.members.shape[1], grad.shape[2]))
         x, y = (None if t is None else unit_stride(t) for t in (x, y))
         _native.spread(
@@ -82,7 +90,7 @@ class Native(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         stream = torch.promote_types(x.dtype, residual.dtype)
         wide = accumulator_dtype(stream)
-        x, residual, groups = unit_stride(x.to(stream)), unit_stride(residual.to(stream)), _laid_out(groups)
+        x, residual, groups = unit_stride(x.to(stream)), unit_stride(residual.to(stream)), contiguous_groups(groups)
         weight, bias = (None if t is None else t.to(wide).contiguous() for t in (weight, bias))
         y, size_out = empty_merged(x, groups)
         normed = torch.empty_like(y)
@@ -98,7 +106,7 @@ class Native(Backend):
         self, grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None,
         affine: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        grad_normed, groups = unit_stride(grad_normed), _laid_out(groups)
+        grad_normed, groups = unit_stride(grad_normed), contiguous_groups(groups)
         grad_y = None if grad_y is None else unit_stride(grad_y)
         y, mean, rstd = unit_stride(rows.y), rows.mean.contiguous(), rows.rstd.contiguous()
         weight = None if weight is None else weight.to(mean.dtype).contiguous()
@@ -119,15 +127,15 @@ class Native(Backend):
         )
         return heads_last(out), lse.contiguous()
 
-    def attention_backward(self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor):
+    def attention_backward(self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
         q, keys, values = _queries_keys_values(inputs)
         dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            unit_stride(grad), q, keys, values, out, lse, 0.0, False,
+            unit_stride(grad), q, keys, values, unit_stride(out), lse, 0.0, False,
             attn_mask=log_size_bias(inputs.size, keys), scale=scale_of(inputs),
         )  # fmt: skip
         if inputs.prefix_k is None:
             return heads_last(dq), heads_last(dkeys), heads_last(dvalues), None, None
-        m, ahead = inputs.prefix_k.shape[0], keys_ahead(inputs)
+        m, ahead = inputs.prefix_k.shape[0], prefix_length(inputs)
         # summed in float32 and rounded once, as on every backend
         shared = (x[:, :, :ahead].unflatten(0, (m, -1)).sum(1, dtype=lse.dtype).to(q.dtype) for x in (dkeys, dvalues))
         return heads_last(dq), heads_last(dkeys[:, :, ahead:]), heads_last(dvalues[:, :, ahead:]), *shared
@@ -149,16 +157,8 @@ def _rows(x: Tensor | None) -> tuple[int, int, int]:
     return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def _laid_out(groups: Groups) -> Groups:
-    """Return groups whose addresses the kernels can take: sizes have strides, the others must be contiguous."""
-    members, offsets, size = groups
-    if members.is_contiguous() and offsets.is_contiguous():
-        return groups
-    return Groups(members.contiguous(), offsets.contiguous(), size)
-
-
 def _addresses(groups: Groups) -> tuple[int, int, int, int, int, tuple[int, int, int]]:
-    """Return groups, laid out, as the kernels take them."""
+    """Return contiguous groups as the kernels take them."""
     members, offsets, size = groups
     return members.data_ptr(), offsets.data_ptr(), *members.shape, offsets.shape[1] - 1, _rows(size)
 

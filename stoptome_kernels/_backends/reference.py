@@ -32,5 +32,5 @@ class Reference(Backend):
         y, size_out = reference.reduce(x, groups, mode)
         return (y, size_out) if out is None else (out[0].copy_(y), out[1].copy_(size_out))
 
-    def attention_backward(self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor):
+    def attention_backward(self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
         return reference.attention_backward(grad, inputs)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from .._backends import TRITON, choose
+from .._backends import choose
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from ..reference import AttentionInputs
 from .library import autocasts, define, gradient, no_gradient
@@ -35,29 +35,26 @@ def sdpa(inputs: AttentionInputs) -> Tensor:
     return heads_last(out)
 
 
-def fits(inputs: AttentionInputs) -> bool:
-    """Return whether the Triton kernels take tensors of this shape."""
-    return TRITON.unsupported_attention(inputs) is None
-
-
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _given(q, k, v, size=None, prefix_k=None, prefix_v=None, scale=None, backend="auto") -> tuple[AttentionInputs, str]:
-    """Check the operator's arguments."""
+def _checked(
+    q, k, v, size=None, prefix_k=None, prefix_v=None, scale=None, backend="auto"
+) -> tuple[AttentionInputs, str]:
+    """Check the operator's arguments; return them, and the backend's name."""
     inputs = AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
     checks.attention(inputs, backend)
     return inputs, backend
 
 
 def _attention(*arguments) -> tuple[Tensor, Tensor]:
-    inputs, backend = _given(*arguments)
+    inputs, backend = _checked(*arguments)
     run = choose(backend, inputs.q, inputs)
     return run.attention(inputs) if inputs.q.numel() else _outputs(inputs.q)
 
 
 def _attention_fake(*arguments) -> tuple[Tensor, Tensor]:
-    return _outputs(_given(*arguments)[0].q)
+    return _outputs(_checked(*arguments)[0].q)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +74,8 @@ define(
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _given_backward(grad: Tensor, *arguments) -> tuple[AttentionInputs, Tensor, Tensor, str]:
-    """Check the operator's arguments, which end with out, lse, scale and backend."""
+def _checked_backward(grad: Tensor, *arguments) -> tuple[AttentionInputs, Tensor, Tensor, str]:
+    """Check the operator's arguments, which end with out, lse, scale and backend; return inputs, out, lse, backend."""
     *tensors, out, lse, scale, backend = arguments
     inputs = AttentionInputs(*tensors, scale)
     q = inputs.q
@@ -90,7 +87,7 @@ def _given_backward(grad: Tensor, *arguments) -> tuple[AttentionInputs, Tensor, 
 
 
 def _backward(grad: Tensor, *arguments) -> Gradients:
-    inputs, out, lse, backend = _given_backward(grad, *arguments)
+    inputs, out, lse, backend = _checked_backward(grad, *arguments)
     run = choose(backend, inputs.q, inputs)
     if inputs.q.numel() == 0:
         return tuple(t.zero_() for t in _gradients(inputs))  # type: ignore[return-value]
@@ -101,7 +98,7 @@ def _backward(grad: Tensor, *arguments) -> Gradients:
 
 
 def _backward_fake(grad: Tensor, *arguments) -> Gradients:
-    return _gradients(_given_backward(grad, *arguments)[0])
+    return _gradients(_checked_backward(grad, *arguments)[0])
 
 
 def _gradients(inputs: AttentionInputs) -> Gradients:

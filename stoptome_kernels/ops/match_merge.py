@@ -76,29 +76,30 @@ define(
 
 def check_merge(x: Tensor, groups: Groups, mode: str, backend: str) -> None:
     """Raise what is wrong with the arguments of merge."""
-    checks.rows(x, "x", groups, False, backend)
+    checks.rows(x, "x", groups, backend)
     checks.choice(mode, "mode", checks.MODES)
 
 
-def _given(x, members, offsets, size=None, mode="mean", backend="auto") -> tuple[Tensor, Groups, str, str]:
-    """Check the operator's arguments."""
+def _checked(x, members, offsets, size=None, mode="mean", backend="auto") -> tuple[Tensor, Groups, str, str]:
+    """Check the operator's arguments; return x, its groups and sizes, mode and backend."""
     groups = Groups(members, offsets, size)
     check_merge(x, groups, mode, backend)
     return x, groups, mode, backend
 
 
 def _merge(*arguments) -> tuple[Tensor, Tensor]:
-    x, groups, mode, backend = _given(*arguments)
+    x, groups, mode, backend = _checked(*arguments)
     return choose(backend, x).reduce(x, groups, mode)
 
 
 def _merge_fake(*arguments) -> tuple[Tensor, Tensor]:
-    return empty_merged(*_given(*arguments)[:2])
+    x, groups, _, _ = _checked(*arguments)
+    return empty_merged(x, groups)
 
 
 def _merge_out(*arguments) -> None:
     *given, y, size_out = arguments
-    x, groups, mode, backend = _given(*given)
+    x, groups, mode, backend = _checked(*given)
     checks.outputs(y, size_out, x, groups.offsets)
     checks.no_overlap({"out[0]": y, "out[1]": size_out}, {"x": x, "size": groups.size})
     torch.autograd.graph.increment_version((y, size_out))  # graphs that saved them must notice
@@ -107,13 +108,13 @@ def _merge_out(*arguments) -> None:
 
 def _merge_out_fake(*arguments) -> None:
     *given, y, size_out = arguments
-    x, groups, _, _ = _given(*given)
+    x, groups, _, _ = _checked(*given)
     checks.outputs(y, size_out, x, groups.offsets)
 
 
 def _merge_backward(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
     groups = Groups(members, offsets, size)
-    checks.rows(grad, "grad", groups, True, backend)
+    checks.rows(grad, "grad", groups, backend, merged=True)
     checks.choice(mode, "mode", checks.MODES)
     checks.max_backward_inputs(x, y, grad, members, mode)
     return choose(backend, grad).spread(grad, groups, mode, x, y)
@@ -183,7 +184,7 @@ gradient("merge_backward", _grad_merge_backward, _save_merge_backward)
 
 def check_unmerge(y: Tensor, groups: Groups, backend: str) -> None:
     """Raise what is wrong with the arguments of unmerge."""
-    checks.rows(y, "y", groups, True, backend)
+    checks.rows(y, "y", groups, backend, merged=True)
 
 
 def _unmerge(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
@@ -199,7 +200,7 @@ def _unmerge_fake(y: Tensor, members: Tensor, offsets: Tensor, backend: str = "a
 
 def _unmerge_backward(grad: Tensor, members: Tensor, offsets: Tensor, backend: str) -> Tensor:
     groups = Groups(members, offsets)
-    checks.rows(grad, "grad", groups, False, backend)
+    checks.rows(grad, "grad", groups, backend)
     return choose(backend, grad).reduce(grad, groups, "all")[0]
 
 

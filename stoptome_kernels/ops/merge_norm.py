@@ -19,7 +19,7 @@ def check_merge_norm(
     x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
 ) -> None:
     """Raise what is wrong with the arguments of merge_norm."""
-    checks.rows(x, "x", groups, False, backend)
+    checks.rows(x, "x", groups, backend)
     checks.merge_norm(x, residual, weight, bias, eps)
 
 
@@ -33,7 +33,7 @@ def dispatch_tensor(x: Tensor, residual: Tensor) -> Tensor:
     return residual if residual.dtype == torch.float64 else x
 
 
-def _given(x, residual, members, offsets, size=None, weight=None, bias=None, eps=1e-5, backend="auto") -> tuple:
+def _checked(x, residual, members, offsets, size=None, weight=None, bias=None, eps=1e-5, backend="auto") -> tuple:
     """Check the operator's arguments; return those of ``Backend.merge_norm``, and the backend's name."""
     given = (x, residual, Groups(members, offsets, size), weight, bias, eps)
     check_merge_norm(*given, backend)
@@ -41,12 +41,12 @@ def _given(x, residual, members, offsets, size=None, weight=None, bias=None, eps
 
 
 def _merge_norm(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given, backend = _given(*arguments)
+    given, backend = _checked(*arguments)
     return choose(backend, dispatch_tensor(*given[:2])).merge_norm(*given)
 
 
 def _merge_norm_fake(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (x, residual, groups, *_), _ = _given(*arguments)
+    (x, residual, groups, *_), _ = _checked(*arguments)
     dtype = stream_dtype(x, residual)
     (y, size_out), wide = empty_merged(x, groups, dtype), accumulator_dtype(dtype)
     mean, rstd = (torch.empty_like(size_out, dtype=wide) for _ in range(2))
@@ -75,10 +75,10 @@ def layer_norm(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def _given_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend) -> tuple:
+def _checked_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend) -> tuple:
     """Check the operator's arguments; return those of ``Backend.merge_norm_backward``, and the backend's name."""
     groups = Groups(members, offsets, size)
-    checks.rows(grad_normed, "grad_normed", groups, True, backend)
+    checks.rows(grad_normed, "grad_normed", groups, backend, merged=True)
     shape, dtype, device = tuple(grad_normed.shape), grad_normed.dtype, grad_normed.device
     checks.saved_tensor(grad_y, "grad_y", shape, dtype, device)
     checks.saved_tensor(y, "y", shape, dtype, device)
@@ -89,12 +89,12 @@ def _given_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, 
 
 
 def _backward(*arguments) -> tuple[Tensor, Tensor]:
-    given, backend = _given_backward(*arguments)
+    given, backend = _checked_backward(*arguments)
     return choose(backend, given[0]).merge_norm_backward(*given)
 
 
 def _backward_fake(*arguments) -> tuple[Tensor, Tensor]:
-    (grad, _, _, groups, _, affine), _ = _given_backward(*arguments)
+    (grad, _, _, groups, _, affine), _ = _checked_backward(*arguments)
     n, tokens, dim = grad.shape[0], groups.members.shape[1], grad.shape[2]
     sums = grad.new_empty(2 if affine else 0, dim, dtype=accumulator_dtype(grad.dtype))
     return grad.new_empty(n, tokens, dim), sums

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ...reference import AttentionInputs
-from ...reference.attention import keys_ahead
+from ...reference import AttentionInputs, prefix_length
 from ..contract import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +70,7 @@ def _operation(module: str, name: str) -> Any:
         with guard:
             return load()(first, *rest)
 
+    run.__name__ = run.__qualname__ = name
     return staticmethod(run)
 
 
@@ -78,6 +78,7 @@ class Triton(Backend):
     """The kernels of this folder."""
 
     name = "triton"
+    devices = ("cuda", "cpu")
     match = _operation("match", "match")
     reduce = _operation("merge", "reduce")
     spread = _operation("merge", "spread")
@@ -105,8 +106,16 @@ class Triton(Backend):
             return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
         return _no_triton() or (_no_gpu() if device == "cuda" else None)
 
+    def takes(self, inputs: AttentionInputs) -> bool:
+        """Return whether the kernels attend to inputs of such shapes; asked while compiling, where a message with a
+        number in it would make that number a constant."""
+        keys, channels = prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+        if keys > _MOST_KEYS or channels > _MOST_CHANNELS:  # noqa: SIM103, the comparison of a trace is no bool
+            return False
+        return True
+
     def unsupported_attention(self, inputs: AttentionInputs) -> str | None:
-        keys, channels = keys_ahead(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+        keys, channels = prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
         if keys > _MOST_KEYS:
             return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
         if channels > _MOST_CHANNELS:

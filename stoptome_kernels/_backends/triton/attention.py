@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import empty_heads_last, unit_stride
-from ...reference import AttentionInputs
-from ...reference.attention import keys_ahead, scale_of
+from ...reference import AttentionInputs, prefix_length, scale_of
 from . import config
 from .merge import _narrowed
 from .similarity import _dot_thirds
@@ -251,7 +250,7 @@ def attend_launch(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
     same."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
     n, heads, queries, channels = q.shape
-    tokens, ahead = k.shape[2], keys_ahead(inputs)
+    tokens, ahead = k.shape[2], prefix_length(inputs)
     meta = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)["attend"]
     blocks = triton.cdiv(queries, meta["BLOCK_Q"])
     arguments = (
@@ -268,7 +267,7 @@ def grad_launches(
     the gradients of q, k and v to write, and each item's of prefix_k and prefix_v."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
     n, heads, queries, channels = q.shape
-    tokens, ahead, constants = k.shape[2], keys_ahead(inputs), _constants(inputs)
+    tokens, ahead, constants = k.shape[2], prefix_length(inputs), _constants(inputs)
     table = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)
     given, numbers = (q, k, v, size, prefix_k, prefix_v, grad, lse), (queries, tokens, ahead, _share(inputs))
     strides, scale = _strides(q, k, v, prefix_k, prefix_v, grad), scale_of(inputs)
@@ -300,7 +299,7 @@ _COMPILED = isinstance(attend, triton.runtime.JITFunction)  # and not interprete
 
 def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """See ``Backend.attention``."""
-    inputs = _laid_out(inputs)
+    inputs = _readable(inputs)
     q = inputs.q
     out, lse = empty_heads_last(q, *q.shape[:3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     kernel, grid, arguments, meta = attend_launch(inputs, out, lse)
@@ -312,7 +311,7 @@ def attention_backward(
     grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``Backend.attention_backward``."""
-    inputs = _laid_out(inputs)
+    inputs = _readable(inputs)
     q, prefix = inputs.q, inputs.prefix_k
     dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in inputs[:3])
     shape = None if prefix is None else (q.shape[0], *prefix.shape[1:])
@@ -327,8 +326,8 @@ def attention_backward(
     return dq, dk, dv, *shared  # type: ignore[return-value]
 
 
-def _laid_out(inputs: AttentionInputs) -> AttentionInputs:
-    """Return inputs as the kernels read them."""
+def _readable(inputs: AttentionInputs) -> AttentionInputs:
+    """Return inputs with the strides that the kernels read."""
     q, k, v, size, prefix_k, prefix_v, scale = inputs
     size = None if size is None else size.contiguous()
     prefix_k, prefix_v = (None if t is None else unit_stride(t) for t in (prefix_k, prefix_v))

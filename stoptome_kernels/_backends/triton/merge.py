@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import empty_merged, unit_stride
+from ...layout import contiguous_groups, empty_merged, unit_stride
 from ...reference import Groups
 from . import config
 
@@ -273,17 +273,11 @@ def spread_launch(grad: Tensor, groups: Groups, out: Tensor, mode: str, x: Tenso
     return spread_rows, (programs + n,), arguments, {**flags, **meta}
 
 
-def contiguous(groups: Groups) -> Groups:
-    """Return groups as the kernels read them."""
-    members, offsets, size = groups
-    return Groups(members.contiguous(), offsets.contiguous(), None if size is None else size.contiguous())
-
-
 def reduce(x: Tensor, groups: Groups, mode: str, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """See ``Backend.reduce``."""
     y, size_out = empty_merged(x, groups) if out is None else out
     if size_out.numel() > 0:
-        kernel, grid, arguments, meta = reduce_launch(unit_stride(x), contiguous(groups), y, size_out, mode)
+        kernel, grid, arguments, meta = reduce_launch(unit_stride(x), contiguous_groups(groups), y, size_out, mode)
         kernel[grid](*arguments, **meta)
     return y, size_out
 
@@ -295,7 +289,7 @@ def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: 
     if grad.numel() > 0:
         if mode == "max":
             x, y = unit_stride(x), unit_stride(y)  # type: ignore[arg-type]
-        groups = contiguous(groups if mode == "mean" else Groups(groups.members, groups.offsets))
+        groups = contiguous_groups(groups if mode == "mean" else Groups(groups.members, groups.offsets))
         kernel, grid, arguments, meta = spread_launch(unit_stride(grad), groups, out, mode, x, y)
         kernel[grid](*arguments, **meta)
     return out

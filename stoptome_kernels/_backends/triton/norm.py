@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import empty_merged, unit_stride
+from ...layout import contiguous_groups, empty_merged, unit_stride
 from ...reference import Groups, MergedRows
 from . import config
-from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals, contiguous
+from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def merge_norm(
     if size_out.numel() > 0:
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
         kernel, grid, arguments, meta = norm_launch(
-            unit_stride(x), unit_stride(residual), contiguous(groups), weight, bias, eps, outputs
+            unit_stride(x), unit_stride(residual), contiguous_groups(groups), weight, bias, eps, outputs
         )
         kernel[grid](*arguments, **meta)
     return outputs
@@ -241,7 +241,7 @@ def merge_norm_backward(
         return out, rows.mean.new_zeros((2 if affine else 0, dim))
     grad_y = None if grad_y is None else unit_stride(grad_y)
     weight = None if weight is None else weight.contiguous()
-    rows, groups = MergedRows(*(t.contiguous() for t in rows)), contiguous(groups)
+    rows, groups = MergedRows(*(t.contiguous() for t in rows)), contiguous_groups(groups)
     kernel, grid, arguments, meta = norm_grad_launch(
         unit_stride(grad_normed), grad_y, rows, groups, weight, out, affine
     )
