@@ -133,7 +133,9 @@ def check(eager: Tensor, package: Tensor) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main_by_shape(argv, __doc__, rows_of, table, (SHAPES, DEFAULT), (30.0, "each shape"))
+    return cli.main_by_shape(
+        argv, __doc__, rows_of, table, allowed=SHAPES, default=DEFAULT, seconds=30.0, each="each shape"
+    )
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ BASES = {"merge_norm": "add + layer_norm", "attention": "sdpa, no sizes"}
 
 
 def check(op: str, sides: Sides, dtype: str) -> None:
-    """Ours against the reference, forward and gradients, element by element."""
+    """Compare ours with the reference, forward and gradients, element by element."""
     found = []
     for name in ("reference", op):
         call, leaves = sides[name]
         out = call()
         grads = torch.autograd.grad(sum(t.float().sin().sum() for t in out), leaves)
         found.append([t.detach().double() for t in (*out, *grads)])
-    unit = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    unit = torch.finfo(getattr(torch, dtype)).eps / 2
     for index, (want, got) in enumerate(zip(*found, strict=True)):
         error, scale = (got - want).abs().max().item(), want.abs().max().item()
         # a sum over all rows (gradients of weight and bias) or over the keys may lose some bits more
@@ -70,7 +70,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main_by_shape(argv, __doc__, rows_of, table, (SHAPES, SHAPES), (2.0, "each shape, op and direction"))
+    return cli.main_by_shape(
+        argv, __doc__, rows_of, table, allowed=SHAPES, default=SHAPES, seconds=2.0, each="each shape, op and direction"
+    )
 
 
 if __name__ == "__main__":

@@ -49,14 +49,12 @@ class Model:
 
 # -- counting ---------------------------------------------------------------------------------------------------------
 
-_aten = torch.ops.aten
-
 
 @cache
 def launches_something(name: str) -> bool:
     """Return whether an operation of torch runs a kernel on a GPU: not if it makes a view, memory without a value, or
     no tensor."""
-    packet = getattr(_aten, name)
+    packet = getattr(torch.ops.aten, name)
     if name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "lift_fresh"):
         return False
     if name in ("to", "contiguous", "reshape", "flatten"):  # seen whole inside of operators; there they copy

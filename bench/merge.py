@@ -118,7 +118,7 @@ def measure_shape(
 
 
 def numbers(times: measure.Times, nbytes: int, middle: dict[str, float], name: str) -> dict:
-    """The measured part of a row; ``middle`` holds every side's median in µs."""
+    """Return the measured part of a row; ``middle`` holds every side's median in µs."""
     t, copy = middle[name], middle["copy"]
     result = {how: middle.get(f"{how} of result") for how in ("copy", "clone")}
     return {
@@ -132,7 +132,7 @@ def numbers(times: measure.Times, nbytes: int, middle: dict[str, float], name: s
 
 
 def table(rows: list[dict]) -> str:
-    """A line for each measurement: µs, speed-up over eager and, for the last one, its share of the copy bandwidth."""
+    """Return a line for each measurement: µs, speed-up over eager and, of the fastest, the share of the copy speed."""
     names = list(dict.fromkeys(row["impl"] for row in rows))
     head = f"{'shape':17} {'dtype':8} {'op':11} {'direction':16}"
     lines, lost = [head + "".join(f" {name:>18}" for name in names) + "  fastest: share of copy speed"], []

@@ -29,14 +29,14 @@ from harness.workloads.models import IMPLS, MODELS, MODES, Model, batch_of, inst
 HEADING = "{device}, {threads} threads, torch {torch}, {layers} layers, {dtype}"
 
 
-def check(found: list[Side], dtype: str) -> None:
+def check(name: str, found: list[Side], dtype: str) -> None:
     """Check that implementations of merging agree, up to pairs of tokens that are equally similar to rounding, and so
     do a model and its compiled form."""
     first: dict[bool, Tensor] = {}
     for side in found:
         got = side.infer().float()
         right = first.setdefault(side.impl == "unpatched", got)
-        verify.check_directions(side.name, got, right, 0.999 if dtype == "float32" else 0.98)
+        verify.check_directions(f"{name}: {side.name}", got, right, 0.999 if dtype == "float32" else 0.98)
 
 
 def rows_of(name: str, model: Model, found: list[Side], direction: str, args: argparse.Namespace) -> list[dict]:
@@ -96,7 +96,7 @@ def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
         torch._dynamo.reset()
         with cli.measuring(name, "--batch"):
             found = sides(model, args)
-            check(found, args.dtype)
+            check(name, found, args.dtype)
             for direction in args.direction:
                 yield rows_of(name, model, found, direction, args)
             del found

@@ -78,7 +78,7 @@ def compare(who: str, got: dict[str, Tensor], want: dict[str, Tensor], bounds: d
 
 
 def check_plan(who: str, got: dict[str, Tensor], truth: verify.Truth) -> int:
-    """Check a plan against exact similarities; how many decisions differ from theirs, within rounding."""
+    """Check a plan against exact similarities; return how many decisions differ from theirs, within rounding."""
     differences = truth.differences(got["dest"], who)
     groups = reference.build_groups(
         got["dest"], torch.zeros_like(got["dest"], dtype=torch.bool), truth.inputs.shape.tokens_out
@@ -198,7 +198,7 @@ def _plain(value: object) -> object:
 
 
 def table(rows: list[dict]) -> str:
-    """Per kernel and shape the default, the best, and what it gains; then what was not timed."""
+    """Return, per kernel and shape, the default, the best, and what it gains; then what was not timed."""
     head = f"{'kernel':15} {'shape':17} {'dtype':8} {'default µs':>10} {'of copy':>7} {'best µs':>10} {'of copy':>7}"
     lines = [f"{head}   gain  best"]
     groups: dict[tuple, list[dict]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from . import measure, no_gpu
 from .rows import environment, rows_file, write_rows
 from .shapes import SHAPES, Shape
 from .verify import WrongResult
+from .workloads import DIRECTIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
 HEADING = "{device}, {threads} threads, torch {torch}, {dtype}"
@@ -69,6 +70,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_commit(p: argparse.ArgumentParser) -> None:
+    """Add the option that names the commit."""
     p.add_argument("--commit", metavar="HASH", help="the commit to write in the rows, where the checkout has no .git")
 
 
@@ -82,17 +84,19 @@ def add_dry(p: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(p: argparse.ArgumentParser, choices: Sequence[str] = DTYPES, cast: str = "") -> None:
+    """Add the option of a dtype."""
     p.add_argument("--dtype", choices=choices, help=f"default: bfloat16{cast} on a GPU, float32 on a CPU")
 
 
 def add_seconds(p: argparse.ArgumentParser, default: float, each: str) -> None:
+    """Add the option of the time to measure for."""
     said = f"for {each} (default: {default:g})"
     p.add_argument("--seconds", type=positive(float), default=default, metavar="S", help=said)
 
 
 def add_models(p: argparse.ArgumentParser, directions: Sequence[str], seconds: float, each: str) -> None:
     """Add the options of benchmarks of whole models."""
-    p.add_argument("--direction", nargs="+", choices=("inference", "training"), default=list(directions))
+    p.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(directions))
     p.add_argument("--layers", type=positive(int), default=12, metavar="N", help="blocks (default: 12)")
     add_dtype(p, DTYPES[:2], " (autocast)")
     add_seconds(p, seconds, each)
@@ -134,18 +138,16 @@ class Failure(Exception):
 
 @contextmanager
 def measuring(what: str, smaller: str) -> Iterator[None]:
-    """Name ``what`` in errors raised under it, and the option that makes it ``smaller``."""
+    """Name what takes too much memory, and the option that makes it smaller."""
     try:
         yield
-    except WrongResult as error:
-        raise WrongResult(f"{what}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise Failure(f"not enough GPU memory for {what}: use a smaller {smaller}") from error
 
 
 def main(
     args: argparse.Namespace,
-    batches: Iterable[list[dict]],
+    batches: Generator[list[dict], None, None],
     table: Callable[[list[dict]], str],
     heading: str = HEADING,
     *,
@@ -174,13 +176,14 @@ def main(
     rows: list[dict] = []
     status = 0
     try:
-        for batch in batches:
-            new = [where | row for row in batch]
-            rows += new
-            if file and new:
-                write_rows(file, new)
-            if live:
-                print(table(new), flush=True)
+        with closing(batches):  # before the table, so that what it holds is freed
+            for batch in batches:
+                new = [where | row for row in batch]
+                rows += new
+                if file and new:
+                    write_rows(file, new)
+                if live:
+                    print(table(new), flush=True)
     except WrongResult as error:
         print(f"error: wrong result, nothing more is timed: {error}", file=sys.stderr)
         status = 1
@@ -197,6 +200,7 @@ def main(
         if not live:
             print(table(rows))
         if file:
+            write_rows(file, rows)  # an interrupt may have come while the last were written
             print(f"rows: {file}")
         after(rows)
     return status
@@ -207,16 +211,28 @@ def main_by_shape(
     description: str | None,
     rows_of: Callable[[Shape, argparse.Namespace], list[dict]],
     table: Callable[[list[dict]], str],
-    shapes: tuple[Sequence[str], Sequence[str]],
-    seconds: tuple[float, str],
+    *,
+    allowed: Sequence[str],
+    default: Sequence[str],
+    seconds: float,
+    each: str,
 ) -> int:
-    """Be the main of a benchmark that goes shape by shape: ``shapes`` to choose from and by default, ``seconds`` by
-    default and for what each."""
-    allowed, default = shapes
+    """Run the main of a benchmark that goes shape by shape.
+
+    Args:
+        argv: as ``parser.parse_args`` takes it.
+        description: the command's docstring.
+        rows_of: measures one shape.
+        table: makes text of rows.
+        allowed: shapes to choose from.
+        default: shapes that are measured if none is named.
+        seconds: default of ``--seconds``.
+        each: what those seconds are for.
+    """
     p = parser(description)
     said = ", ".join(allowed) + ("" if default == allowed else f" (default: {','.join(default)})")
     p.add_argument("--shapes", type=one_of("shape", allowed), default=list(default), metavar="NAME,NAME", help=said)
     add_dtype(p)
-    add_seconds(p, *seconds)
+    add_seconds(p, seconds, each)
     args = configure(p.parse_args(argv))
     return main(args, (rows_of(SHAPES[name], args) for name in args.shapes), table)

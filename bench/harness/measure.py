@@ -142,7 +142,7 @@ def _wall(calls: Calls, seconds: float = 0.5) -> float:
 
 
 def _graph(calls: Calls) -> float | None:
-    """µs of a call inside a CUDA graph that holds one call for each set of inputs; None if it can't be captured."""
+    """Return µs of a call in a CUDA graph that holds one for each set of inputs; None if it can't be captured."""
     captured = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
@@ -163,7 +163,7 @@ def _graph(calls: Calls) -> float | None:
 
 
 def copies(nbytes: int, sets: int, device: str, fresh: bool = False) -> Calls:
-    """Plain copies that move ``nbytes`` in all, into memory that is already there or into ``fresh`` memory."""
+    """Return plain copies that move ``nbytes`` in all, into memory that is already there or into ``fresh`` memory."""
 
     def one() -> Callable[[], object]:
         source = torch.ones(max(1, nbytes // 8), device=device)
@@ -187,7 +187,7 @@ def medians(times: dict[str, Times]) -> dict[str, float]:
 
 
 def least_bytes(shape: Shape, n: int, itemsize: int, op: str, direction: str) -> int:
-    """Bytes that any implementation must move: each input read once, each output written once."""
+    """Return bytes that any implementation must move: each input read once, each output written once."""
     tokens, out = shape.tokens, shape.tokens_out
     rows_in, rows_out = tokens * shape.dim * itemsize, out * shape.dim * itemsize
     wide = shape.dim if shape.metric == "x" else shape.heads * HEAD_DIM

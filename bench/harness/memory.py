@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory(side: Side, direction: str, device: str) -> dict[str, int | None]:
-    """Bytes of one call beyond weights and inputs."""
+    """Return bytes of one call beyond weights and inputs."""
     run = side.run(direction)
     if device == "cuda":
         run()

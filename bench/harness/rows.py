@@ -48,7 +48,7 @@ def cpu_model() -> str:
 
 
 def environment(device: str, commit: str | None) -> dict:
-    """The part of a row that says where and on what it was measured; a dry run's device is ``none``."""
+    """Return the part of a row that says where and on what it was measured; a dry run's device is ``none``."""
     gpu = device == "cuda"
     # who names the commit vouches for the checkout, which may lie on another one, or hold a prepared cache
     changed = None if commit else _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
@@ -71,7 +71,7 @@ def environment(device: str, commit: str | None) -> dict:
 
 
 def slug(row: dict) -> str:
-    """A file name for the rows of a machine, such as ``amd-epyc-2-threads-torch2.13``."""
+    """Return a file name for the rows of a machine, such as ``amd-epyc-2-threads-torch2.13``."""
     threads = f" {row['threads']} threads" if row["device_kind"] == "cpu" else ""
     release = ".".join(row["torch"].split(".")[:2])
     return re.sub(r"[^a-z0-9.]+", "-", f"{row['device']}{threads} torch{release}".lower()).strip("-")

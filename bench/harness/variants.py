@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from stoptome_kernels import reference
@@ -15,9 +16,9 @@ from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from torch import Tensor
 
 from . import shapes
+from .verify import SINGLE
+from .workloads.fused import FRAMES, PREFIX
 
-SINGLE = torch.finfo(torch.float32).eps / 2
-FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # the compiler's: every build has them
 Changes = dict[str, object]  # of a configuration: constants and options
 
@@ -358,19 +359,14 @@ def configured(kernel: Kernel, changes: Changes) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _replaced(name: str, change: Callable) -> Iterator[None]:
+def _replaced(name: str, change: Callable) -> AbstractContextManager:
     """Put what ``change`` makes of it in place of what a function of the kernels' config returns."""
     original = getattr(config, name)
-    setattr(config, name, lambda *args: change(original(*args)))
-    try:
-        yield
-    finally:
-        setattr(config, name, original)
+    return patch.object(config, name, lambda *args: change(original(*args)))
 
 
 def launch(steps: list[tuple]) -> list:
-    """Launch them; what Triton compiled for each, None in the interpreter."""
+    """Launch steps; return what Triton compiled for each, None in the interpreter."""
     return [kernel[grid](*given, **meta) for kernel, grid, given, meta in steps]
 
 

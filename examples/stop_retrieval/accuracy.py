@@ -165,14 +165,14 @@ def costs(settings: list[str], device: str, seconds: float, videos: int) -> dict
         used = tuple(tower.clip.visual.parameters())
         sides[setting] = Side("package", setting, call, used, tower.clip.visual.tome.schedule)
     found: dict[str, dict[str, Any]] = {name: {} for name in sides}
-    for direction in ("inference", "training"):
+    for direction in WHEN:
         calls = {name: [side.run(direction)] for name, side in sides.items()}
         for name, times in measure.measure(calls, device, seconds, set()).items():
             middle = measure.percentile(times["samples"], 0.5)
             found[name][f"{direction}_us"] = middle
             found[name][f"{direction}_videos_per_s"] = videos / middle * 1e6
     for name, side in sides.items():
-        for direction in ("inference", "training"):
+        for direction in WHEN:
             bytes_used = memory(side, direction, device)
             found[name][f"{direction}_bytes"] = bytes_used["saved_bytes"] or bytes_used["peak_bytes"]
         found[name] |= {

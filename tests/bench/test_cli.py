@@ -4,12 +4,14 @@ nothing, written as the recipe in docs/dev/architecture.md has it, goes through 
 
 import argparse
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from harness import cli, measure
-from harness.rows import IDENTITY, percentiles, read_rows
+from harness.rows import IDENTITY, percentiles, read_rows, write_rows
 from harness.verify import WrongResult
 
 
@@ -43,18 +45,20 @@ def as_it_was(machine):
 
 @pytest.fixture
 def at_the_second(monkeypatch):
-    """Raise an error in place of the second measurement."""
+    """Raise an error in place of the second measurement, or of the second call of another function; the rows of the
+    first are in the file by then."""
 
-    def at(error: BaseException) -> None:
-        once, turns = measure.measure, []
+    def at(error: BaseException, file: Path | None = None, module=measure, name: str = "measure") -> None:
+        once, turns = getattr(module, name), []
 
         def then(*args):
             turns.append(args)
             if len(turns) == 2:
+                assert file is None or len(read_rows(file)) == 2
                 raise error
             return once(*args)
 
-        monkeypatch.setattr(measure, "measure", then)
+        monkeypatch.setattr(module, name, then)
 
     return at
 
@@ -111,7 +115,7 @@ def test_without_a_file_rows_are_shown_alone(tmp_path, capsys):
 )
 def test_what_was_measured_before_is_kept(tmp_path, capsys, at_the_second, error, status, says):
     file = tmp_path / "rows.json"
-    at_the_second(error)
+    at_the_second(error, file)
     assert main(["--json", str(file)]) == status
     said = capsys.readouterr()
     assert said.err.strip() == says
@@ -120,18 +124,38 @@ def test_what_was_measured_before_is_kept(tmp_path, capsys, at_the_second, error
     assert said.out.splitlines()[-1] == f"rows: {file}"
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (WrongResult("sum is 3"), "a model: sum is 3"),
-        (torch.OutOfMemoryError("CUDA"), "not enough GPU memory for a model: use a smaller --batch"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_an_error_names_what_was_measured(error, says):
-    with pytest.raises((WrongResult, cli.Failure)) as raised, cli.measuring("a model", "--batch"):
-        raise error
-    assert str(raised.value) == says
+def test_an_interrupt_while_rows_are_written_loses_none(tmp_path, at_the_second):
+    file = tmp_path / "rows.json"
+    at_the_second(KeyboardInterrupt(), file, cli, "write_rows")
+    assert main(["--json", str(file)]) == 130
+    assert [row["n"] for row in read_rows(file)] == [10, 10, 1000, 1000]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    assert main(["--json", str(file), "--sizes", "10"]) == 0
+    before = file.read_text()
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        main(["--json", str(file), "--sizes", "20"])
+    assert file.read_text() == before
+
+
+def test_rows_of_another_machine_are_others(tmp_path):
+    file = tmp_path / "rows.json"
+    main(["--json", str(file), "--sizes", "10"])
+    rows = read_rows(file)
+    for key in ("device", "threads", "pages", "torch"):
+        write_rows(file, [rows[0] | {key: "another"}, rows[1] | {"p50_us": 1.0}])
+    after = read_rows(file)
+    assert after[:2] == [rows[0], rows[1] | {"p50_us": 1.0}]
+    assert len(after) == 6
+
+
+def test_too_little_memory_is_told_with_the_way_out():
+    says = "not enough GPU memory for a model: use a smaller --batch"
+    with pytest.raises(cli.Failure, match=says), cli.measuring("a model", "--batch"):
+        raise torch.OutOfMemoryError("CUDA")
 
 
 @pytest.mark.parametrize("stopped", [False, True])

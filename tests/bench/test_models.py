@@ -69,7 +69,7 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
     )
     side = Side("eager", "plain", lambda: torch.full((2, 3), torch.nan), ())
     with pytest.raises(WrongResult):
-        models.check([side], "float32")
+        models.check("a model", [side], "float32")
 
 
 def test_a_library_that_is_missing(monkeypatch, capsys):

@@ -174,6 +174,34 @@ def test_the_limit_of_registers_is_the_defaults(bench):
     assert {"BLOCK_B": 32, "maxnreg": None} in tried.values()
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; what was measured so far:"),
+        (torch.OutOfMemoryError(), 0, "spread_rows, tiny: skipped, not enough GPU memory"),
+        ("Broken", 1, "error: wrong result, not timed: spread_rows; the device is lost, nothing more is run"),
+    ],
+    ids=["interrupt", "memory", "broken"],
+)
+def test_what_ends_a_kernel_keeps_the_others(bench, run, monkeypatch, capsys, error, status, says):
+    for kernel in ("reduce_rows", "spread_rows", "norm_rows"):
+        limit(bench, monkeypatch, kernel)
+    measure, turns = bench("harness.measure"), []
+    once, error = measure.measure, bench("tune").Broken("spread_rows") if error == "Broken" else error
+
+    def stopped(*args):
+        turns.append(1)
+        if len(turns) == 2:
+            raise error
+        return once(*args)
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    found, rows = run("reduce_rows,spread_rows,norm_rows")
+    assert found == status
+    assert [row["op"] for row in rows] == ["reduce_rows", *(["norm_rows"] if status == 0 else [])]
+    assert says in capsys.readouterr().err
+
+
 def test_bytes_are_the_least(bench):
     shapes, measure, variants = bench("harness.shapes"), bench("harness.measure"), bench("harness.variants")
     shape = shapes.SHAPES["tiny"]

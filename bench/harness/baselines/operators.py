@@ -51,7 +51,7 @@ def _fold(v: Tensor, plan: EagerPlan, protected: int) -> Tensor:
 
 
 def eager_merge(x: Tensor, plan: EagerPlan, column: Tensor, protected: int) -> tuple[Tensor, Tensor]:
-    """``column`` is the size as ``(N, T, 1)``."""
+    """Merge as users do; ``column`` is the size as ``(N, T, 1)``."""
     total = _fold(column, plan, protected)
     return _fold(x * column, plan, protected) / total, total
 
@@ -79,7 +79,7 @@ class ImagePlan(NamedTuple):
 
 
 def image_match(metric: Tensor, shape: Shape) -> ImagePlan:
-    """The first token of every cell is a destination."""
+    """Match an image, in which the first token of every cell is a destination."""
     inside = torch.ones(shape.side, shape.side, dtype=torch.int8, device=metric.device)
     cells = (shape.side // shape.cell) ** 2
     whole = shape.side // shape.cell * shape.cell
@@ -128,7 +128,7 @@ class Peer:
         return "keys (N, H, T, 64), mean inside" if self.fused else "keys, .mean(1) first"
 
     def dest(self, inputs: Inputs, plan: Any) -> Tensor:
-        """``(N, T)`` int64: the output token of every input token, found by unmerging the tokens' own numbers."""
+        """Return the output token of every input token, ``(N, T)`` int64: by unmerging the tokens' own numbers."""
         n, out = inputs.x.shape[0], inputs.shape.tokens_out
         numbers = torch.arange(out, dtype=torch.float32, device=inputs.x.device).expand(n, -1)
         return self.unmerge(inputs, numbers[..., None].contiguous(), plan)[..., 0].long()
@@ -148,7 +148,7 @@ def eager(image: bool = False) -> Peer:
 
 
 def compiled() -> Peer:
-    """The eager peer under torch.compile: match + merge in one graph, which is what it is good at."""
+    """Return the eager peer under torch.compile: match + merge in one graph, which is what it is good at."""
     torch._dynamo.reset()  # else the shapes of a run add up to dynamo's recompilation limit
     both = torch.compile(eager_both, fullgraph=True, dynamic=False)
     own = {"name": "compile", "only_both": True}
@@ -156,7 +156,7 @@ def compiled() -> Peer:
 
 
 def package(backend: str, only_both: bool = False, image: bool = False) -> Peer:
-    """A backend of stoptome_kernels; of an image through the functions that code for image generation calls."""
+    """Return a backend of stoptome_kernels; of an image through the functions that code for image generation calls."""
 
     def match(i: Inputs) -> stk.MergePlan:
         if not image:
@@ -180,7 +180,7 @@ def package(backend: str, only_both: bool = False, image: bool = False) -> Peer:
 
 
 def tome(inputs: Inputs) -> Peer | None:
-    """ToMe itself, if the user has it: called through its public functions, where its one class token allows."""
+    """Return ToMe itself, if the user has it: called through its public functions, where its one class token allows."""
     if inputs.shape.protected > 1 or inputs.shape.cell:
         return None
     try:
@@ -199,7 +199,7 @@ def tome(inputs: Inputs) -> Peer | None:
 
 
 def unavailable_reason(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """The reason why a backend of the package is not measured here, or None."""
+    """Return the reason why a backend of the package is not measured here, or None."""
     if backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "TRITON_INTERPRET is set: the interpreter's times mean nothing"
     if (reason := stk.backends()[backend]) is not None:

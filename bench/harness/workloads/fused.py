@@ -19,7 +19,7 @@ Sides = dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]]
 
 
 def norm_sides(i: Inputs) -> Sides:
-    """merge_norm, the same in three operators, and the add and LayerNorm of a block that merges nothing."""
+    """Return merge_norm, the same in three operators, and the add and LayerNorm of a block that merges nothing."""
     plan = stk.match(i.metric, *i.args)
     x, residual = i.x.detach().requires_grad_(), (i.x.flip(0) * 0.5).requires_grad_()
     weight, bias = (torch.rand(i.x.shape[2], device=i.x.device).requires_grad_() for _ in range(2))
@@ -46,7 +46,7 @@ def norm_sides(i: Inputs) -> Sides:
 
 
 def attention_sides(i: Inputs) -> Sides:
-    """Attention with sizes and a shared prefix; the same with both put together in PyTorch; plain attention."""
+    """Return attention with sizes and a shared prefix; the same with both put together in PyTorch; plain attention."""
     n, tokens, heads = i.x.shape[0], i.shape.tokens, i.shape.heads
     packed = torch.randn(n, tokens, 3, heads, HEAD_DIM, device=i.x.device).to(i.x.dtype).requires_grad_()
     q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))

@@ -95,8 +95,8 @@ MODELS = {
 
 
 def random_weights(built: nn.Module) -> dict[str, Tensor]:
-    """Weights with which every token matters: libraries start with such small ones that blocks hardly change a token,
-    and a result could not tell right merging from wrong."""
+    """Return weights with which every token matters: libraries start with such small ones that blocks hardly change a
+    token, and a result could not tell right merging from wrong."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -111,7 +111,7 @@ def batch_of(model: Model, args: argparse.Namespace) -> int:
 
 
 def sides(model: Model, args: argparse.Namespace) -> list[Side]:
-    """Every implementation of a model, with the same weights and inputs."""
+    """Return every implementation of a model, with the same weights and inputs."""
     weights = random_weights(model.make(args.layers))
     x = torch.randn(batch_of(model, args), *model.shape, device=args.device)
     found = []

@@ -38,7 +38,7 @@ def calls(peer: Peer, i: Inputs) -> dict[tuple[str, str], Callable[[], object]]:
 
 
 def input_sets(shape: Shape, device: str, dtype: torch.dtype) -> list[Inputs]:
-    """One set on a CPU, whose caches are as warm in real use; on a GPU enough of them to outlast the L2."""
+    """Return one set on a CPU, whose caches are as warm in real use; on a GPU enough of them to outlast the L2."""
     first = make(shape, device, dtype)
     if device == "cpu":
         return [first]

@@ -35,22 +35,22 @@ def model_config(args: argparse.Namespace, temporal_prompt: str) -> StopConfig:
 
 
 def readers(hidden: Tensor, config: StopConfig) -> Tensor:
-    """Global prompts and class tokens of upstream's output, all that encode_image reads."""
+    """Return global prompts and class tokens of upstream's output, all that encode_image reads."""
     shared = config.global_prompts
     classes = hidden[:, shared:].unflatten(1, (-1, config.frames))[:, 0]
     return torch.cat([hidden[:, :shared], classes], 1)
 
 
 def tokens_first(frames: Tensor, prompts: Tensor, shared: Tensor) -> Tensor:
-    """Upstream's layout ``(G + L·T, B, D)`` of frames ``(B·T, 1 + n, D)``, their first prompts ``(B, T, P, D)`` and the
-    global ones ``(1, G, D)``."""
+    """Return upstream's layout ``(G + L·T, B, D)`` of frames ``(B·T, 1 + n, D)``, their first prompts ``(B, T, P, D)``
+    and the global ones ``(1, G, D)``."""
     rows = frames.unflatten(0, prompts.shape[:2])
     own = torch.cat([rows[:, :, :1], prompts, rows[:, :, 1:]], 2).transpose(1, 2).flatten(1, 2)
     return torch.cat([shared.expand(len(own), -1, -1), own], 1).transpose(0, 1)
 
 
 def prepare(args: argparse.Namespace, temporal_prompt: str) -> tuple[StopModel, Tensor]:
-    """A model of random weights, and videos panned and zoomed over a photograph."""
+    """Return a model of random weights, and videos panned and zoomed over a photograph."""
     torch.manual_seed(0)
     config = model_config(args, temporal_prompt)
     model = StopModel(config).to(args.device).eval()
@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace, temporal_prompt: str) -> tuple[StopModel, 
 
 
 def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace) -> list[Side]:
-    """Everything that is measured of a scope."""
+    """Return everything that is measured of a scope."""
     tower, c, cast = model.visual, model.config, casting(args)
     unmerged = SETTINGS["r=0"].schedule(c.layers, 5 + c.patches, c.frames, 5, c.width)
     if scope == "prompts":
@@ -118,13 +118,13 @@ def sides(model: StopModel, video: Tensor, scope: str, args: argparse.Namespace)
 
 
 def _learnt(visual: torch.nn.Module) -> tuple[Tensor, ...]:
-    """The parameters of the blocks and, if there is one, of the temporal prompt."""
+    """Return the parameters of the blocks and, if there is one, of the temporal prompt."""
     parts = [visual.transformer, *([visual.TemporalPrompt] if hasattr(visual, "TemporalPrompt") else [])]
     return tuple(parameter for part in parts for parameter in part.parameters())
 
 
 def _with_weights(model: StopModel, block: type, args: argparse.Namespace) -> upstream.StopTower:
-    """Upstream's tower with the weights of a model."""
+    """Return upstream's tower with the weights of a model."""
     c = model.config
     peer = upstream.StopTower(c.width, c.layers, c.patches, c.frames, c.global_prompts, c.lora, block).to(args.device)
     peer.load_state_dict({k: v for k, v in model.visual.state_dict().items() if k in peer.state_dict()})
@@ -132,7 +132,7 @@ def _with_weights(model: StopModel, block: type, args: argparse.Namespace) -> up
 
 
 def _temporal_prompts(model: StopModel, video: Tensor, schedule: Schedule, args: argparse.Namespace, impl: str) -> Side:
-    """The dynamic prompts alone, added to the pixels and to the layers' own; upstream's by conv3d."""
+    """Return the dynamic prompts alone, added to the pixels and to the layers' own; upstream's by conv3d."""
     visual, cast = copy.deepcopy(model.visual), casting(args)
     net = visual.TemporalPrompt
     net.fast = impl == "package"
@@ -154,7 +154,7 @@ def _temporal_prompts(model: StopModel, video: Tensor, schedule: Schedule, args:
 def _upstream_tower(
     model: StopModel, video: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace
 ) -> Side:
-    """Upstream's whole tower: its blocks, and its temporal prompts by conv3d, step by step."""
+    """Return upstream's whole tower: its blocks, and its temporal prompts by conv3d, step by step."""
     visual, c, cast = copy.deepcopy(model.visual), model.config, casting(args)
     peer = _with_weights(model, upstream.StopBlock, args)
     visual.transformer = peer.transformer
@@ -179,7 +179,7 @@ def _upstream_tower(
 
 
 def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace) -> Side:
-    """A block in the middle of the stack, as the tower runs it without merging."""
+    """Return a block in the middle of the stack, as the tower runs it without merging."""
     block, c, cast = model.visual.transformer.resblocks[0], model.config, casting(args)
 
     def run() -> Tensor:
@@ -196,7 +196,7 @@ def _own_block(model: StopModel, frames: Tensor, prompts: Tensor, schedule: Sche
 def _upstream_block(
     model: StopModel, frames: Tensor, prompts: Tensor, schedule: Schedule, args: argparse.Namespace
 ) -> Side:
-    """The same on upstream's layout, tokens first."""
+    """Return the same on upstream's layout, tokens first."""
     c, cast = model.config, casting(args)
     block = upstream.StopBlock(c.width, c.width // 64, c.global_prompts, c.lora).to(args.device)
     block.load_state_dict(model.visual.transformer.resblocks[0].state_dict())
