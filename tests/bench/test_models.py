@@ -54,7 +54,7 @@ def test_rows_chart_and_table(tmp_path, capsys):
 def test_sides_are_the_same_model(name):
     """VideoMAE's head is a mean: the eager side has to weigh, or it is another model than the package's."""
     args = models.arguments([*SMALL, "--layers", "1"])
-    models.check(models.sides(models.MODELS[name], args), "float32")
+    models.check(name, models.sides(models.MODELS[name], args), "float32")
 
 
 def test_wrong_results_are_not_timed(monkeypatch, capsys):

@@ -13,6 +13,7 @@ from stoptome_kernels.video.convolutions import FrequencyConv3d
 from torch import nn
 
 from harness.baselines import stop as upstream
+from support import clip4clip
 
 FRAMES = 3
 MOST_TIES = 2  # cells of a video whose scores are as close as rounding
@@ -330,4 +331,4 @@ def test_flag_is_a_bool_and_for_stop():
     with pytest.raises(TypeError, match="fast_prompts must be a bool, got int"):
         stk.apply_tome_patch(tower(), 2, fast_prompts=1)
     with pytest.raises(ValueError, match="fast_prompts is for upstream's STOP: leave it out"):
-        stk.apply_tome_patch(upstream.Clip4ClipTower(64, 2, 16), 2, fast_prompts=False)
+        stk.apply_tome_patch(clip4clip.Clip4ClipTower(64, 2, 16), 2, fast_prompts=False)

@@ -15,6 +15,7 @@ from stoptome_kernels.video.blocks import VideoTokens
 from torch import nn
 
 from harness.baselines import stop as upstream
+from support import clip4clip
 
 WIDTH, LAYERS, PATCHES, FRAMES, BATCH = 64, 3, 12, 4, 2
 
@@ -34,9 +35,9 @@ def stop_tower(prompts: int = 4, block=upstream.StopBlock) -> upstream.StopTower
     return upstream.StopTower(WIDTH, LAYERS, PATCHES, FRAMES, prompts, block=block).eval()
 
 
-def clip4clip_tower() -> upstream.Clip4ClipTower:
+def clip4clip_tower() -> clip4clip.Clip4ClipTower:
     torch.manual_seed(1)
-    return upstream.Clip4ClipTower(WIDTH, LAYERS, PATCHES).eval()
+    return clip4clip.Clip4ClipTower(WIDTH, LAYERS, PATCHES).eval()
 
 
 def inputs(prompts: int = 4):

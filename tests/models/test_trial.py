@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from harness.baselines import stop as upstream
+from support import clip4clip
 from support.families import families, get, norm, stop_model, stop_tower
 
 READ = [family for family in families() if family.name in ("STOP, DGL", "CLIP4Clip", "TempMe", "StopModel")]
@@ -28,7 +29,7 @@ def family(request):
 # what is found when a model is patched
 
 
-class Shifted(upstream.Clip4ClipBlock):
+class Shifted(clip4clip.Clip4ClipBlock):
     """Gives part of each frame to the next one, which a single frame doesn't show."""
 
     def forward(self, given):
@@ -41,7 +42,7 @@ class Shifted(upstream.Clip4ClipBlock):
 
 
 def test_work_across_frames_is_seen():
-    model = upstream.Clip4ClipTower(64, 3, 12)
+    model = clip4clip.Clip4ClipTower(64, 3, 12)
     for block in model.transformer.resblocks:
         block.__class__ = Shifted
     with pytest.raises(ValueError, match="computes something else"):
@@ -66,7 +67,7 @@ def test_branches_that_add_nothing_yet_are_seen():
         stk.apply_tome_patch(model, 2)
 
 
-class Between(upstream.Clip4ClipTransformer):
+class Between(clip4clip.Clip4ClipTransformer):
     """Does something between two blocks."""
 
     def forward(self, x, video_frame=-1):

@@ -14,7 +14,7 @@ from stoptome_kernels.stop import StopConfig, StopModel
 from torch import Tensor, nn
 
 from harness.baselines import stop as upstream
-from support import slow_tempme
+from support import clip4clip, slow_tempme
 from support.vit import build, cases
 
 CASES = {case.name: case for case in cases()}
@@ -93,7 +93,7 @@ def stop_tower() -> Any:
 
 def clip4clip_tower(patches: int = 12, layers: int = 3) -> Any:
     torch.manual_seed(1)
-    return upstream.Clip4ClipTower(64, layers, patches).eval()
+    return clip4clip.Clip4ClipTower(64, layers, patches).eval()
 
 
 def tempme_model() -> Any:

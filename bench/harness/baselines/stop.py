@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How upstream's STOP and CLIP4Clip compute their visual towers, in our own words: the peers that bench/stop.py
-measures, and stand-ins on which the tests try the patch. Tokens come first, ``(L, B, D)``, and keys are put
-together frame by frame in a Python loop, as they are there; nothing is faster or slower than it is there on purpose.
+"""How upstream's STOP computes its visual tower, in our own words: what bench/stop.py measures against, and a stand-in
+on which the tests try the patch. Tokens come first, ``(L, B, D)``, and keys are put together frame by frame in a Python
+loop, as they are there; nothing is faster or slower than it is there on purpose.
 """
 
 from __future__ import annotations
@@ -154,41 +154,3 @@ class StopTower(nn.Module):
         """Embedded patches → the hidden state as ``encode_image`` reads it, ``(B, G + L·T, D)``."""
         x = self.first(patches, unified_visual_prompt[0])
         return self.ln_post(self.forward_deep_prompt(x, unified_visual_prompt).transpose(0, 1))
-
-
-class Clip4ClipBlock(StopBlock):
-    """A block of CLIP4Clip's visual tower: takes and gives ``(x, frames)``."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, heads, 0, lora=False)
-
-    def forward(self, given: tuple[Tensor, int]) -> tuple[Tensor, int]:
-        x, frames = given
-        normed = self.ln_1(x)
-        return self.feed_forward(x + self.attn(normed, normed, normed, need_weights=False)[0]), frames
-
-
-class Clip4ClipTransformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int):
-        super().__init__()
-        self.width, self.layers = width, layers
-        self.resblocks = nn.Sequential(*[Clip4ClipBlock(width, heads) for _ in range(layers)])
-
-    def forward(self, x: Tensor, video_frame: int = -1) -> Tensor:
-        return self.resblocks((x, video_frame))[0]
-
-
-class Clip4ClipTower(nn.Module):
-    """CLIP4Clip's visual tower behind the patches."""
-
-    def __init__(self, width: int, layers: int, patches: int):
-        super().__init__()
-        self.positional_embedding = nn.Parameter(0.1 * torch.randn(patches + 1, width))
-        self.class_embedding = nn.Parameter(0.1 * torch.randn(width))
-        self.ln_pre = LayerNorm(width)
-        self.transformer = Clip4ClipTransformer(width, layers, max(1, width // 64))
-
-    def forward(self, patches: Tensor, video_frame: int = -1) -> Tensor:
-        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], 1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x).transpose(0, 1), video_frame=video_frame)
-        return x.transpose(0, 1)
