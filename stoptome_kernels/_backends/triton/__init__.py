@@ -109,15 +109,20 @@ class Triton(Backend):
     def takes(self, inputs: AttentionInputs) -> bool:
         """Return whether the kernels attend to inputs of such shapes; asked while compiling, where a message with a
         number in it would make that number a constant."""
-        keys, channels = prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+        keys, channels = _keys_and_channels(inputs)
         if keys > _MOST_KEYS or channels > _MOST_CHANNELS:  # noqa: SIM103, the comparison of a trace is no bool
             return False
         return True
 
     def unsupported_attention(self, inputs: AttentionInputs) -> str | None:
-        keys, channels = prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+        if self.takes(inputs):
+            return None
+        keys, channels = _keys_and_channels(inputs)
         if keys > _MOST_KEYS:
             return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
-        if channels > _MOST_CHANNELS:
-            return f"the Triton kernels attend with at most {_MOST_CHANNELS} channels a head, not with {channels}"
-        return None
+        return f"the Triton kernels attend with at most {_MOST_CHANNELS} channels a head, not with {channels}"
+
+
+def _keys_and_channels(inputs: AttentionInputs) -> tuple[int, int]:
+    """Return how many keys there are, prefix included, and how many channels a head."""
+    return prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
