@@ -170,7 +170,7 @@ def test_what_the_launch_path_asks_of_torch(found):
     """Memory for the results, views of it, and sums of partial ones; nothing that waits for the device."""
     three_heads = {"new_empty": 3 + 2, "transpose": 3, "unflatten": 2, "sum": 2, "to": 2}  # and the prefix's parts
     expected = {
-        "match": {"new_empty": 3},
+        "match": {"new_empty": 2, "empty_like": 1},
         "merge": {"new_empty": 2},
         "merge, gradient": {"new_empty": 1},
         "unmerge": {"new_empty": 1},
