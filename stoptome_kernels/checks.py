@@ -190,7 +190,9 @@ def plan_groups(members: Tensor, offsets: Tensor, name: str = "plan") -> None:
     """Raise what is wrong with the shapes and dtypes of a plan's groups."""
     _table(members, name, "members")
     _table(offsets, name, "offsets")
-    if members.shape[0] != offsets.shape[0] or offsets.shape[1] < 1 or offsets.shape[1] > members.shape[1] + 1:
+    n, tokens = members.shape
+    items, ends = offsets.shape
+    if items != n or ends < 1 or ends > tokens + 1:
         raise ValueError(
             f"{name}.members {tuple(members.shape)} and {name}.offsets {tuple(offsets.shape)} do not belong together; "
             "use a plan from match()"
@@ -217,20 +219,21 @@ def rows(value: Tensor, name: str, groups: Groups, backend: str, *, merged: bool
     ``merged``, after it, and on its device; and that its sizes are right."""
     members, offsets, sizes = groups
     plan_groups(members, offsets)
-    n, tokens = members.shape[0], offsets.shape[1] - 1 if merged else members.shape[1]
+    n, before = members.shape
+    tokens = offsets.shape[1] - 1 if merged else before
     if value.dim() != 3:
         raise ValueError(f"{name} must have shape (N, T, D), got {tuple(value.shape)}")
     _floating(value, name)
-    if value.shape[0] != n or value.shape[1] != tokens:
+    items, rows_of_item, _ = value.shape
+    if items != n or rows_of_item != tokens:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but the plan wants N = {n} items of {tokens} tokens "
-            f"({members.shape[1]} before merging, {offsets.shape[1] - 1} after)"
+            f"({before} before merging, {offsets.shape[1] - 1} after)"
         )
+    device = value.device
     for part in (members, offsets):
-        if part.device != value.device:
-            raise ValueError(
-                f"{name} is on {value.device}, but the plan is on {part.device}; use plan.to({name}.device)"
-            )
+        if part.device != device:
+            raise ValueError(f"{name} is on {device}, but the plan is on {part.device}; use plan.to({name}.device)")
     choice(backend, "backend", BACKENDS)
     size(sizes, members)
 
@@ -357,7 +360,8 @@ def attention(inputs: AttentionInputs, backend: str) -> None:
             raise TypeError(f"{name} must be of q's dtype {dtype}, got {value.dtype}; cast one of them")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, but q is on {device}; move one of them")
-        if value.shape[1] != heads or value.shape[3] != d or items not in (None, value.shape[0]):
+        own_items, own_heads, _, channels = value.shape
+        if own_heads != heads or channels != d or items not in (None, own_items):
             want = f"N = {n}, H = {heads} and d = {d}" if items is not None else f"H = {heads} and d = {d}"
             raise ValueError(f"{name} must have shape {shape} with {want} as q has, got {tuple(value.shape)}")
     if d == 0:
