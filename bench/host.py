@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -214,6 +214,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Measure one backend."""
+    yield rows_of(args.backend, args.seconds)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.backend == "both":
@@ -224,9 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.backend == "triton":
         no_gpu.install(results=False)
         release = ".".join(version_of("triton").split(".")[:2])
-    batches = (rows_of(backend, args.seconds) for backend in [args.backend])
     heading = "{device}, torch {torch}, Triton {triton}"
-    return cli.main(args, batches, table, heading, suffix=f"-{args.backend}{release}")
+    return cli.main(args, batches(args), table, heading, suffix=f"-{args.backend}{release}")
 
 
 def _in_a_process(backend: str, args: argparse.Namespace) -> int:

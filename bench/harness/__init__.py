@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of bench/ share: inputs, baselines, checks, clocks, rows, and the main of them all."""
+"""Parts that the commands of bench/ share: inputs, baselines, checks, clocks, rows, and the main of them all."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks run: a module for each, with all implementations side by side."""
+"""The calls that benchmarks time: a module for each, with all implementations side by side."""
 
 from __future__ import annotations
 
