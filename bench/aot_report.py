@@ -81,9 +81,9 @@ def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
         ("merge_norm", norm.norm_launch(x, x, sized, row, row, 1e-5, outputs)),
         ("merge_norm, plain", norm.norm_launch(x, x, unsized, None, None, 1e-5, outputs)),
         ("merge_norm, autocast", norm.norm_launch(full, x, sized, row, row, 1e-5, mixed)),
-        ("grad of merge_norm", norm.norm_grad_launch(y, y, rows, sized, row, x, True)),
-        ("grad of merge_norm, x", norm.norm_grad_launch(y, y, rows, sized, row, x, False)),
-        ("grad of merge_norm, n", norm.norm_grad_launch(y, None, rows, unsized, None, x, False)),
+        ("grad of merge_norm", norm.norm_grad_launch(y, y, rows, sized, row, x, norm.norm_partial(y))),
+        ("grad of merge_norm, x", norm.norm_grad_launch(y, y, rows, sized, row, x, None)),
+        ("grad of merge_norm, n", norm.norm_grad_launch(y, None, rows, unsized, None, x, None)),
     ]
     return found + attention_launches(shape, dtype) + conv_launches(shape, dtype)
 

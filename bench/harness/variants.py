@@ -161,7 +161,7 @@ def norm_grad_job(i: shapes.Inputs) -> Job:
         return {"out": (2 * unit + noise) * _most(want["out"]), "affine": (2 * SINGLE + noise) * _most(want["affine"])}
 
     return Job(
-        lambda: [norm.norm_grad_launch(*given, out, True)],
+        lambda: [norm.norm_grad_launch(*given, out, norm.norm_partial(given[0]))],
         lambda steps: {"out": out, "affine": steps[0][2][10]},  # the programs' parts: read() sums them
         right,
         bounds,

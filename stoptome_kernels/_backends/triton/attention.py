@@ -19,6 +19,7 @@ from torch import Tensor
 from ...layout import empty_heads_last, unit_stride
 from ...reference import AttentionInputs, prefix_length, scale_of
 from . import config
+from .launch import launch
 from .merge import _narrowed
 from .similarity import _dot_thirds
 
@@ -249,9 +250,9 @@ def attend_launch(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
     """Return what attention runs: (kernel, grid, arguments, constants and options). bench/aot_report.py compiles the
     same."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
-    n, heads, queries, channels = q.shape
+    n, heads, queries, _ = q.shape
     tokens, ahead = k.shape[2], prefix_length(inputs)
-    meta = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)["attend"]
+    meta = config.attention(*_sizes(inputs), _COMPILED)["attend"]
     blocks = triton.cdiv(queries, meta["BLOCK_Q"])
     arguments = (
         q, k, v, size, prefix_k, prefix_v, out, lse, queries, tokens, ahead, _share(inputs), blocks, scale_of(inputs),
@@ -266,9 +267,9 @@ def grad_launches(
     """Return what the gradient runs: (kernel, grid, arguments, constants and options) of each launch, in order; with
     the gradients of q, k and v to write, and each item's of prefix_k and prefix_v."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
-    n, heads, queries, channels = q.shape
+    n, heads, queries, _ = q.shape
     tokens, ahead, constants = k.shape[2], prefix_length(inputs), _constants(inputs)
-    table = config.attention(queries, ahead + tokens, channels, q.dtype, _COMPILED)
+    table = config.attention(*_sizes(inputs), _COMPILED)
     given, numbers = (q, k, v, size, prefix_k, prefix_v, grad, lse), (queries, tokens, ahead, _share(inputs))
     strides, scale = _strides(q, k, v, prefix_k, prefix_v, grad), scale_of(inputs)
     whole, delta, steps = table["whole"], None, []
@@ -302,8 +303,7 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     inputs = _readable(inputs)
     q = inputs.q
     out, lse = empty_heads_last(q, *q.shape[:3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    kernel, grid, arguments, meta = attend_launch(inputs, out, lse)
-    kernel[grid](*arguments, **meta)
+    launch(_key("attention", inputs), (*inputs[:6], out, lse), attend_launch, inputs, out, lse)
     return out, lse
 
 
@@ -316,14 +316,39 @@ def attention_backward(
     dq, dk, dv = (empty_heads_last(x, *x.shape[:3]) for x in inputs[:3])
     shape = None if prefix is None else (q.shape[0], *prefix.shape[1:])
     parts = [None if shape is None else q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
-    for kernel, grid, arguments, meta in grad_launches(
-        unit_stride(grad), inputs, unit_stride(out), lse.contiguous(), (dq, dk, dv, *parts)
-    ):
-        kernel[grid](*arguments, **meta)
+    grad, out, lse, grads = unit_stride(grad), unit_stride(out), lse.contiguous(), (dq, dk, dv, *parts)
+    if config.attention(*_sizes(inputs), _COMPILED)["whole"]:
+        tensors = (*inputs[:6], grad, lse, None, *grads)
+        launch((*_key("attention_backward", inputs), grad.stride()), tensors, _only, grad, inputs, out, lse, grads)
+    else:
+        for kernel, grid, arguments, meta in grad_launches(grad, inputs, out, lse, grads):
+            kernel[grid](*arguments, **meta)
     if prefix is None:
         return dq, dk, dv, None, None
     shared = (part.unflatten(0, (prefix.shape[0], -1)).sum(1).to(q.dtype) for part in parts if part is not None)
     return dq, dk, dv, *shared  # type: ignore[return-value]
+
+
+def _only(*given) -> tuple:
+    """Return the launch that is the whole gradient."""
+    (only,) = grad_launches(*given)
+    return only
+
+
+def _key(name: str, inputs: AttentionInputs) -> tuple:
+    """Return what a launch depends on, but for addresses and for what else it is given."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
+    prefix = None
+    if prefix_k is not None and prefix_v is not None:
+        prefix = (prefix_k.shape, prefix_k.stride(), prefix_v.stride())
+    strides = (q.stride(), k.stride(), v.stride())
+    return name, q.dtype, q.shape, k.shape, strides, prefix, size is None, scale, q.get_device()
+
+
+def _sizes(inputs: AttentionInputs) -> tuple:
+    """Return queries, keys, channels and dtype, by which blocks are chosen."""
+    q = inputs.q
+    return q.shape[2], prefix_length(inputs) + inputs.k.shape[2], q.shape[3], q.dtype
 
 
 def _readable(inputs: AttentionInputs) -> AttentionInputs:

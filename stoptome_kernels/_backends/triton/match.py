@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...layout import empty_plan, unit_stride
 from . import config
+from .launch import launch
 from .similarity import nearest, token_of
 
 # the choice of a source that is not merged: above every target, so that comparisons of choices need no mask
@@ -333,6 +334,16 @@ def match(
         first_b = protected + sources
         before = torch.searchsorted(order[protected:first_b], order[first_b:], out_int32=True)
     plan = empty_plan(metric, r)
+    if order is None and (metric.shape[2] - protected + 1) // 2 <= config.ONE_LAUNCH:
+        key = ("match", metric.dtype, metric.shape, metric.stride(), r, protected, metric.get_device())
+        launch(key, (metric, *plan, None, None), _only_launch, metric, r, protected, plan)
+        return plan
     for kernel, grid, arguments, meta in launches(metric, r, protected, plan, order, before):
         kernel[grid](*arguments, **meta)
     return plan
+
+
+def _only_launch(*given) -> tuple:
+    """Return the launch of items that one program matches alone."""
+    (only,) = launches(*given)
+    return only

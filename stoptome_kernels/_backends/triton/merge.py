@@ -14,6 +14,7 @@ from torch import Tensor
 from ...layout import contiguous_groups, empty_merged, unit_stride
 from ...reference import Groups
 from . import config
+from .launch import launch
 
 
 @triton.jit
@@ -277,8 +278,9 @@ def reduce(x: Tensor, groups: Groups, mode: str, out: tuple[Tensor, Tensor] | No
     """See ``Backend.reduce``."""
     y, size_out = empty_merged(x, groups) if out is None else out
     if size_out.numel() > 0:
-        kernel, grid, arguments, meta = reduce_launch(unit_stride(x), contiguous_groups(groups), y, size_out, mode)
-        kernel[grid](*arguments, **meta)
+        x, groups = unit_stride(x), contiguous_groups(groups)
+        key = ("reduce", mode, x.dtype, x.shape, x.stride(), size_out.shape, groups.size is None, x.get_device())
+        launch(key, (x, *groups, y, size_out), reduce_launch, x, groups, y, size_out, mode)
     return y, size_out
 
 
@@ -290,6 +292,11 @@ def spread(grad: Tensor, groups: Groups, mode: str, x: Tensor | None = None, y: 
         if mode == "max":
             x, y = unit_stride(x), unit_stride(y)  # type: ignore[arg-type]
         groups = contiguous_groups(groups if mode == "mean" else Groups(groups.members, groups.offsets))
-        kernel, grid, arguments, meta = spread_launch(unit_stride(grad), groups, out, mode, x, y)
-        kernel[grid](*arguments, **meta)
+        grad = unit_stride(grad)
+        strides = None if x is None or y is None else (x.stride(), y.stride())
+        key = (
+            "spread", mode, grad.dtype, grad.shape, grad.stride(), strides, out.shape, groups.size is None,
+            grad.get_device(),
+        )  # fmt: skip
+        launch(key, (grad, *groups, x, y, out), spread_launch, grad, groups, out, mode, x, y)
     return out

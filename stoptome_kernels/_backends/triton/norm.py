@@ -16,6 +16,7 @@ from torch import Tensor
 from ...layout import contiguous_groups, empty_merged, unit_stride
 from ...reference import Groups, MergedRows
 from . import config
+from .launch import launch
 from .merge import _fill_lost, _member, _narrowed, _rows, _span, _tile, _totals
 
 
@@ -194,17 +195,25 @@ def norm_launch(
     return norm_rows, (n * blocks,), arguments, {**flags, **meta}
 
 
+def norm_partial(grad_normed: Tensor) -> Tensor:
+    """Return memory for each program's part of the gradients of weight and bias, ``(programs, 2, D)``."""
+    n, tokens_out, dim = grad_normed.shape
+    meta = config.norm(dim, tokens_out, grad_normed.dtype, True, True)
+    programs = config.norm_programs(n * triton.cdiv(tokens_out, meta["ROWS"]), meta)
+    return grad_normed.new_empty((programs, 2, dim), dtype=torch.float32)
+
+
 def norm_grad_launch(
     grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None, out: Tensor,
-    affine: bool,
+    partial: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Return what merge_norm_backward runs; the argument ``partial`` is made here, None if not ``affine``."""
+    """Return what merge_norm_backward runs, with ``partial`` of ``norm_partial``."""
     n, tokens_out, dim = grad_normed.shape
+    affine = partial is not None
     meta = config.norm(dim, tokens_out, grad_normed.dtype, True, affine)
     blocks = triton.cdiv(tokens_out, meta["ROWS"])
     tiles = n * blocks
-    programs = config.norm_programs(tiles, meta) if affine else tiles
-    partial = grad_normed.new_empty((programs, 2, dim), dtype=torch.float32) if affine else None
+    programs = tiles if partial is None else partial.shape[0]
     strides = (*grad_normed.stride()[:2], *((0, 0) if grad_y is None else grad_y.stride()[:2]))
     arguments = (
         grad_normed, grad_y, *rows, *groups, weight, out, partial, out.shape[1], tokens_out, blocks, tiles, programs,
@@ -220,14 +229,19 @@ def merge_norm(
     x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``Backend.merge_norm``."""
-    y, size_out = empty_merged(x, groups, torch.promote_types(x.dtype, residual.dtype))
+    given = x.dtype, residual.dtype
+    y, size_out = empty_merged(x, groups, given[0] if given[0] == given[1] else torch.promote_types(*given))
     outputs = (y, torch.empty_like(y), size_out, torch.empty_like(size_out), torch.empty_like(size_out))
     if size_out.numel() > 0:
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-        kernel, grid, arguments, meta = norm_launch(
-            unit_stride(x), unit_stride(residual), contiguous_groups(groups), weight, bias, eps, outputs
-        )
-        kernel[grid](*arguments, **meta)
+        x, residual, groups = unit_stride(x), unit_stride(residual), contiguous_groups(groups)
+        affine = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        key = (
+            "merge_norm", given, x.shape, x.stride(), residual.stride(), size_out.shape, groups.size is None, affine,
+            eps, x.get_device(),
+        )  # fmt: skip
+        tensors = (x, residual, *groups, weight, bias, *outputs)
+        launch(key, tensors, norm_launch, x, residual, groups, weight, bias, eps, outputs)
     return outputs
 
 
@@ -242,9 +256,12 @@ def merge_norm_backward(
     grad_y = None if grad_y is None else unit_stride(grad_y)
     weight = None if weight is None else weight.contiguous()
     rows, groups = MergedRows(*(t.contiguous() for t in rows)), contiguous_groups(groups)
-    kernel, grid, arguments, meta = norm_grad_launch(
-        unit_stride(grad_normed), grad_y, rows, groups, weight, out, affine
-    )
-    kernel[grid](*arguments, **meta)
-    partial = arguments[10]
+    grad_normed, partial = unit_stride(grad_normed), norm_partial(grad_normed) if affine else None
+    key = (
+        "merge_norm_backward", grad_normed.dtype, grad_normed.shape, grad_normed.stride(),
+        None if grad_y is None else grad_y.stride(), out.shape, groups.size is None,
+        None if weight is None else weight.dtype, affine, grad_normed.get_device(),
+    )  # fmt: skip
+    tensors = (grad_normed, grad_y, *rows, *groups, weight, out, partial)
+    launch(key, tensors, norm_grad_launch, grad_normed, grad_y, rows, groups, weight, out, partial)
     return out, rows.mean.new_empty((0, dim)) if partial is None else partial.sum(0)
