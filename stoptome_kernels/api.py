@@ -58,6 +58,10 @@ def match(
 
     Source: Bolya et al., ICLR 2023, section 3; TempMe (Shen et al., ICLR 2025) for several protected tokens.
     """
+    if sets is None:
+        found = ops.match_merge.match_directly(metric, r, 1 if protected is None else protected, backend)
+        if found is not None:
+            return MergePlan(*found, 1 if protected is None else protected)
     checks.tensor(metric, "metric", "(N, T, C) or (N, H, T, C)")
     r = checks.count(r, "r", "tokens to remove from each item")
     if sets is not None:
@@ -126,6 +130,9 @@ def merge(
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size".
     """
+    done = ops.match_merge.merge_directly(x, plan, size, mode, backend) if out is None else None
+    if done is not None:
+        return done
     checks.tensor(x, "x", "(N, T, D)")
     _check_plan(plan)
     checks.no_vmap_or_jvp(x, "x")
@@ -181,6 +188,9 @@ def unmerge(y: Tensor, plan: MergePlan, backend: str = "auto") -> Tensor:
 
     Twice differentiable in y; the gradient is the sum over the tokens of each group, in ascending order.
     """
+    done = ops.match_merge.unmerge_directly(y, plan, backend)
+    if done is not None:
+        return done
     checks.tensor(y, "y", "(N, tokens_out, D)")
     _check_plan(plan)
     checks.no_vmap_or_jvp(y, "y")
@@ -243,6 +253,9 @@ def merge_norm(
 
     Source: Bolya et al., ICLR 2023, "Tracking Token Size"; Ba et al., Layer Normalization, 2016.
     """
+    done = ops.merge_norm.merge_norm_directly(x, residual, plan, size, weight, bias, eps, backend)
+    if done is not None:
+        return done
     checks.tensor(x, "x", "(N, T, D)")
     checks.tensor(residual, "residual", "(N, T, D)")
     _check_plan(plan)
@@ -312,6 +325,11 @@ def attention(
 
     Source: Bolya et al., ICLR 2023, section 3, "Tracking Token Size" (proportional attention); Vaswani et al., 2017.
     """
+    done = ops.attention.attention_directly(
+        reference.AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale), backend
+    )
+    if done is not None:
+        return done
     checks.tensor(q, "q", "(N, H, Tq, d)")
     checks.tensor(k, "k", "(N, H, T, d)")
     checks.tensor(v, "v", "(N, H, T, d)")

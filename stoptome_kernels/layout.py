@@ -49,16 +49,18 @@ def empty_plan(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for dest, members and offsets of a matching of ``metric (N, H, T, C)`` or ``(N, T, C)``."""
     n, tokens = metric.shape[0], metric.shape[-2]
     dest = metric.new_empty((n, tokens), dtype=torch.int32)
-    return dest, torch.empty_like(dest), metric.new_empty((n, tokens - r + 1), dtype=torch.int32)
+    return dest, torch.empty_like(dest), dest.new_empty((n, tokens - r + 1))
 
 
 def empty_merged(x: Tensor, groups: Groups, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return memory for x ``(N, T, D)`` merged and its sizes: ``(N, T_out, D)`` of x's dtype, or another, and
     ``(N, T_out)`` float32."""
     n, _, dim = x.shape
-    tokens = groups.offsets.shape[1] - 1
-    y = x.new_empty((n, tokens, dim)) if dtype is None else x.new_empty((n, tokens, dim), dtype=dtype)
-    return y, x.new_empty((n, tokens), dtype=torch.float32)
+    tokens, given = groups.offsets.shape[1] - 1, x.dtype
+    # to ask for a dtype costs a microsecond
+    y = x.new_empty((n, tokens, dim)) if dtype in (None, given) else x.new_empty((n, tokens, dim), dtype=dtype)
+    like = x if given == torch.float32 else groups.size
+    return y, x.new_empty((n, tokens), dtype=torch.float32) if like is None else like.new_empty((n, tokens))
 
 
 def log_size_bias(size: Tensor | None, keys: Tensor) -> Tensor | None:

@@ -397,7 +397,7 @@ void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintp
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels._backends.";
-  m.attr("INTERFACE") = 4;  // of the arguments below; _backends/native.py asks for it
+  m.attr("INTERFACE") = 5;  // of the arguments below; _backends/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

@@ -80,7 +80,7 @@ struct NormArgs {
   float *size_out;            // (N, T_out) contiguous, as mean and rstd
   const void *weight, *bias;  // (D,) wide; null: none
   double eps;
-  void *mean, *rstd;  // wide
+  void *mean, *rstd;  // wide; null: not wanted
   bool stream;
 };
 

@@ -107,8 +107,10 @@ void forward_rows(const NormArgs &args, void *scratch, int64_t begin, int64_t en
       if (bias) v += Wide::get(bias + d);
       span.put(normed + d, v);
     });
-    static_cast<Real *>(args.mean)[row] = mean;
-    static_cast<Real *>(args.rstd)[row] = rstd;
+    if (args.mean) {
+      static_cast<Real *>(args.mean)[row] = mean;
+      static_cast<Real *>(args.rstd)[row] = rstd;
+    }
     if (args.stream) {
       copy_row(y_out, y, bytes, true);
       copy_row(normed_out, normed, bytes, true);

@@ -39,7 +39,8 @@ def choose(name: str, tensor: Tensor, inputs: AttentionInputs | None = None) -> 
         ValueError: no such backend.
         RuntimeError: the backend asked for can't run here.
     """
-    asked, device, dtype = _asked(name), tensor.device.type, tensor.dtype
+    # to name a type of device costs as much as all the rest here
+    asked, device, dtype = _asked(name), "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype
     if asked == "auto":
         for run in BACKENDS.values():
             if run.unavailable_reason(device, dtype, explicit=False) is None and (

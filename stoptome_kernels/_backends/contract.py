@@ -68,6 +68,12 @@ class Backend(ABC):
         y and normed ``(N, T_out, D)`` in the dtype that x and residual promote to, size_out ``(N, T_out)`` float32, and
         mean and rstd ``(N, T_out)`` float32 (float64 for float64)."""
 
+    def merge_norm_inference(
+        self, x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, normed and size_out of ``merge_norm``, the same bit for bit."""
+        return self.merge_norm(x, residual, groups, weight, bias, eps)[:3]
+
     @abstractmethod
     def merge_norm_backward(
         self, grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None,
@@ -80,6 +86,10 @@ class Backend(ABC):
     def attention(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Return out ``(N, H, Tq, d)``, with the heads of a token next to each other in memory, and the logarithm of
         the softmax's sum ``(N, H, Tq)``, float32 (float64 for float64). There is at least one query and one key."""
+
+    def attention_inference(self, inputs: AttentionInputs) -> Tensor:
+        """Return out of ``attention``, the same bit for bit."""
+        return self.attention(inputs)[0]
 
     @abstractmethod
     def attention_backward(

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
-    if getattr(_native, "INTERFACE", 1) != 4:
+    if getattr(_native, "INTERFACE", 1) != 5:
         _missing = "the native kernels are of another version of this package; reinstall: pip install -v ."
     # one pool of threads in the process: the OpenMP runtime that torch itself depends on
     _native.use_openmp_of(torch._C.__file__)
@@ -53,11 +53,11 @@ class Native(Backend):
         self, metric: Tensor, r: int, protected: int, order: Tensor | None = None, sources: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         metric = unit_stride(metric)
-        n, heads, tokens, channels = metric.shape
         dest, members, offsets = empty_plan(metric, r)
+        (n, heads, tokens, channels), (by_item, by_head, by_token, _) = metric.shape, metric.stride()
         _native.match(
-            (metric.data_ptr(), metric.stride(0), metric.stride(1), metric.stride(2)), (n, heads, tokens, channels),
-            _DTYPES[metric.dtype], r, protected, _address(order), sources,
+            (metric.data_ptr(), by_item, by_head, by_token), (n, heads, tokens, channels), _DTYPES[metric.dtype], r,
+            protected, _address(order), sources,
             (dest.data_ptr(), members.data_ptr(), offsets.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         return dest, members, offsets
@@ -88,19 +88,12 @@ class Native(Backend):
     def merge_norm(
         self, x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        stream = torch.promote_types(x.dtype, residual.dtype)
-        wide = accumulator_dtype(stream)
-        x, residual, groups = unit_stride(x.to(stream)), unit_stride(residual.to(stream)), contiguous_groups(groups)
-        weight, bias = (None if t is None else t.to(wide).contiguous() for t in (weight, bias))
-        y, size_out = empty_merged(x, groups)
-        normed = torch.empty_like(y)
-        mean, rstd = (torch.empty_like(size_out, dtype=wide) for _ in range(2))
-        _native.merge_norm(
-            _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], _addresses(groups), x.shape[2],
-            size_out.data_ptr(), _address(weight), _address(bias), eps, mean.data_ptr(),
-            rstd.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return y, normed, size_out, mean, rstd
+        return _merge_norm(x, residual, groups, weight, bias, eps, True)  # type: ignore[return-value]
+
+    def merge_norm_inference(
+        self, x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _merge_norm(x, residual, groups, weight, bias, eps, False)  # type: ignore[return-value]
 
     def merge_norm_backward(
         self, grad_normed: Tensor, grad_y: Tensor | None, rows: MergedRows, groups: Groups, weight: Tensor | None,
@@ -109,7 +102,7 @@ class Native(Backend):
         grad_normed, groups = unit_stride(grad_normed), contiguous_groups(groups)
         grad_y = None if grad_y is None else unit_stride(grad_y)
         y, mean, rstd = unit_stride(rows.y), rows.mean.contiguous(), rows.rstd.contiguous()
-        weight = None if weight is None else weight.to(mean.dtype).contiguous()
+        weight = _as(weight, mean.dtype)
         n, _, dim = grad_normed.shape
         grad = grad_normed.new_empty((n, groups.members.shape[1], dim))
         sums = mean.new_empty((2 if affine else 0, dim))
@@ -149,18 +142,51 @@ class Native(Backend):
         return frequency.convolve_backward(_Products, grad, x, weight, needed)
 
 
+def _merge_norm(
+    x: Tensor, residual: Tensor, groups: Groups, weight: Tensor | None, bias: Tensor | None, eps: float, stats: bool
+) -> tuple[Tensor, ...]:
+    """See ``Backend.merge_norm``; without ``stats`` neither mean nor rstd."""
+    stream = x.dtype
+    if residual.dtype != stream:
+        stream = torch.promote_types(stream, residual.dtype)
+        x, residual = x.to(stream), residual.to(stream)
+    wide = accumulator_dtype(stream)
+    x, residual, groups = unit_stride(x), unit_stride(residual), contiguous_groups(groups)
+    weight, bias = _as(weight, wide), _as(bias, wide)
+    y, size_out = empty_merged(x, groups)
+    normed = torch.empty_like(y)
+    more = tuple(size_out.new_empty(size_out.shape, dtype=wide) for _ in range(2)) if stats else ()
+    mean, rstd = (t.data_ptr() for t in more) if stats else (0, 0)
+    _native.merge_norm(
+        _rows(x), _rows(residual), _rows(y), _rows(normed), _DTYPES[stream], _addresses(groups), x.shape[2],
+        size_out.data_ptr(), _address(weight), _address(bias), eps, mean, rstd, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, normed, size_out, *more
+
+
+def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a parameter ``(D,)`` as the kernels read it."""
+    if parameter is None or (parameter.dtype == dtype and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(dtype).contiguous()
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
 def _rows(x: Tensor | None) -> tuple[int, int, int]:
-    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+    if x is None:
+        return _NOTHING
+    by_item, by_row, *_ = x.stride()
+    return x.data_ptr(), by_item, by_row
 
 
 def _addresses(groups: Groups) -> tuple[int, int, int, int, int, tuple[int, int, int]]:
     """Return contiguous groups as the kernels take them."""
     members, offsets, size = groups
-    return members.data_ptr(), offsets.data_ptr(), *members.shape, offsets.shape[1] - 1, _rows(size)
+    items, tokens = members.shape
+    return members.data_ptr(), offsets.data_ptr(), items, tokens, offsets.shape[1] - 1, _rows(size)
 
 
 def _queries_keys_values(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from .._backends import choose
+from .._backends import TRITON, choose, choose_attention
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from ..reference import AttentionInputs
+from . import direct
 from .library import autocasts, define, gradient, no_gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
@@ -127,12 +129,22 @@ def _save(ctx, inputs, output) -> None:
 def _grad(ctx, grad, _grad_lse):
     if grad is None:
         return (None,) * 8
-    *saved, out, lse = ctx.saved_tensors
-    dq, dk, dv, dprefix_k, dprefix_v = torch.ops.stoptome.attention_backward(
-        grad, *saved, out, lse, ctx.scale, ctx.backend
+    q, k, v, size, prefix_k, prefix_v, out, lse = ctx.saved_tensors
+    dq, dk, dv, dprefix_k, dprefix_v = _call_backward(
+        grad, q, k, v, size, prefix_k, prefix_v, out, lse, ctx.scale, ctx.backend
     )
-    prefix = (None, None) if saved[4] is None else (dprefix_k, dprefix_v)
+    prefix = (None, None) if prefix_k is None else (dprefix_k, dprefix_v)
     return dq, dk, dv, None, *prefix, None, None
+
+
+def _call_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend):
+    """Call the operator, past the dispatcher where nobody would see it."""
+    tensors = (q, k, v, size, prefix_k, prefix_v, out, lse)
+    device = direct.device_of(grad) if direct.is_unseen() and q.numel() else None
+    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad, *tensors):
+        inputs = AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
+        return choose(backend, q, inputs).attention_backward(grad, inputs, out, lse)
+    return torch.ops.stoptome.attention_backward(grad, *tensors, scale, backend)
 
 
 gradient("attention", _grad, _save)
@@ -140,3 +152,56 @@ no_gradient(
     "attention_backward",
     "attention has no second derivative here; backend='reference' has one",
 )
+
+# -- past the dispatcher ----------------------------------------------------------------------------------------------
+
+
+def _run(*arguments) -> tuple[Tensor, Tensor]:
+    *tensors, backend = arguments
+    inputs = AttentionInputs(*tensors)
+    return choose(backend, inputs.q, inputs).attention(inputs)
+
+
+_differentiable = direct.function("attention", _run, _grad, _save)
+
+
+def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
+    """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or under autocast."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
+    device = direct.device_of(q) if direct.is_unseen() else None
+    if device is None or backend not in checks.BACKENDS:
+        return None
+    if not direct.are_on(device, k, v) or not direct.are_none_or_on(device, size, prefix_k, prefix_v):
+        return None
+    shape, keys, dtype, here = q.shape, k.shape, q.dtype, q.device
+    if len(shape) != 4 or len(keys) != 4 or 0 in shape or 0 in keys or dtype not in direct.FLOATING:
+        return None
+    n, heads, _, channels = shape
+    if keys[0] != n or keys[1] != heads or keys[3] != channels or v.shape != keys:
+        return None
+    if not k.dtype == v.dtype == dtype or not k.device == v.device == here or torch.is_autocast_enabled(device):
+        return None
+    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
+        return None
+    if size is not None and (
+        size.dtype != torch.float32 or size.shape != (n, keys[2]) or size.device != here or size.requires_grad
+    ):
+        return None
+    if prefix_k is not None or prefix_v is not None:
+        if prefix_k is None or prefix_v is None:
+            return None
+        ahead = prefix_k.shape
+        if len(ahead) != 4 or 0 in ahead or n % ahead[0] or ahead[1] != heads or ahead[3] != channels:
+            return None
+        if prefix_v.shape != ahead or not prefix_k.dtype == prefix_v.dtype == dtype:
+            return None
+        if not prefix_k.device == prefix_v.device == here:
+            return None
+    how = choose_attention(backend, device, dtype, TRITON.takes(inputs), size is None and prefix_k is None)
+    if how == "sdpa":
+        return sdpa(inputs)
+    if how == "reference":
+        return None
+    if direct.needs_gradient(q, k, v, prefix_k, prefix_v):
+        return _differentiable(*inputs, backend)[0]
+    return choose(backend, q, inputs).attention_inference(inputs)

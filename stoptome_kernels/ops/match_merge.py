@@ -9,7 +9,9 @@ from torch import Tensor
 from .. import checks
 from .._backends import choose
 from ..layout import empty_merged, empty_plan
+from ..plan import MergePlan
 from ..reference import Groups, arrange, cap_r, identity, winners
+from . import direct
 from .library import define, gradient
 
 # -- match ------------------------------------------------------------------------------------------------------------
@@ -70,6 +72,22 @@ define(
     _match_sets,
     _match_sets_fake,
 )
+
+
+def match_directly(metric: Tensor, r: int, protected: int, backend: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Match past the dispatcher, see ``direct``; None where the operator has to be called. Arguments as its."""
+    if type(r) is not int or type(protected) is not int or not direct.is_unseen():
+        return None
+    if direct.device_of(metric) is None or metric.dtype not in direct.FLOATING or backend not in checks.BACKENDS:
+        return None
+    shape = metric.shape
+    if len(shape) != 4 or 0 in shape or not 0 <= protected <= shape[2] < 2**31:
+        return None
+    r = cap_r(r, shape[2], protected)
+    if r < 1:
+        return None
+    return choose(backend, metric).match(metric.detach() if metric.requires_grad else metric, r, protected)
+
 
 # -- merge ------------------------------------------------------------------------------------------------------------
 
@@ -157,8 +175,17 @@ def _grad_merge(ctx, grad_y, _grad_size):
     if grad_y is None:
         return None, None, None, None, None, None
     members, offsets, size, x, y = ctx.saved_tensors
-    grad = torch.ops.stoptome.merge_backward(grad_y, members, offsets, size, x, y, ctx.mode, ctx.backend)
+    grad = merge_backward(grad_y, members, offsets, size, x, y, ctx.mode, ctx.backend)
     return grad, None, None, None, None, None
+
+
+def merge_backward(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
+    """Call the operator of this name, past the dispatcher where nobody would see it."""
+    device = direct.device_of(grad) if direct.is_unseen() else None
+    tensors = (members, offsets, size, x, y)
+    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad, x, y):
+        return choose(backend, grad).spread(grad, Groups(members, offsets, size), mode, x, y)
+    return torch.ops.stoptome.merge_backward(grad, *tensors, mode, backend)
 
 
 def _save_merge_backward(ctx, inputs, output) -> None:
@@ -178,6 +205,27 @@ def _grad_merge_backward(ctx, grad):
 
 gradient("merge", _grad_merge, _save_merge)
 gradient("merge_backward", _grad_merge_backward, _save_merge_backward)
+
+
+def _reduce(x, members, offsets, size, mode, backend) -> tuple[Tensor, Tensor]:
+    return choose(backend, x).reduce(x, Groups(members, offsets, size), mode)
+
+
+_differentiable_merge = direct.function("merge", _reduce, _grad_merge, _save_merge)
+
+
+def merge_directly(
+    x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, backend: str
+) -> tuple[Tensor, Tensor] | None:
+    """Merge past the dispatcher, see ``direct``; None where the operator has to be called, or plan merges nothing."""
+    device = direct.device_of(x) if direct.is_unseen() else None
+    if device is None or mode not in checks.MODES or backend not in checks.BACKENDS:
+        return None
+    if not direct.is_mergeable(x, plan, size, device):
+        return None
+    run = _differentiable_merge if direct.needs_gradient(x) else _reduce
+    return run(x, plan.members, plan.offsets, size, mode, backend)
+
 
 # -- unmerge ----------------------------------------------------------------------------------------------------------
 
@@ -222,7 +270,11 @@ def _save_unmerge(ctx, inputs, output) -> None:
 
 
 def _grad_unmerge(ctx, grad):
-    return torch.ops.stoptome.unmerge_backward(grad, *ctx.saved_tensors, ctx.backend), None, None, None
+    members, offsets = ctx.saved_tensors
+    device = direct.device_of(grad) if direct.is_unseen() else None
+    if device and direct.are_on(device, members, offsets) and not direct.needs_gradient(grad):
+        return choose(ctx.backend, grad).reduce(grad, Groups(members, offsets), "all")[0], None, None, None
+    return torch.ops.stoptome.unmerge_backward(grad, members, offsets, ctx.backend), None, None, None
 
 
 def _grad_unmerge_backward(ctx, grad):
@@ -231,3 +283,19 @@ def _grad_unmerge_backward(ctx, grad):
 
 gradient("unmerge", _grad_unmerge, _save_unmerge)
 gradient("unmerge_backward", _grad_unmerge_backward, _save_unmerge)
+
+
+def _spread(y, members, offsets, backend) -> Tensor:
+    return choose(backend, y).spread(y, Groups(members, offsets), "all")
+
+
+_differentiable_unmerge = direct.function("unmerge", _spread, _grad_unmerge, _save_unmerge)
+
+
+def unmerge_directly(y: Tensor, plan: MergePlan, backend: str) -> Tensor | None:
+    """Unmerge past the dispatcher, see ``direct``; None where the operator has to be called, or plan merges nothing."""
+    device = direct.device_of(y) if direct.is_unseen() else None
+    if device is None or backend not in checks.BACKENDS or not direct.is_mergeable(y, plan, None, device, merged=True):
+        return None
+    run = _differentiable_unmerge if direct.needs_gradient(y) else _spread
+    return run(y, plan.members, plan.offsets, backend)

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from .._backends import choose
 from ..layout import accumulator_dtype, empty_merged
+from ..plan import MergePlan
 from ..reference import Groups, MergedRows
+from . import direct
 from .library import define, gradient, no_gradient
+from .match_merge import merge_backward
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
@@ -126,11 +131,11 @@ def _grad(ctx, grad_y, grad_normed, *_):
     y, mean, rstd, members, offsets, size, weight = ctx.saved_tensors
     sums: tuple[Tensor | None, ...] = (None, None)
     if grad_normed is None:  # the merge alone
-        grad = torch.ops.stoptome.merge_backward(grad_y, members, offsets, size, None, None, "mean", ctx.backend)
+        grad = merge_backward(grad_y, members, offsets, size, None, None, "mean", ctx.backend)
     else:
         # PyTorch leaves out trailing arguments that have their defaults, a bias of None among them
         wanted = (*ctx.needs_input_grad[5:7], False, False)[:2]
-        grad, affine = torch.ops.stoptome.merge_norm_backward(
+        grad, affine = _call_backward(
             grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, any(wanted), ctx.backend
         )
         sums = tuple(
@@ -143,8 +148,61 @@ def _grad(ctx, grad_y, grad_normed, *_):
     return (*grads, None, None, None, *sums, None, None)
 
 
+def _call_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend):
+    """Call the operator, past the dispatcher where nobody would see it."""
+    tensors = (grad_y, y, mean, rstd, members, offsets, size, weight)
+    device = direct.device_of(grad_normed) if direct.is_unseen() else None
+    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad_normed, *tensors):
+        rows, groups = MergedRows(y, mean, rstd), Groups(members, offsets, size)
+        return choose(backend, grad_normed).merge_norm_backward(grad_normed, grad_y, rows, groups, weight, affine)
+    return torch.ops.stoptome.merge_norm_backward(grad_normed, *tensors, affine, backend)
+
+
 gradient("merge_norm", _grad, _save)
 no_gradient(
     "merge_norm_backward",
     "merge_norm has no second derivative; use merge and torch.nn.functional.layer_norm where one is needed",
 )
+
+# -- past the dispatcher ----------------------------------------------------------------------------------------------
+
+
+def _run(x, residual, members, offsets, size, weight, bias, eps, backend) -> tuple[Tensor, ...]:
+    run = choose(backend, dispatch_tensor(x, residual))
+    return run.merge_norm(x, residual, Groups(members, offsets, size), weight, bias, eps)
+
+
+_differentiable = direct.function("merge_norm", _run, _grad, _save)
+
+
+def merge_norm_directly(
+    x: Tensor,
+    residual: Tensor,
+    plan: MergePlan,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Compute y, normed and size_out past the dispatcher, see ``direct``; None where the operator has to be called, or
+    plan merges nothing."""
+    device = direct.device_of(x) if direct.is_unseen() else None
+    if device is None or backend not in checks.BACKENDS or type(eps) is not float or not 0 < eps < math.inf:
+        return None
+    if not direct.is_mergeable(x, plan, size, device) or not direct.are_on(device, residual):
+        return None
+    if not direct.are_none_or_on(device, weight, bias):
+        return None
+    shape, here = x.shape, x.device
+    if residual.shape != shape or residual.dtype not in direct.FLOATING or residual.device != here:
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and (
+            parameter.shape != shape[2:] or parameter.dtype not in direct.FLOATING or parameter.device != here
+        ):
+            return None
+    if direct.needs_gradient(x, residual, weight, bias):
+        return _differentiable(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)[:3]
+    run = choose(backend, dispatch_tensor(x, residual))
+    return run.merge_norm_inference(x, residual, Groups(plan.members, plan.offsets, size), weight, bias, eps)

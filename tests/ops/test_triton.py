@@ -150,7 +150,9 @@ def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, dim, sized, affine
         loss = normed.exp().sum() if outputs == "normed" else (y.square() + normed.exp()).sum()
         wanted = [x, residual, weight, bias] if affine == "trained" else [x, residual]
         found.append([y, normed, *torch.autograd.grad(loss, wanted)])
-    assert used == [False, False, True, True]
+    # forward, backward, and where both gradients are summed the memory for their parts
+    each = 3 if affine == "trained" else 2
+    assert used == [False] * each + [True] * each
     assert all(map(torch.equal, *found))
 
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the operators past the dispatcher, which costs more than the kernels do on small tensors.
+
+An operator stays what traces, modes, transforms, subclasses, profilers and other devices see: a call is direct only if
+none of them could notice it, and if its arguments are right at first sight. Whatever else it is takes the operator,
+which says what is wrong with it. So nothing here raises, and nothing here converts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
+from torch.nn import Parameter
+
+from ..checks import DTYPES
+from ..plan import MergePlan
+
+_C: Any = torch._C
+_keys_of, _included, _excluded = (
+    _C._dispatch_keys,
+    _C._dispatch_tls_local_include_set,
+    _C._dispatch_tls_is_dispatch_key_excluded,
+)
+_functions = _C._len_torch_function_stack
+_AUTOGRAD = _C.DispatchKey.AutogradFunctionality  # of any device
+
+
+def _set_of(*names: str) -> int:
+    """Return a set of dispatch keys as a number."""
+    keys = _C.DispatchKeySet(getattr(_C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | _C.DispatchKeySet(getattr(_C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+# what a thread's dispatcher adds to every call: without modes, traces and transforms; in inference mode the latter
+_EAGER = {_set_of("BackendSelect", "ADInplaceOrView"), _set_of("BackendSelect")}
+# the keys of tensors that are plain memory: no subclass, wrapper, or view with a bit set; those of inference mode too
+_PLAIN = {
+    _set_of(key, *more, f"Autocast{key}"): key.lower()
+    for key in ("CPU", "CUDA")
+    for more in (("ADInplaceOrView", f"Autograd{key}"), ())
+}
+_TENSORS = (Tensor, Parameter)
+FLOATING = frozenset(DTYPES)
+
+
+def is_unseen() -> bool:
+    """Return whether no trace, mode, transform or profiler would see an operator that is called now."""
+    return (
+        not torch.compiler.is_compiling()
+        and _included().raw_repr() in _EAGER
+        and not _functions()
+        and forward_ad._current_level < 0
+        and not profiler._is_profiler_enabled
+    )
+
+
+def device_of(x: object) -> str | None:
+    """Return the type of device of a tensor that kernels may read as it is; None for anything else."""
+    return _PLAIN.get(_keys_of(x).raw_repr()) if type(x) in _TENSORS else None
+
+
+def are_on(device: str, *tensors: object) -> bool:
+    """Return whether all of these are tensors that kernels may read as they are, on a type of device."""
+    for x in tensors:  # noqa: SIM110, a generator takes longer
+        if type(x) not in _TENSORS or _PLAIN.get(_keys_of(x).raw_repr()) != device:
+            return False
+    return True
+
+
+def are_none_or_on(device: str, *tensors: object) -> bool:
+    """Return the same of optional tensors."""
+    for x in tensors:
+        if x is not None and (type(x) not in _TENSORS or _PLAIN.get(_keys_of(x).raw_repr()) != device):
+            return False
+    return True
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd has to note a call, as the dispatcher would decide."""
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return not _excluded(_AUTOGRAD)
+    return False
+
+
+def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merged: bool = False) -> bool:
+    """Return whether ``x (N, T, D)``, a plan that merges tokens, and its sizes are right at first sight.
+
+    Args:
+        x: tensor of which ``device_of`` has said this type of device.
+        plan: whatever was given as one.
+        size: sizes ``(N, T)``, or None.
+        device: type of device.
+        merged: whether x has the tokens that are left after merging.
+    """
+    if type(plan) is not MergePlan:
+        return False
+    dest, members, offsets = plan.dest, plan.members, plan.offsets
+    if not are_on(device, dest, members, offsets) or not are_none_or_on(device, size) or x.dtype not in FLOATING:
+        return False
+    here, shape, ends, rows = x.device, members.shape, offsets.shape, x.shape
+    if (
+        len(shape) != 2
+        or len(ends) != 2
+        or len(rows) != 3
+        or 0 in rows
+        or dest.shape != shape
+        or not dest.dtype == members.dtype == offsets.dtype == torch.int32
+        or not dest.device == members.device == offsets.device == here
+    ):
+        return False
+    if size is not None and (
+        size.dtype != torch.float32 or size.shape != shape or size.device != here or size.requires_grad
+    ):
+        return False
+    items, tokens = shape
+    after = ends[1] - 1
+    return rows[0] == ends[0] == items and rows[1] == (after if merged else tokens) and 0 < after < tokens
+
+
+def function(name: str, run: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """Return what ``run`` computes as a function with a gradient, outside of the dispatcher.
+
+    Args:
+        name: name of the operator, which the graph's nodes get.
+        run: implementation; it takes and gives what the operator does.
+        backward: gradient, as the operator has it.
+        setup_context: what it saves, as the operator has it.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    made: Any = type(name, (torch.autograd.Function,), methods)
+    return made.apply

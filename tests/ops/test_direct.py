@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls past the dispatcher: eager calls take them, with the results of the operators; whatever could see an operator
+sees it."""
+
+import pytest
+import stoptome_kernels as stk
+import torch
+from stoptome_kernels.ops import direct
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.helpers import dtypes_of
+
+NAMES = ("match", "merge", "unmerge", "merge_norm", "attention")
+
+
+def calls(backend, device, dtype=torch.float32, grad=False) -> dict:
+    """Every op as a function without arguments, and the tensors that it may differentiate."""
+
+    def made(*shape, dtype=dtype):
+        return torch.randn(*shape, dtype=dtype, device=device).requires_grad_(grad)
+
+    keys = torch.randn(2, 2, 14, 8, dtype=dtype, device=device)
+    keys[1, :, 2] = torch.nan  # merged with weight 0
+    size = torch.rand(2, 14, device=device) + 1
+    plan = stk.match(keys, 6, 1, backend)
+    x, residual, merged = made(2, 14, 12), made(2, 14, 12), made(2, 8, 12)
+    weight, bias = made(12, dtype=torch.float32), made(12, dtype=torch.float32)
+    q, k, v = (made(2, 2, 14, 8) for _ in range(3))
+    ahead_k, ahead_v = (made(1, 2, 3, 8) for _ in range(2))
+    return {
+        "match": (lambda: stk.match(keys, 6, 1, backend), []),
+        "merge": (lambda: stk.merge(x, plan, size, backend=backend)[0], [x]),
+        "merge, sum": (lambda: stk.merge(x, plan, None, "sum", backend)[0], [x]),
+        "merge, max": (lambda: stk.merge(x, plan, size, "max", backend)[0], [x]),
+        "unmerge": (lambda: stk.unmerge(merged, plan, backend), [merged]),
+        "merge_norm": (
+            lambda: stk.merge_norm(x, residual, plan, size, weight, bias, backend=backend)[:2],
+            [x, residual, weight, bias],
+        ),
+        "merge_norm, plain": (
+            lambda: stk.merge_norm(x, residual, plan, backend=backend)[:2], [x, residual],
+        ),
+        "attention": (
+            lambda: stk.attention(q, k, v, size, ahead_k, ahead_v, backend=backend), [q, k, v, ahead_k, ahead_v],
+        ),
+    }  # fmt: skip
+
+
+def outputs(found) -> tuple:
+    if isinstance(found, stk.MergePlan):
+        return found.dest, found.members, found.offsets
+    return found if isinstance(found, tuple) else (found,)
+
+
+def with_gradients(call, leaves) -> list:
+    out = outputs(call())
+    return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(y) for y in out])] if leaves else list(out)
+
+
+class Operators(TorchDispatchMode):
+    """Names of this package's operators, as they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "stoptome":
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_operators(monkeypatch):
+    """Operators that can't be called."""
+
+    def refuse(*_):
+        raise AssertionError("an operator was called")
+
+    for name in (*NAMES, "merge_backward", "unmerge_backward", "merge_norm_backward", "attention_backward"):
+        monkeypatch.setattr(torch.ops.stoptome, name, refuse)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_eager_calls_are_direct(backend, device, no_operators, grad):
+    for call, leaves in calls(backend, device, grad=grad).values():
+        with_gradients(call, leaves if grad else [])
+        with torch.no_grad():
+            call()
+        with torch.inference_mode():
+            call()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_are_those_of_the_operators(backend, device, monkeypatch, grad):
+    """Bit for bit, gradients too."""
+    for dtype in dtypes_of(backend):
+        found = calls(backend, device, dtype, grad)
+        ours = {name: with_gradients(call, leaves if grad else []) for name, (call, leaves) in found.items()}
+        with monkeypatch.context() as patched:
+            patched.setattr(direct, "is_unseen", lambda: False)
+            for name, (call, leaves) in found.items():
+                theirs = with_gradients(call, leaves if grad else [])
+                for got, want in zip(ours[name], theirs, strict=True):
+                    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {dtype}")
+                    assert got.stride() == want.stride(), name
+                    assert got.requires_grad == want.requires_grad, name
+
+
+def test_second_derivatives_are_those_of_the_operators(backend, device, monkeypatch):
+    def twice(call, leaf):
+        (once,) = torch.autograd.grad(call().square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(once.square().sum(), leaf)
+
+    for name, (call, leaves) in calls(backend, device, grad=True).items():
+        if name.startswith(("merge,", "unmerge")) or name == "merge":
+            (ours,) = twice(call, leaves[0])
+            with monkeypatch.context() as patched:
+                patched.setattr(direct, "is_unseen", lambda: False)
+                (theirs,) = twice(call, leaves[0])
+            assert torch.equal(ours, theirs), name
+    for name in ("merge_norm", "attention"):
+        call, leaves = calls(backend, device, grad=True)[name]
+        out = outputs(call())[-1]
+        if name == "attention" and backend != "triton":
+            continue  # torch's own function or the reference
+        (once,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{name} has no second derivative"):
+            torch.autograd.grad(once.sum(), leaves[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_dispatch_mode_sees_every_operator(backend, device, grad):
+    for name, (call, leaves) in calls(backend, device, grad=grad).items():
+        op = name.split(",")[0]
+        with Operators() as mode:
+            with_gradients(call, leaves if grad else [])
+        if op == "attention" and backend != "triton":
+            continue  # may be torch's own function
+        assert mode.seen == ([op, f"{op}_backward"] if grad and leaves else [op])
+
+
+def test_a_function_mode_sees_every_operator(backend, device):
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(getattr(func, "__name__", str(func)))
+            return func(*args, **(kwargs or {}))
+
+    for name, (call, _) in calls(backend, device).items():
+        seen: list[str] = []
+        with Functions():
+            call()
+        if not name.startswith("attention"):
+            assert any(name.split(",")[0] == one.split(".")[0] for one in seen), name
+
+
+def test_a_profiler_sees_every_operator(backend, device):
+    found = calls(backend, device, grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        for call, leaves in found.values():
+            with_gradients(call, leaves)
+    names = {event.name for event in profiled.events()}
+    for name in ("match", "merge", "merge_backward", "unmerge", "unmerge_backward", "merge_norm",
+                 "merge_norm_backward"):  # fmt: skip
+        assert f"stoptome::{name}" in names
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is:DeprecationWarning")
+def test_traces_hold_the_operators(backend, device):
+    x = torch.randn(2, 14, 12, device=device)
+    plan = stk.match(x, 4, 1, backend)
+
+    def merged(x):
+        return stk.merge(x, plan, backend=backend)[0]
+
+    assert "stoptome.merge" in make_fx(merged)(x).code
+    assert "stoptome::merge" in str(torch.jit.trace(merged, x, check_trace=False).graph)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(merged, backend=keep, fullgraph=True)(x)
+    assert "stoptome.merge" in graphs[0].code
+
+
+class Marked(torch.Tensor):
+    """A subclass that gives its own kind."""
+
+
+@pytest.mark.parametrize("name", ["merge", "unmerge"])
+def test_subclasses_stay_what_they_are(backend, device, name):
+    x = torch.randn(2, 14, 12, device=device)
+    plan = stk.match(x, 4, 1, backend)
+    given = x if name == "merge" else x[:, :10]
+
+    def run(value):
+        out = stk.merge(value, plan, backend=backend)[0] if name == "merge" else stk.unmerge(value, plan, backend)
+        return out
+
+    assert type(run(given.as_subclass(Marked))) is Marked
+    assert type(run(torch.nn.Parameter(given, requires_grad=False))) is torch.Tensor
+    assert torch.equal(run(given.as_subclass(Marked)).as_subclass(torch.Tensor), run(given))
+
+
+def test_views_with_the_negative_bit(backend, device):
+    """Their memory holds the numbers of the other sign, which no kernel knows; indices and sizes may be such views."""
+
+    def negated(t):
+        return torch._neg_view(-t)
+
+    x = torch.randn(2, 14, 12, device=device)
+    keys, size = torch.randn(2, 2, 14, 8, device=device), torch.rand(2, 14, device=device) + 1
+    plan = stk.match(keys, 4, 1, backend)
+    assert torch.equal(stk.match(negated(keys), 4, 1, backend).members, plan.members)
+    want = stk.merge(x, plan, size, backend=backend)
+    other = stk.MergePlan(negated(plan.dest), negated(plan.members), negated(plan.offsets), 1)
+    for changed in ((negated(x), plan, size), (x, other, size), (x, plan, negated(size))):
+        for got, right in zip(stk.merge(*changed, backend=backend), want, strict=True):
+            assert torch.equal(got, right)
+    weight, bias = torch.randn(2, 12, device=device)
+    want = stk.merge_norm(x, x, plan, size, weight, bias, backend=backend)
+    for given in ((negated(x), weight, bias), (x, negated(weight), bias), (x, weight, negated(bias))):
+        got = stk.merge_norm(x, given[0], plan, size, *given[1:], backend=backend)
+        assert all(map(torch.equal, got, want))
+    q, k, v = torch.randn(3, 2, 2, 14, 8, device=device)
+    ahead = torch.randn(2, 2, 2, 3, 8, device=device)
+    want = stk.attention(q, k, v, size, *ahead, backend=backend)
+    given = [q, k, v, size, *ahead]
+    for index, value in enumerate(given):
+        arguments = [*given[:index], negated(value), *given[index + 1 :]]
+        torch.testing.assert_close(stk.attention(*arguments, backend=backend), want)
+    leaf = x.clone().requires_grad_()
+    y = stk.merge(leaf, plan, size, backend=backend)[0]
+    grad = torch.randn_like(y)
+    (want,) = torch.autograd.grad(y, leaf, grad, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, leaf, negated(grad))[0], want)
+
+
+def test_a_tensor_of_zeros_without_memory(backend, device):
+    """Autograd has such tensors, whose address is 0."""
+    if device != "cpu":
+        pytest.skip("torch makes them on a CPU")
+    x = torch.randn(2, 14, 12)
+    plan = stk.match(x, 4, 1, backend)
+    none = torch._efficientzerotensor(x.shape)
+    assert torch.equal(stk.merge(none, plan, backend=backend)[0], torch.zeros(2, 10, 12))
+
+
+def test_nothing_is_noted_below_autograd(backend, device):
+    """Inside of somebody's operator the dispatcher has left autograd behind, though the tensors want gradients."""
+    leaf = torch.randn(2, 14, 12, device=device, requires_grad=True)
+    plan = stk.match(leaf, 4, 1, backend)
+    with torch._C._AutoDispatchBelowAutograd():
+        for out in (
+            stk.merge(leaf, plan, backend=backend)[0],
+            stk.unmerge(leaf[:, :10], plan, backend),
+            *stk.merge_norm(leaf, leaf, plan, backend=backend),
+        ):
+            assert not out.requires_grad
+    assert stk.merge(leaf, plan, backend=backend)[0].requires_grad
+
+
+def test_saved_tensors_are_guarded(backend, device):
+    """What is needed for the gradient may not be changed before it; hooks on saved tensors run."""
+    x = torch.randn(2, 14, 12, device=device, requires_grad=True)
+    plan = stk.match(x, 4, 1, backend)
+    y = stk.merge(x, plan, None, "max", backend)[0]
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    _, normed, _ = stk.merge_norm(x, x, plan, backend=backend)
+    plan.members.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        normed.sum().backward()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        stk.merge(x, plan, backend=backend)[0].sum().backward()
+    assert any(t.dtype == torch.int32 for t in packed)
+
+
+def test_outputs_of_inference_mode_are_its_own(backend, device):
+    x = torch.randn(2, 14, 12, device=device)
+    with torch.inference_mode():
+        plan = stk.match(x, 4, 1, backend)
+        y, size = stk.merge(x, plan, backend=backend)
+        assert all(t.is_inference() for t in (plan.dest, plan.members, y, size))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        stk.merge(x.requires_grad_(), plan, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is:DeprecationWarning")
+def test_what_is_plain(device):
+    """Of this version of torch: were these keys others, every call would be slow and none wrong."""
+    assert direct.is_unseen()
+    assert direct.device_of(torch.ones(2, device=device)) == device
+    assert direct.device_of(torch.nn.Parameter(torch.ones(2, device=device))) == device
+    with torch.inference_mode():
+        assert direct.is_unseen()
+        assert direct.device_of(torch.ones(2, device=device)) == device
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        assert direct.is_unseen()
+    for other in (
+        torch.ones(2, device="meta"),
+        torch._neg_view(torch.ones(2, device=device)),
+        torch.ones(2, device=device).to_sparse(),
+        torch.ones(2, device=device).as_subclass(Marked),
+        torch._to_functional_tensor(torch.ones(2, device=device)),
+        [1.0],
+        None,
+    ):
+        assert direct.device_of(other) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert not direct.is_unseen()
+    with torch.profiler.profile():
+        assert not direct.is_unseen()
+    with torch.device(device):
+        assert not direct.is_unseen()
+    with Operators():
+        assert not direct.is_unseen()
+
+    def inside(x):
+        seen.append(direct.is_unseen())
+        return x
+
+    seen: list[bool] = []
+    torch.vmap(inside)(torch.ones(2, device=device))
+    torch.func.grad(inside)(torch.ones((), device=device))
+    torch.func.functionalize(inside)(torch.ones(2, device=device))
+    torch.jit.trace(inside, torch.ones(2, device=device), check_trace=False)
+    assert not any(seen)
+    assert len(seen) >= 4
