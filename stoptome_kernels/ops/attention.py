@@ -166,7 +166,7 @@ _differentiable = direct.function("attention", _run, _grad, _save)
 
 
 def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
-    """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or under autocast."""
+    """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or autocast to cast."""
     q, k, v, size, prefix_k, prefix_v, scale = inputs
     device = direct.device_of(q) if direct.is_unseen() else None
     if device is None or backend not in checks.BACKENDS:
@@ -179,13 +179,13 @@ def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
     n, heads, _, channels = shape
     if keys[0] != n or keys[1] != heads or keys[3] != channels or v.shape != keys:
         return None
-    if not k.dtype == v.dtype == dtype or not k.device == v.device == here or torch.is_autocast_enabled(device):
+    if not k.dtype == v.dtype == dtype or not k.device == v.device == here:
+        return None
+    if torch.is_autocast_enabled(device) and dtype != torch.get_autocast_dtype(device):
         return None
     if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
         return None
-    if size is not None and (
-        size.dtype != torch.float32 or size.shape != (n, keys[2]) or size.device != here or size.requires_grad
-    ):
+    if size is not None and not direct.are_sizes(size, n, keys[2], here):
         return None
     if prefix_k is not None or prefix_v is not None:
         if prefix_k is None or prefix_v is None:

@@ -91,6 +91,28 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_metric(x: Tensor, items: int | None = None, tokens: int | None = None) -> bool:
+    """Return whether ``(N, T, C)`` or ``(N, H, T, C)`` can be matched; of so many items and tokens, if these are
+    given."""
+    shape = x.shape
+    if len(shape) not in (3, 4) or 0 in shape or x.dtype not in FLOATING:
+        return False
+    return items is None or (shape[0] == items and shape[-2] == tokens)
+
+
+def by_heads(metric: Tensor) -> Tensor:
+    """Return a metric as ``Backend.match`` takes it: ``(N, H, T, C)``, without a gradient."""
+    metric = metric.detach() if metric.requires_grad else metric
+    return metric if metric.dim() == 4 else metric.unsqueeze(1)
+
+
+def are_sizes(size: Tensor, items: int, tokens: int, here: torch.device) -> bool:
+    """Return whether sizes of so many tokens on a device are right; ``are_on`` is asked before."""
+    return (
+        size.dtype == torch.float32 and size.shape == (items, tokens) and size.device == here and not size.requires_grad
+    )
+
+
 def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merged: bool = False) -> bool:
     """Return whether ``x (N, T, D)``, a plan that merges tokens, and its sizes are right at first sight.
 
@@ -117,12 +139,10 @@ def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merg
         or not dest.device == members.device == offsets.device == here
     ):
         return False
-    if size is not None and (
-        size.dtype != torch.float32 or size.shape != shape or size.device != here or size.requires_grad
-    ):
-        return False
     items, tokens = shape
     after = ends[1] - 1
+    if size is not None and not are_sizes(size, items, tokens, here):
+        return False
     return rows[0] == ends[0] == items and rows[1] == (after if merged else tokens) and 0 < after < tokens
 
 

@@ -78,15 +78,11 @@ def match_directly(metric: Tensor, r: int, protected: int, backend: str) -> tupl
     """Match past the dispatcher, see ``direct``; None where the operator has to be called. Arguments as its."""
     if type(r) is not int or type(protected) is not int or not direct.is_unseen():
         return None
-    if direct.device_of(metric) is None or metric.dtype not in direct.FLOATING or backend not in checks.BACKENDS:
+    if direct.device_of(metric) is None or not direct.is_metric(metric) or backend not in checks.BACKENDS:
         return None
-    shape = metric.shape
-    if len(shape) != 4 or 0 in shape or not 0 <= protected <= shape[2] < 2**31:
-        return None
-    r = cap_r(r, shape[2], protected)
-    if r < 1:
-        return None
-    return choose(backend, metric).match(metric.detach() if metric.requires_grad else metric, r, protected)
+    tokens = metric.shape[-2]
+    r = cap_r(r, tokens, protected) if 0 <= protected <= tokens < 2**31 else 0
+    return choose(backend, metric).match(direct.by_heads(metric), r, protected) if r > 0 else None
 
 
 # -- merge ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from .. import checks
 from .._backends import choose
 from ..layout import accumulator_dtype, empty_merged
 from ..plan import MergePlan
-from ..reference import Groups, MergedRows
+from ..reference import Groups, MergedRows, cap_r
 from . import direct
 from .library import define, gradient, no_gradient
 from .match_merge import merge_backward
@@ -188,21 +188,63 @@ def merge_norm_directly(
     """Compute y, normed and size_out past the dispatcher, see ``direct``; None where the operator has to be called, or
     plan merges nothing."""
     device = direct.device_of(x) if direct.is_unseen() else None
-    if device is None or backend not in checks.BACKENDS or type(eps) is not float or not 0 < eps < math.inf:
+    if device is None or backend not in checks.BACKENDS or not direct.is_mergeable(x, plan, size, device):
         return None
-    if not direct.is_mergeable(x, plan, size, device) or not direct.are_on(device, residual):
+    if not _fit(x, residual, weight, bias, eps, device):
         return None
-    if not direct.are_none_or_on(device, weight, bias):
-        return None
-    shape, here = x.shape, x.device
-    if residual.shape != shape or residual.dtype not in direct.FLOATING or residual.device != here:
-        return None
-    for parameter in (weight, bias):
-        if parameter is not None and (
-            parameter.shape != shape[2:] or parameter.dtype not in direct.FLOATING or parameter.device != here
-        ):
-            return None
     if direct.needs_gradient(x, residual, weight, bias):
         return _differentiable(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)[:3]
     run = choose(backend, dispatch_tensor(x, residual))
     return run.merge_norm_inference(x, residual, Groups(plan.members, plan.offsets, size), weight, bias, eps)
+
+
+def match_merge_norm_directly(
+    metric: Tensor,
+    r: int,
+    protected: int,
+    x: Tensor,
+    residual: Tensor,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
+    """Match and compute merge_norm past the dispatcher, see ``direct``: (dest, members, offsets) and (y, normed, size).
+    None where the operators have to be called, where there is a gradient, or if nothing is merged."""
+    device = direct.device_of(x) if type(r) is int and type(protected) is int and direct.is_unseen() else None
+    if device is None or not direct.are_on(device, metric) or not direct.are_none_or_on(device, size):
+        return None
+    rows, here = x.shape, x.device
+    if len(rows) != 3 or 0 in rows or x.dtype not in direct.FLOATING:
+        return None
+    if not direct.is_metric(metric, rows[0], rows[1]) or metric.device != here:
+        return None
+    if not _fit(x, residual, weight, bias, eps, device) or direct.needs_gradient(x, residual, weight, bias):
+        return None
+    if size is not None and not direct.are_sizes(size, rows[0], rows[1], here):
+        return None
+    r = cap_r(r, rows[1], protected) if 0 <= protected <= rows[1] < 2**31 else 0
+    if r < 1:
+        return None
+    run = choose("auto", dispatch_tensor(x, residual))
+    match = run.match if metric.dtype == x.dtype == residual.dtype else choose("auto", metric).match
+    plan = match(direct.by_heads(metric), r, protected)
+    return plan, run.merge_norm_inference(x, residual, Groups(plan[1], plan[2], size), weight, bias, eps)
+
+
+def _fit(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, device: str) -> bool:
+    """Return whether what merge_norm takes besides x, plan and sizes is right at first sight."""
+    if type(eps) is not float or not 0 < eps < math.inf or not direct.are_on(device, residual):
+        return False
+    shape, here = x.shape, x.device
+    if residual.shape != shape or residual.dtype not in direct.FLOATING or residual.device != here:
+        return False
+    for parameter in (weight, bias):
+        if parameter is not None and (
+            not direct.are_on(device, parameter)
+            or parameter.shape != shape[2:]
+            or parameter.dtype not in direct.FLOATING
+            or parameter.device != here
+        ):
+            return False
+    return True

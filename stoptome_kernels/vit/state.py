@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..api import match, merge, merge_norm
+from ..api import match, match_merge_norm, merge
 from ..patching.guards import may_read_weights
 from ..plan import MergePlan
 from ..reference import cap_r, match_sets
@@ -217,11 +217,12 @@ class VitBlockContext:
         if r == 0:
             x = x + residual
             return tokens.but(x=x), None if norm is None else norm(x)
-        plan = match(keys, r, merging.protected)
         normed = None
         if norm is not None and _is_layer_norm(norm):
-            x, normed, size = merge_norm(x, residual, plan, size, norm.weight, norm.bias, norm.eps)  # type: ignore
+            affine: Any = (norm.weight, norm.bias, norm.eps)
+            plan, x, normed, size = match_merge_norm(keys, r, merging.protected, x, residual, size, *affine)
         else:
+            plan = match(keys, r, merging.protected)
             x, size = merge(x + residual, plan, size)
             normed = None if norm is None else norm(x)
         dest = plan.dest.long()

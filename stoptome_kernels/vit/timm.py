@@ -247,7 +247,8 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     else:  # Eva's: there is no bias for the keys
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         packed = attn.qkv(x) + bias if getattr(attn, "qkv_bias_separate", False) else F.linear(x, attn.qkv.weight, bias)
-    return packed.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    n, tokens, _ = packed.shape  # unflatten is Python
+    return packed.reshape(n, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _rope_rows(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
