@@ -117,39 +117,6 @@ STK_INLINE bool normalise(Real *row, int64_t width) {
   return true;
 }
 
-// Turns a square of lanes x lanes: element [i][k] of `from` becomes element [k][i] of `to`.
-template <class Real>
-STK_INLINE void transpose(const Real *from, int64_t stride, Real *to) {
-  constexpr int lanes = Vec<Real>::lanes;
-#if defined(__GNUC__) && !defined(__clang__)
-  using ivec = typename Vec<Real>::itype;
-  typename Vec<Real>::type v[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) v[i] = load(from + i * stride);
-#pragma GCC unroll 4
-  for (int half = 1; half < lanes; half *= 2) {  // swap the off-diagonal squares of size 1, 2, 4, ...
-    ivec low, high;                              // lane l of the first operand is l, of the second lanes + l
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) {
-      low[l] = l & half ? lanes + l - half : l;
-      high[l] = l & half ? lanes + l : l + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & half) continue;
-      const auto upper = v[i], lower = v[i | half];
-      v[i] = __builtin_shuffle(upper, lower, low);
-      v[i | half] = __builtin_shuffle(upper, lower, high);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(to + i * lanes, v[i]);
-#else
-  for (int i = 0; i < lanes; ++i)
-    for (int k = 0; k < lanes; ++k) to[k * lanes + i] = from[i * stride + k];
-#endif
-}
-
 // Blocks [begin, end) of the tiles of A followed by the panels of B. `best` becomes 0, or −inf for a bad source;
 // `rows` holds lanes x width numbers.
 template <class T, class Real>
@@ -187,7 +154,7 @@ void prepare(const Metric &m, const Sets &sets, Real *scratch, Real *rows, Real 
       scratch[at.bias + j] = good ? Real(0) : never;
     }
     Real *to = scratch + at.b + panel * at.width * lanes;
-    for (int64_t c = 0; c < at.width; c += lanes) transpose(rows + c, at.width, to + c * lanes);
+    for (int64_t c = 0; c < at.width; c += lanes) transpose(rows + c, at.width, to + c * lanes, lanes);
   }
 }
 

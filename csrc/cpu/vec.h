@@ -192,6 +192,54 @@ STK_INLINE void store(f16 *p, vfloat v) {
 #endif
 }
 
+// -- rows turned into columns -------------------------------------------------------------------------------------------
+
+// What swaps the off-diagonal squares of size 1, 2, 4, ... of two rows: lane l of the first is l, of the second lanes + l.
+template <class Real>
+struct Swaps {
+  static constexpr int lanes = Vec<Real>::lanes;
+  typename Vec<Real>::bits low[4][lanes] = {}, high[4][lanes] = {};
+  constexpr Swaps() {
+    for (int step = 0; step < 4; ++step) {
+      const int half = 1 << step;
+      for (int l = 0; l < lanes; ++l) {
+        low[step][l] = l & half ? lanes + l - half : l;
+        high[step][l] = l & half ? lanes + l : l + half;
+      }
+    }
+  }
+};
+
+// Turns a square of lanes x lanes: element [i][k] of `from` becomes element [k][i] of `to`.
+template <class Real>
+STK_INLINE void transpose(const Real *from, int64_t stride, Real *to, int64_t to_stride) {
+  constexpr int lanes = Vec<Real>::lanes;
+#if defined(__GNUC__) && !defined(__clang__)
+  using ivec = typename Vec<Real>::itype;
+  static constexpr Swaps<Real> swaps;
+  typename Vec<Real>::type v[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) v[i] = load(from + i * stride);
+#pragma GCC unroll 4
+  for (int step = 0; 1 << step < lanes; ++step) {
+    const int half = 1 << step;
+    const ivec low = load_bytes<ivec>(swaps.low[step]), high = load_bytes<ivec>(swaps.high[step]);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const auto upper = v[i], lower = v[i | half];
+      v[i] = __builtin_shuffle(upper, lower, low);
+      v[i | half] = __builtin_shuffle(upper, lower, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * to_stride, v[i]);
+#else
+  for (int i = 0; i < lanes; ++i)
+    for (int k = 0; k < lanes; ++k) to[k * to_stride + i] = from[i * stride + k];
+#endif
+}
+
 // -- complex numbers: (re, im) pairs in memory, real and imaginary parts in two vectors ---------------------------------
 
 template <class Real>
