@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
 COMMON = ["binding", "dispatch", "groups", "plan", "threads"]  # instruction-set independent
-KERNELS = ["match", "merge", "norm", "conv"]  # compiled once for each instruction set
+KERNELS = ["match", "merge", "norm", "conv", "attention"]  # compiled once for each instruction set
 X86_64 = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -39,13 +39,14 @@ X86_64 = {
         "-Wno-maybe-uninitialized",
     ],  # GCC bug 105593: its own intrinsics trip the warning
 }
-# merge keeps every product and sum rounded on its own, so that all backends agree bit for bit; match and conv gain from
-# fma
+# merge keeps every product and sum rounded on its own, so that all backends agree bit for bit; match, conv and
+# attention gain from fma
 CONTRACT = {
     "match": "-ffp-contract=fast",
     "merge": "-ffp-contract=off",
     "norm": "-ffp-contract=off",
     "conv": "-ffp-contract=fast",
+    "attention": "-ffp-contract=fast",
 }
 
 

@@ -2,6 +2,8 @@
 # csrc/cpu/binding.cpp; private: called by _backends/native.py with what checks.py has checked
 
 _Strided = tuple[int, int, int]  # address, stride of an item, stride of a row
+_Heads = tuple[int, int, int, int]  # address, strides of an item, a head and a token
+_AttentionShape = tuple[int, int, int, int, int, int, int]  # items, heads, queries, tokens, channels; of the prefix
 _Groups = tuple[int, int, int, int, int, _Strided]  # members, offsets; items, tokens in, tokens out; sizes
 
 INTERFACE: int
@@ -30,6 +32,10 @@ def merge_norm_backward(
 def conv(
     shape: tuple[tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]], dtype: int, x: int, y: int,
     waves: tuple[int, int], filters: int, filters_grad: int, threads: int,
+) -> None: ...
+def attention(
+    q: _Heads, k: _Heads, v: _Heads, prefix_k: _Heads, prefix_v: _Heads, shape: _AttentionShape, dtype: int,
+    sizes: _Strided, scale: float, out: int, lse: int, threads: int,
 ) -> None: ...
 def expect_writes(out: int, bytes: int) -> None: ...
 def use_openmp_of(path: str) -> bool: ...

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdio>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -392,6 +393,50 @@ void conv(ConvShape shape, int dtype, uintptr_t x, uintptr_t y, std::tuple<uintp
   });
 }
 
+using HeadsAt = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides of an item, a head and a token
+// items, heads, queries, tokens, channels; items and tokens of the prefix
+using AttentionShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Heads heads(const HeadsAt &at) {
+  return {pointer<const void>(std::get<0>(at)), std::get<1>(at), std::get<2>(at), std::get<3>(at)};
+}
+
+void attention(HeadsAt q, HeadsAt k, HeadsAt v, HeadsAt prefix_k, HeadsAt prefix_v, AttentionShape shape, int dtype,
+               Strided sizes, double scale, uintptr_t out, uintptr_t lse, int threads) {
+  const auto [items, count, queries, tokens, dim, prefixes, ahead] = shape;
+  const AttentionArgs args{heads(q),
+                           heads(k),
+                           heads(v),
+                           heads(prefix_k),
+                           heads(prefix_v),
+                           items,
+                           count,
+                           queries,
+                           tokens,
+                           dim,
+                           prefixes,
+                           ahead,
+                           Dtype(dtype),
+                           pointer<const float>(std::get<0>(sizes)),
+                           std::get<1>(sizes),
+                           std::get<2>(sizes),
+                           scale,
+                           pointer<void>(out),
+                           pointer<void>(lse)};
+  expect_writes(out, items * count * queries * dim * element_bytes(dtype));
+  const AttentionKernels &run = *kernels().attention;
+  const int64_t piece = align64(run.scratch(args)), bytes = piece * std::max(threads, 1);
+  // a small call takes its scratch from the stack
+  alignas(64) char few[16 * 1024];
+  std::optional<Buffer> many;
+  if (bytes > int64_t(sizeof(few))) many.emplace(bytes);
+  char *const scratch = many ? many->data() : few;
+  // a tile multiplies more than it moves: as long as for this many bytes
+  const int64_t moved = kQueries * args.keys() * dim / 2;
+  in_ranges(items * count * args.tiles(), moved, threads,
+            [&](int64_t begin, int64_t end, int thread) { run.forward(args, scratch + thread * piece, begin, end); });
+}
+
 }  // namespace
 }  // namespace stk
 
@@ -405,6 +450,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("merge_norm_backward", &stk::merge_norm_backward);
   m.def("expect_writes", [](uintptr_t out, int64_t bytes) { stk::expect_writes(out, bytes); });
   m.def("conv", &stk::conv);
+  m.def("attention", &stk::attention);
   m.attr("CONV_BLOCK") = stk::kConvBlock;
   m.def("use_openmp_of", [](const std::string &path) {
     stk::use_openmp_of(path.c_str());

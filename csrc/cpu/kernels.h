@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the instruction-set specific kernels (match, merge, norm, conv.cpp) offer to the rest. Shapes as in the Python docs:
+// What the instruction-set specific kernels (match, merge, norm, conv, attention.cpp) offer to the rest. Shapes as in the Python docs:
 // metric (N, H, T, C), rows (N, T, D), members (N, T), offsets (N, T_out + 1). Strides are in elements; the last axis of
 // every tensor is contiguous. All sizes are 64-bit: tensors of more than 2^31 elements are addressed like any other.
 #pragma once
@@ -124,6 +124,35 @@ struct NormKernels {
   void (*affine)(const NormGradArgs &, int64_t blocks);  // adds the parts up
 };
 
+constexpr int kQueries = 6;  // of a tile, which share what is loaded of keys and values
+
+// What an (N, H, tokens, d) tensor is read by.
+struct Heads {
+  const void *data;
+  int64_t stride_item, stride_head, stride_token;
+};
+
+// Shapes as in the Python docs: q (N, H, Tq, d), k and v (N, H, T, d), prefixes (M, H, G, d), M dividing N.
+struct AttentionArgs {
+  Heads q, k, v, prefix_k, prefix_v;  // the prefixes stand in front of k and v; null if ahead is 0
+  int64_t items, heads, queries, tokens, dim, prefixes, ahead;
+  Dtype dtype;
+  const float *size;  // (N, T); null: all ones
+  int64_t size_stride_item, size_stride_token;
+  double scale;
+  void *out;  // (N, Tq, H, d) contiguous
+  void *lse;  // (N, H, Tq) contiguous, double for f64, else float; null: not wanted
+
+  int64_t keys() const { return ahead + tokens; }
+  int64_t tiles() const { return (queries + kQueries - 1) / kQueries; }  // of an item's head
+};
+
+struct AttentionKernels {
+  int64_t (*scratch)(const AttentionArgs &);  // bytes that a thread needs
+  // tiles [begin, end) of all N * H * tiles()
+  void (*forward)(const AttentionArgs &, void *scratch, int64_t begin, int64_t end);
+};
+
 constexpr int kConvBlock = 16;  // frequencies along the width that a block of filters holds
 
 // Planes of frequencies of one piece of a video: x (inputs, frames_in, rows, columns), y (outputs, frames_out, rows,
@@ -162,6 +191,7 @@ struct Kernels {
   const MergeKernels *merge;
   const NormKernels *norm;
   const ConvKernels *conv;
+  const AttentionKernels *attention;
 };
 
 const Kernels &kernels();                    // the best set that this processor runs
