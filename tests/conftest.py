@@ -43,7 +43,7 @@ hypothesis.settings.load_profile("default")
 # What files of tests import that a machine may lack: there they are left out, and named at the end of the run. In CI,
 # which must have everything, importing them fails.
 NEEDED = {
-    "ops/test_native.py": ("stoptome_kernels._native",),
+    **dict.fromkeys(("ops/test_native.py", "ops/test_native_attention.py"), ("stoptome_kernels._native",)),
     "retrieval/*": ("av", "faiss", "filelock", "ftfy", "msgspec", "PIL", "safetensors", "tokenizers"),
     **dict.fromkeys(
         ("models/test_report.py", "models/test_trial.py", "models/test_warnings.py"),

@@ -27,4 +27,4 @@ assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, f"{_native.
 PYTHON
 export OMP_NUM_THREADS=2 # tests/conftest.py has one, and what threads share is to be seen here
 "$python" -m pytest -q --capture=sys -p no:cacheprovider -k "native and not 2_31" \
-    tests/ops/test_{native,golden,by_hand,match,merge,merge_norm,merge_norm_library}.py
+    tests/ops/test_{native,native_attention,golden,by_hand,match,merge,merge_norm,merge_norm_library}.py
