@@ -324,10 +324,10 @@ def attention(
             item n has the prefix ``n // (N / M)``: the frames of a video share one.
         prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
         scale: factor of the products q kᵀ; ``1 / sqrt(d)`` if None.
-        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU
-            torch's own ``scaled_dot_product_attention``, with the prefix concatenated and the sizes as a mask of one
-            row per item) or ``reference``. ``auto`` takes torch's function where ``triton`` can't run, and on any
-            device without size and prefix, where nothing is faster.
+        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU)
+            or ``reference``. Where no kernel of ours can run, and on any device without size and prefix, ``auto`` and
+            ``native`` take torch's own ``scaled_dot_product_attention``, with the prefix concatenated and the sizes as
+            a mask of one row per item.
 
     Returns:
         ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``
@@ -369,7 +369,8 @@ def attention(
     inputs = reference.AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
     checks.attention(inputs, backend)
     plain = size is None and prefix_k is None
-    how = choose_attention(backend, q.device.type, q.dtype, TRITON.takes(inputs), plain)
+    native = ops.attention.native_takes(inputs)
+    how = choose_attention(backend, q.device.type, q.dtype, TRITON.takes(inputs), native, plain)
     if how == "sdpa" or onnx.is_onnx_exporting():
         return ops.attention.sdpa(inputs)
     if how == "reference":  # not as an operator: so it can be differentiated twice

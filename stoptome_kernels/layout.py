@@ -13,7 +13,7 @@ from .reference import Groups
 def unit_stride(x: Tensor) -> Tensor:
     """Return ``x`` with neighbouring elements of its last axis next to each other: the kernels take all other strides
     as they are, and this is the one case that copies."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def with_prefix(prefix: Tensor | None, x: Tensor) -> Tensor:

@@ -60,21 +60,21 @@ def choose(name: str, tensor: Tensor, inputs: AttentionInputs | None = None) -> 
     return run
 
 
-def choose_attention(name: str, device: str, dtype: torch.dtype, fits: bool, plain: bool) -> str:
+def choose_attention(name: str, device: str, dtype: torch.dtype, triton: bool, native: bool, plain: bool) -> str:
     """Return who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its
     backends.
 
-    Torch's function is the best there is for plain attention (no sizes, no prefix), on a CPU, and where no kernel of
-    ours can run: ``fits`` says whether the shape is one for them. Called as it is, rather than inside the operator, its
-    gradient saves copies and the compiler sees into it. Constant in a traced graph: it depends on the machine and on
-    the environment.
+    Torch's function is taken for plain attention (no sizes, no prefix) and where no kernel of ours can run: ``triton``
+    and ``native`` say whether these shapes are for their kernels. Called as it is, rather than inside the operator, the
+    compiler sees into it. Constant in a traced graph: it depends on the machine and on the environment.
     """
     name = _asked(name)
     if name == "auto":
-        ours = fits and not plain and TRITON.unavailable_reason(device, dtype, explicit=False) is None
-        return "operator" if ours else "sdpa"
+        ours = triton and TRITON.unavailable_reason(device, dtype, explicit=False) is None
+        ours = ours or (native and NATIVE.unavailable_reason(device, dtype, explicit=False) is None)
+        return "operator" if ours and not plain else "sdpa"
     if name == "native" and NATIVE.unavailable_reason(device, dtype, explicit=True) is None:
-        return "sdpa"
+        return "operator" if native and not plain else "sdpa"
     return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't
 
 

@@ -34,7 +34,9 @@ else:
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"mean": 0, "sum": 1, "max": 2, "all": 3}
-_NOTHING = (0, 0, 0)
+_NOTHING, _NO_HEADS = (0, 0, 0), (0, 0, 0, 0)
+_MOST_KEYS = 4096  # of attention: a thread holds all keys and values of a head
+_HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 class Native(Backend):
@@ -113,15 +115,32 @@ class Native(Backend):
         )  # fmt: skip
         return grad, sums
 
+    def takes(self, inputs: AttentionInputs) -> bool:
+        """Return whether the kernel attends to inputs of such shapes and dtype, rather than torch's own function: for
+        vectors as narrow as the baseline's that is faster, for 16 bits where the processor multiplies tiles of them."""
+        keys = prefix_length(inputs) + inputs.k.shape[2]
+        if keys > _MOST_KEYS or _missing or _native.instruction_set() == "baseline":
+            return False
+        return not (_HAS_TILES and inputs.q.dtype in (torch.bfloat16, torch.float16))
+
     def attention(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        if self.takes(inputs):
+            n, heads, queries, _ = inputs.q.shape
+            lse = inputs.q.new_empty((n, heads, queries), dtype=accumulator_dtype(inputs.q.dtype))
+            return _attention(inputs, lse), lse
         q, keys, values = _queries_keys_values(inputs)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, keys, values, attn_mask=log_size_bias(inputs.size, keys), scale=scale_of(inputs)
         )
         return heads_last(out), lse.contiguous()
 
+    def attention_inference(self, inputs: AttentionInputs) -> Tensor:
+        return _attention(inputs, None) if self.takes(inputs) else self.attention(inputs)[0]
+
     def attention_backward(self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
         q, keys, values = _queries_keys_values(inputs)
+        if inputs.size is not None:  # of a query with nothing to attend to: its weights are exp(−inf), whatever this is
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)
         dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             unit_stride(grad), q, keys, values, unit_stride(out), lse, 0.0, False,
             attn_mask=log_size_bias(inputs.size, keys), scale=scale_of(inputs),
@@ -162,6 +181,30 @@ def _merge_norm(
         size_out.data_ptr(), _address(weight), _address(bias), eps, mean, rstd, torch.get_num_threads(),
     )  # fmt: skip
     return y, normed, size_out, *more
+
+
+def _attention(inputs: AttentionInputs, lse: Tensor | None) -> Tensor:
+    """See ``Backend.attention``; lse is written where it is given."""
+    q, k, v, size, prefix_k, prefix_v, _ = inputs
+    (n, heads, queries, d), tokens = q.shape, k.shape[2]
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    if prefix_k is None or prefix_v is None:
+        m, ahead, prefix = 0, 0, (_NO_HEADS, _NO_HEADS)
+    else:
+        m, _, ahead, _ = prefix_k.shape
+        prefix_k, prefix_v = unit_stride(prefix_k), unit_stride(prefix_v)
+        prefix = _heads(prefix_k), _heads(prefix_v)
+    out = q.new_empty((n, queries, heads, d))
+    _native.attention(
+        _heads(q), _heads(k), _heads(v), *prefix, (n, heads, queries, tokens, d, m, ahead), _DTYPES[q.dtype],
+        _rows(size), scale_of(inputs), out.data_ptr(), _address(lse), torch.get_num_threads(),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    by_item, by_head, by_token, _ = x.stride()
+    return x.data_ptr(), by_item, by_head, by_token
 
 
 def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from .._backends import TRITON, choose, choose_attention
+from .._backends import NATIVE, TRITON, choose, choose_attention
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
 from ..reference import AttentionInputs
 from . import direct
@@ -165,6 +165,14 @@ def _run(*arguments) -> tuple[Tensor, Tensor]:
 _differentiable = direct.function("attention", _run, _grad, _save)
 
 
+def native_takes(inputs: AttentionInputs) -> bool:
+    """Return whether the native kernel is to attend where ``auto`` or ``native`` is asked for. A trace, a mode or a
+    subclass gets torch's own operations, which it may know how to count, shard or export."""
+    if not direct.is_eager() or not direct.are_on("cpu", *inputs[:3]) or not direct.are_none_or_on("cpu", *inputs[3:6]):
+        return False
+    return NATIVE.takes(inputs)
+
+
 def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
     """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or autocast to cast."""
     q, k, v, size, prefix_k, prefix_v, scale = inputs
@@ -197,7 +205,8 @@ def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
             return None
         if not prefix_k.device == prefix_v.device == here:
             return None
-    how = choose_attention(backend, device, dtype, TRITON.takes(inputs), size is None and prefix_k is None)
+    plain = size is None and prefix_k is None
+    how = choose_attention(backend, device, dtype, TRITON.takes(inputs), NATIVE.takes(inputs), plain)
     if how == "sdpa":
         return sdpa(inputs)
     if how == "reference":

@@ -49,15 +49,14 @@ _TENSORS = (Tensor, Parameter)
 FLOATING = frozenset(DTYPES)
 
 
+def is_eager() -> bool:
+    """Return whether no trace, dispatch mode or transform would see an operator that is called now."""
+    return not torch.compiler.is_compiling() and _included().raw_repr() in _EAGER and forward_ad._current_level < 0
+
+
 def is_unseen() -> bool:
-    """Return whether no trace, mode, transform or profiler would see an operator that is called now."""
-    return (
-        not torch.compiler.is_compiling()
-        and _included().raw_repr() in _EAGER
-        and not _functions()
-        and forward_ad._current_level < 0
-        and not profiler._is_profiler_enabled
-    )
+    """Return whether nothing at all would see it: no function mode and no profiler either."""
+    return not _functions() and not profiler._is_profiler_enabled and is_eager()
 
 
 def device_of(x: object) -> str | None:
