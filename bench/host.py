@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the host's time of each op and of a patched block as a multiple of F.layer_norm's in the same run.
+"""Measure the host's time of each op as a multiple of F.layer_norm's in the same run, of a patched block as a multiple
+of the same unpatched, and where the time of a call goes.
 
 Tensors are so small that computing takes next to nothing. --backend native: the CPU's kernels; triton: Triton's launch
 path on the CPU, over a driver that launches nothing (harness/no_gpu.py), as an upper bound of what a GPU's host spends
@@ -14,191 +15,99 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
-import stoptome_kernels as stk
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from charts.host import BACKENDS, verdict
 from harness import cli, measure, no_gpu
 from harness.rows import ROOT, percentiles, version_of
-from harness.workloads.models import installed
+from harness.workloads import host as calls
+from harness.workloads import host_parts
 
 FOLDER = ROOT / "bench/results/host"
-BASE = "F.layer_norm"
-# at most so many times F.layer_norm's
+# at most so many times F.layer_norm's; a block: so many times the same unpatched
 TARGETS = {
     ("match", "forward"): 6, ("merge", "forward"): 6, ("merge_norm", "forward"): 8,
-    ("attention, sizes and prefix", "forward"): 8,
+    (calls.SIZED, "forward"): 8,
     ("merge", "with gradient"): 12, ("merge_norm", "with gradient"): 16,
+    (calls.VIT, "forward"): 1.25,
 }  # fmt: skip
-ITEMS, TOKENS, PROTECTED, R, WIDTH, HEADS, PREFIX = 2, 9, 1, 2, 32, 2, 2
-Sides = dict[tuple[str, str], Callable[[], object]]  # by op and direction
+OFTEN = {"STOP": 3, "timm": 10}  # calls of a block in a sample; of an op 100
 
 
-def directions(op: str, plain: Callable[[], object], call: Callable[[], object], leaves: list[Tensor]) -> Sides:
-    """An op without gradients, one with what autograd notes, and its backward alone."""
-    out = call()
-    graph = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor) and t.requires_grad]
-    grads = [torch.ones_like(t) for t in graph]
+def measured(backend: str, seconds: float) -> tuple[list[tuple[str, str]], dict[tuple[str, str], list[float]]]:
+    """Measure, on the backend that ``auto`` takes, in float32 on a CPU and in bfloat16 as a GPU's user has it.
 
-    def backward() -> object:
-        return torch.autograd.grad(graph, leaves, grads, retain_graph=True)
-
-    return {(op, "forward"): plain, (op, "with gradient"): call, (op, "backward"): backward}
-
-
-def block_directions(op: str, call: Callable[[], object], leaves: list[Tensor]) -> Sides:
-    """The same of a block, whose parameters want gradients: without them under no_grad, as it is run."""
-
-    def plain() -> object:
-        with torch.no_grad():
-            return call()
-
-    return directions(op, plain, call, leaves)
-
-
-def op_calls(dtype: torch.dtype, grad: bool) -> dict[str, tuple[Callable[[], object], list[Tensor]]]:
-    """Every public op with its inputs, two items of nine tokens, which want gradients or don't."""
-
-    def wanted(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
-
-    packed = wanted(ITEMS, TOKENS, 3, HEADS, WIDTH // HEADS)
-    ahead = wanted(ITEMS, PREFIX, 2, HEADS, WIDTH // HEADS)
-    q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
-    ahead_k, ahead_v = (part.transpose(1, 2) for part in ahead.unbind(2))
-    keys = k.detach()
-    x, residual, merged = (wanted(ITEMS, n, WIDTH) for n in (TOKENS, TOKENS, TOKENS - R))
-    weight, bias = (wanted(WIDTH, dtype=torch.float32) for _ in range(2))
-    affine = [wanted(WIDTH), wanted(WIDTH)]
-    size = torch.ones(ITEMS, TOKENS)
-    plan = stk.match(keys, R, PROTECTED, "reference")
-    following = stk.match(keys[:, :, : TOKENS - R], R, PROTECTED, "reference")
-    return {
-        BASE: (lambda: F.layer_norm(x, (WIDTH,), *affine), [x, *affine]),
-        "match": (lambda: stk.match(keys, R, PROTECTED), []),
-        "merge": (lambda: stk.merge(x, plan, size), [x]),
-        "unmerge": (lambda: stk.unmerge(merged, plan), [merged]),
-        "merge_norm": (
-            lambda: stk.merge_norm(x, residual, plan, size, weight, bias), [x, residual, weight, bias]
-        ),
-        "attention, sizes and prefix": (lambda: stk.attention(q, k, v, size, ahead_k, ahead_v), [packed, ahead]),
-        "attention, plain": (lambda: stk.attention(q, k, v), [packed]),
-        "MergePlan.then": (lambda: plan.then(following), []),
-    }  # fmt: skip
-
-
-def op_sides(dtype: torch.dtype) -> Sides:
-    """Every public op in all directions that it has."""
-    found: Sides = {}
-    plain, differentiable = op_calls(dtype, False), op_calls(dtype, True)
-    for op, (call, leaves) in differentiable.items():
-        found |= directions(op, plain[op][0], call, leaves) if leaves else {(op, "forward"): plain[op][0]}
-    return found
-
-
-def stop_block(cast: Callable, r: int) -> Sides:
-    """A STOP block in the middle of its stack, one video of 12 frames, narrow."""
-    from stoptome_kernels.stop import StopConfig, StopModel
-    from stoptome_kernels.tome.schedule import plan_layers
-    from stoptome_kernels.video.blocks import VideoTokens, run_block
-
-    config = StopConfig(
-        temporal_prompt="DGL", layers=1, prompt_layers=1, text_layers=1, vocab_size=64, width=64, image_size=96
-    )
-    block = StopModel(config).visual.transformer.resblocks[0]
-    step = plan_layers(r, 1, 5 + config.patches, config.frames, 5, width=64).steps[0]
-    x = torch.randn(config.frames, 1 + config.patches, 64).requires_grad_()
-    shared, own = torch.randn(1, 4, 64), torch.randn(1, config.frames, 4, 64)
-
-    def call() -> tuple[Tensor, Tensor]:
-        with cast():
-            grown = x if torch.is_grad_enabled() else x.detach()
-            stream, _ = run_block(block, VideoTokens(grown, shared), step, frame_prompts=own)
-        return stream.x, stream.prompts
-
-    return block_directions(f"STOP block, r = {r}", call, [x, *block.parameters()])
-
-
-def vit_block(cast: Callable, r: int) -> Sides:
-    """The second block of timm's vision transformer, whose tokens have sizes, narrow; nothing if there is no timm."""
-    if not installed("timm"):
-        print("timm is not installed, its block is left out", file=sys.stderr)
-        return {}
-    from timm.models.vision_transformer import VisionTransformer
-
-    built = VisionTransformer(img_size=64, embed_dim=64, depth=3, num_heads=1, num_classes=0).eval()
-    given: list = []
-    # the launch path that is timed gives no results
-    with patch.dict(os.environ, STOPTOME_BACKEND="reference"), torch.no_grad(), cast():
-        stk.apply_tome_patch(built, r)  # which compares results
-        handle = built.blocks[1].register_forward_pre_hook(lambda _, args: given.extend(args))
-        built(torch.randn(1, 3, 64, 64))
-        handle.remove()
-    (tokens,) = given
-    leaf = tokens.x.clone().requires_grad_()
-
-    def call() -> Tensor:
-        with cast():
-            return built.blocks[1](tokens._replace(x=leaf if torch.is_grad_enabled() else leaf.detach())).x
-
-    return block_directions(f"timm ViT block, r = {r}", call, [leaf, *built.blocks[1].parameters()])
-
-
-def sides(backend: str) -> Sides:
-    """All that is measured, on the backend that ``auto`` takes: float32 on a CPU, bfloat16 as a GPU's user has it."""
+    Returns:
+        (op, direction) of each row, and the samples of all in µs, by op and direction or piece.
+    """
     torch.manual_seed(0)
-    if backend == "native":
-        return {**op_sides(torch.float32), **stop_block(nullcontext, 2), **vit_block(nullcontext, 2)}
-    cast = partial(torch.autocast, "cpu", torch.bfloat16)
-    return {**op_sides(torch.bfloat16), **stop_block(cast, 2), **vit_block(cast, 2)}
-
-
-def _again(call: Callable[[], object], times: int) -> None:
-    """One sample: so many calls that the first, which finds the caches as another op left them, weighs little."""
-    for _ in range(times):
-        call()
+    dtype = torch.float32 if backend == "native" else torch.bfloat16
+    plain, differentiable = (calls.inputs(dtype, grad) for grad in (False, True))
+    sides = {**calls.op_sides(plain, differentiable), **calls.block_sides(backend)}
+    nested = host_parts.nested(backend, plain, differentiable)
+    pieces = {(op, name): call for op, found in nested.items() for name, call in found.items()}
+    often = {key: OFTEN.get(key[0].partition(" ")[0], 100) for key in (*sides, *pieces)}
+    samples = {
+        "\n".join(key): [partial(host_parts.again, call, often[key], key[1].partition(",")[0])]
+        for key, call in {**sides, **pieces}.items()
+    }
+    # of this thread alone, which does all the work: what else the machine runs doesn't count
+    times = measure.measure(samples, "cpu", seconds, set(), time.thread_time_ns)
+    found = {key: [us / count for us in times["\n".join(key)]["samples"]] for key, count in often.items()}
+    return list(sides), found
 
 
 def rows_of(backend: str, seconds: float) -> list[dict]:
-    found = sides(backend)
-    often = {key: 3 if "block" in key[0] else 20 for key in found}
-    calls = {"\n".join(key): [partial(_again, call, often[key])] for key, call in found.items()}
-    # of this thread alone, which does all the work: what else the machine runs doesn't count
-    times = measure.measure(calls, "cpu", seconds, set(), time.thread_time_ns)
-    base = measure.percentile(times[f"{BASE}\nforward"]["samples"], 0.5) / often[BASE, "forward"]
-    rows = []
-    for op, way in found:
-        samples = [sample / often[op, way] for sample in times[f"{op}\n{way}"]["samples"]]
-        own = percentiles(samples)
-        target, ratio = TARGETS.get((op, way)), own["p50_us"] / base
-        rows.append(
-            {
-                **{"shape": "tiny", "n": ITEMS, "dtype": "float32" if backend == "native" else "bfloat16"},
-                **{"op": op, "direction": way, "impl": backend},
-                **own,
-                "base_us": round(base, 3),
-                **{"times_layer_norm": round(ratio, 2), "target": target},
-                "met": None if target is None else ratio <= target,
-            }
-        )  # fmt: skip
+    """Measure all calls, and the parts of some."""
+    sides, samples = measured(backend, seconds)
+    medians = {key: measure.percentile(found, 0.5) for key, found in samples.items()}
+    base = medians[calls.BASE, "forward"]
+    where = {"shape": "tiny", "n": calls.ITEMS, "dtype": "float32" if backend == "native" else "bfloat16"}
+
+    def row(op: str, way: str, part: str | None, own: dict) -> dict:
+        target, ratio, beside = None, own["p50_us"] / base, None
+        if part is None:
+            target = TARGETS.get((op, way))
+            if op == calls.VIT:
+                beside = own["p50_us"] / medians[calls.UNPATCHED, way]
+        return {
+            **where,
+            **{"op": op, "direction": way, "part": part, "impl": backend},
+            **own,
+            **{"base_us": round(base, 3), "times_layer_norm": round(ratio, 2)},
+            "times_unpatched": None if beside is None else round(beside, 3),
+            "target": target,
+            "met": None if target is None else (ratio if beside is None else beside) <= target,
+        }
+
+    rows = [row(op, way, None, percentiles(samples[op, way])) for op, way in sides]
+    # a difference of medians has neither samples of its own nor their percentiles
+    alone = {"p20_us": None, "p80_us": None, "runs": len(samples[calls.BASE, "forward"])}
+    for op in host_parts.OPS:
+        own = {name: median for (of, name), median in medians.items() if of == op}
+        for way, part, us in host_parts.parts(own):
+            rows.append(row(op, way, part, alone | {"p50_us": round(us, 3)}))
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text, in columns."""
-    return "\n".join(
-        f"{r['impl']:7} {r['op']:28} {r['direction']:14} {r['p50_us']:9.1f} µs {r['times_layer_norm']:7.1f}×  "
+    """Return the rows as text, in columns."""
+    lines = [
+        f"{r['impl']:7} {r['op']:28} {r['direction']:16} {r['p50_us']:9.1f} µs {r['times_layer_norm']:7.1f}×  "
         + verdict(r).replace("*", "")
         for r in rows
-    )
+        if r["part"] is None
+    ]
+    lines += [
+        f"{r['impl']:7} {r['op']:28} {r['direction']:16} {r['p50_us']:9.1f} µs           {r['part']}"
+        for r in rows
+        if r["part"] is not None
+    ]
+    return "\n".join(lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -112,9 +112,17 @@ is [above](#stop).""",
     "host": """## The host's time
 
 The cost of a call on tiny tensors, where overhead dominates: two items of 9 tokens and 32 channels (blocks: one video
-of 12 frames, or one image, 64 channels), one thread, its own CPU time. *With gradient*: a forward that records its
-graph; *backward*: that alone. Blocks are in float32 with the native kernels, under autocast to bfloat16 with
-Triton's. With Triton everything is real but the driver's launch; torch's own operations run on the CPU.""",
+of 12 frames with 64 channels, or one image with 16), one thread, its own CPU time. *With gradient*: a forward that
+records its graph; *backward*: that alone. Blocks are in float32 with the native kernels, under autocast to bfloat16
+with Triton's. With Triton everything is real but the driver's launch; torch's own operations run on the CPU. timm's
+block also runs as it is; the patched one's target is a multiple of that.
+
+*Where a call's time goes*: nested calls, timed in the same run; a part is one of them, or a difference of their
+medians. *Direct*: past torch.library's dispatcher, where nothing would see the call. *By torch.library*: the same call
+where something would, forced for the measurement. The parts of each way add up to all of it. Without gradients, but
+for the last line of each: what autograd's notes cost on top. A part that is timed alone finds its data in the caches;
+what it takes longer inside the call counts as looking at the arguments, or as the public function's checks. On a CPU
+attention is torch's own function, for which the rest of the backend makes a mask and concatenates keys.""",
     "launches": """## Launches on a GPU
 
 Counted without a GPU, by Triton's own binder, cache and compiler over a driver that launches nothing. One video or

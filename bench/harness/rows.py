@@ -87,6 +87,7 @@ def percentiles(samples: list[float], digits: int = 3) -> dict[str, float | int 
 
 
 IDENTITY = ("device", "threads", "pages", "torch", "shape", "n", "dtype", "op", "direction", "impl")
+WHOLE = "all of it"  # the part of a call that its other parts add up to
 
 
 def read_rows(file: Path, keys: Iterable[str] = IDENTITY) -> list[dict]:
@@ -112,9 +113,14 @@ def rows_file(asked: Path | None, where: dict, suffix: str = "") -> Path | None:
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     """Add rows to a file, in place of older ones of the same measurement; all or nothing, whenever it is stopped."""
-    kept = {tuple(row[key] for key in IDENTITY): row for row in (read_rows(file) if file.exists() else [])}
-    kept.update({tuple(row[key] for key in IDENTITY): row for row in rows})
+    kept = {_identity(row): row for row in (read_rows(file) if file.exists() else [])}
+    kept.update({_identity(row): row for row in rows})
     save_rows(file, kept.values())
+
+
+def _identity(row: dict) -> tuple:
+    """Return what tells a row apart; a row of a part of a call names the part, too."""
+    return (*(row[key] for key in IDENTITY), row.get("part"))
 
 
 def save_rows(file: Path, rows: Iterable[dict]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import plot
 from charts import accuracy, blocks, common, host, models, operators, page, stop
+from harness.rows import WHOLE
 from support import ROOT
 
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -151,6 +152,26 @@ def test_targets_that_are_missed_are_marked():
     text = changed("host", {"op": "match", "direction": "forward", "impl": "native"}, met=False, target=6)
     assert line(text.partition("'s launch path")[0], "match", "forward").endswith("| ≤ 6×, **missed** |")
     assert host.verdict({"target": None}) == ""
+
+
+def test_a_block_and_the_same_unpatched():
+    where = {"op": "timm ViT block, r = 2", "direction": "forward", "impl": "native"}
+    for met, mark in ((True, ""), (False, ", **missed**")):
+        text = changed("host", where, met=met, target=1.25, times_unpatched=1.3).partition("'s launch path")[0]
+        assert line(text, where["op"], "forward").endswith(f"| 1.30 | ≤ 1.25× unpatched{mark} |")
+
+
+def test_parts_of_a_call():
+    """A section of their own, a line each, empty where a call has none; no section of rows without parts."""
+    plain = [row for row in ROWS["host"] if row.get("part") is None and row["impl"] == "native"]
+    assert len(host.tables(plain)) == 1
+    given = (("match", "the plan", 0.46), ("match", WHOLE, 9.0), ("merge", WHOLE, 8.0))
+    parts = [plain[0] | {"op": op, "direction": "direct", "part": part, "p50_us": us} for op, part, us in given]
+    (_, text) = host.tables(plain + parts)
+    assert text.splitlines()[-2:] == [
+        "| direct | the plan | 0.5 |  |",
+        "| direct | **all of it** | **9.0** | **8.0** |",
+    ]
 
 
 def test_ratios_and_spans():
