@@ -209,7 +209,7 @@ class VitBlockContext:
         Returns:
             The merged tokens, and ``norm`` of them (None without).
         """
-        x, size, source, position, *_ = tokens
+        x, size, source, position, layers, padded, kept = tokens
         merging = self.merging
         r = cap_r(merging.rates[self.index], x.shape[1], merging.protected)
         if r < merging.rates[self.index]:
@@ -229,7 +229,7 @@ class VitBlockContext:
         if merging.shape.needs_positions:
             position = _follow_positions(position, plan)
         source = dest if source is None else dest.gather(1, source)
-        return tokens.but(x=x, size=size, source=source, position=position), normed
+        return Tokens(x, size, source, position, layers, padded, kept), normed
 
     def pack_output(self, tokens: Tokens) -> Tokens | Tensor:
         """Return what the block gives: tokens to the next block, a tensor to whoever follows the last."""

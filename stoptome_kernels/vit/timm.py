@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..patching.subclass import PatchedModule, original_class
-from .block import AttentionMixin, BlockMixin, IntermediatesMixin, KeyRequest, Substitute, attend_like_library, reading
+from .block import (
+    AttentionMixin,
+    BlockMixin,
+    IntermediatesMixin,
+    KeyRequest,
+    Substitute,
+    apply,
+    attend_like_library,
+    reading,
+)
 from .guards import reject_masks, reject_other_arguments
 from .tokens import Tokens
 from .towers import (
@@ -44,9 +53,9 @@ class _PreNorm(BlockMixin):
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
-        residual = block.drop_path1(_layer_scale(block, 1, residual))
+        residual = apply(block.drop_path1, _layer_scale(block, 1, residual))
         merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
-        return merged.but(x=merged.x + block.drop_path2(_layer_scale(block, 2, block.mlp(normed))))
+        return merged.but(x=merged.x + apply(block.drop_path2, _layer_scale(block, 2, block.mlp(normed))))
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
@@ -61,8 +70,8 @@ class _PostNorm(BlockMixin):
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, tokens.x, tokens, rope)
-        merged, _ = block.tome.merge(tokens, block.drop_path1(block.norm1(residual)), keys, None)
-        return merged.but(x=merged.x + block.drop_path2(block.norm2(block.mlp(merged.x))))
+        merged, _ = block.tome.merge(tokens, apply(block.drop_path1, block.norm1(residual)), keys, None)
+        return merged.but(x=merged.x + apply(block.drop_path2, block.norm2(block.mlp(merged.x))))
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
@@ -105,7 +114,7 @@ class _Attention(AttentionMixin):
         gate = getattr(attn, "gate", None)
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
-            q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k = apply(attn.q_norm, q), apply(attn.k_norm, k)
         request.keys = k  # before any rotation: tokens are compared by what they show, not by where they are
         if rope is not None:
             q, k = (_rotated(attn, part, rope).type_as(v) for part in (q, k))
@@ -114,10 +123,10 @@ class _Attention(AttentionMixin):
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = attend_like_library(attn, attn.fused_attn, q, k, v, request.size)
         if hasattr(attn, "norm"):
-            out = attn.norm(out)
+            out = apply(attn.norm, out)
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(out))
+        return apply(attn.proj_drop, attn.proj(out))
 
 
 _BLOCKS: dict[tuple[str, str], type[BlockMixin]] = {
@@ -269,7 +278,7 @@ def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
     """Apply LayerScale, under either of its names."""
     module = getattr(block, f"ls{branch}", None)
     if module is not None:
-        return module(x)
+        return apply(module, x)
     gamma = getattr(block, f"gamma_{branch}", None)
     return x if gamma is None else x * gamma
 

@@ -77,7 +77,7 @@ class Tokens(NamedTuple):
         Args:
             changes: new values of fields by name.
         """
-        return Tokens(**{**dict(zip(Tokens._fields, self, strict=True)), **changes})
+        return Tokens(**{**dict(zip(Tokens._fields, self)), **changes})  # noqa: B905, strict costs as much as the rest
 
 
 def _arithmetic(tokens: Tokens, other: Any) -> NoReturn:
