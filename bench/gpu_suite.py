@@ -6,7 +6,8 @@
     bench/gpu_suite.sh OUTDIR second     after mending, at most 300 s: right again, torch.compile, STOP's tower
     bench/gpu_suite.sh OUTDIR tests      all tests that run on a GPU, at most 540 s
     bench/gpu_suite.sh OUTDIR bench      all operators and STOP, at most 560 s; `models`: whole vision transformers
-    bench/gpu_suite.sh OUTDIR all        tests and bench, 20 minutes
+    bench/gpu_suite.sh OUTDIR small      one video, eager, in a CUDA graph and compiled, at most 260 s
+    bench/gpu_suite.sh OUTDIR all        tests, bench and small, 20 minutes
     bench/gpu_suite.sh OUTDIR dry        every stage on a machine without a GPU: does it start, end, and write its rows?
 
 Needs a python3 with its own torch, Triton, pytest, hypothesis, matplotlib, numpy, tqdm; no network, no pip, and before

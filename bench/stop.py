@@ -6,6 +6,8 @@ Against upstream's way of computing it without merging, and against merging in e
 STOP proper's prompts (scopes `proper`, `prompts`) only if asked, since upstream's take half a minute to train. Every
 result is compared with the plain reference's before it is timed; a wrong one ends the run with status 1. Without
 arguments: on the GPU if there is one, else on the CPU with a smaller batch, in about ten minutes; --quick: in one.
+--ways measures inference in a CUDA graph and compiled, too, which is for batches that the host is slower with than the
+device.
 """
 
 from __future__ import annotations
@@ -18,58 +20,73 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from charts.stop import GUIDE, table
+from charts.stop import GUIDE, WAYS, table
 from harness import cli, measure, verify
 from harness.memory import memory
 from harness.rows import percentiles
 from harness.workloads import DIRECTIONS, Side
 from harness.workloads.stop import SETTINGS, prepare, sides
+from harness.workloads.ways import in_way
 
 SCOPES = ("block", "blocks", "tower", "proper", "prompts")
 OPS = {"proper": "tower, group2-2", "prompts": "prompts of group2-2"}  # others: as the scope
 HEADING = "{device}, {threads} threads, torch {torch}\n{videos} × 12 frames, {layers} layers, {dtype}"
 
 
-def check(found: list[Side], dtype: str) -> None:
+def references(found: list[Side]) -> dict[str, Tensor]:
+    """Return what the plain reference computes at each setting; the package's sides come first."""
+    right: dict[str, Tensor] = {}
+    with patch.dict(os.environ, STOPTOME_BACKEND="reference"):
+        for side in found:
+            if side.setting not in right:
+                right[side.setting] = side.infer().float()
+    return right
+
+
+def check(found: list[Side], right: dict[str, Tensor], dtype: str) -> None:
     """Check that implementations of one setting agree: to rounding without merging; with it a pair of tokens that are
     equally similar to rounding may be merged otherwise, so the direction of every output row is compared."""
-    right: dict[str, Tensor] = {}
     for side in found:
-        if side.setting not in right:  # the package's first
-            with patch.dict(os.environ, STOPTOME_BACKEND="reference"):
-                right[side.setting] = side.infer().float()
         who, least = f"{side.impl} at {side.setting}", 0.9999 if dtype == "float32" else 0.98
         verify.check_directions(who, side.infer().float(), right[side.setting], least)
 
 
-def rows_of(found: list[Side], scope: str, direction: str, args: argparse.Namespace) -> list[dict]:
-    used = {side.name: memory(side, direction, args.device) for side in found}
+def rows_of(found: list[Side], scope: str, direction: str, way: str, args: argparse.Namespace) -> list[dict]:
+    # the memory of a graph is taken when it is captured
+    counted = memory if way == "eager" else lambda *_: dict.fromkeys(("peak_bytes", "saved_bytes", "largest_bytes"))
+    used = {side.name: counted(side, direction, args.device) for side in found}
     times = measure.measure({side.name: [side.run(direction)] for side in found}, args.device, args.seconds, set())
     middle = measure.medians(times)
     rows = []
     for side in found:
-        t, own = middle[side.name], used[side.name]
+        t, own, wall = middle[side.name], used[side.name], times[side.name].get("wall_us")
         same = "package" if side.impl == "package" else "upstream"  # eager merging at r = 0 is upstream's block
-        gain, ideal = middle[f"{same} r=0"] / t, side.schedule.speedup
-        before, theirs = used[f"{same} r=0"], used.get("upstream r=0")
+        gain, ideal = ratio(middle.get(f"{same} r=0"), t), side.schedule.speedup
+        before, theirs = used.get(f"{same} r=0", {}), used.get("upstream r=0", {})
         which = "saved_bytes" if own["saved_bytes"] else "peak_bytes"
         rows.append(
             {
                 **{"shape": side.setting, "n": args.videos, "frames": 12, "op": OPS.get(scope, scope)},
-                **{"direction": direction, "dtype": args.dtype, "impl": side.impl},
+                **{"direction": direction, "dtype": args.dtype, "impl": side.impl + WAYS[way], "way": way},
                 **{"tokens": side.schedule.tokens, "items": side.schedule.items},
                 **percentiles(times[side.name]["samples"], 1),
-                "speedup_vs_r0": round(gain, 4),
+                "wall_us": round(wall, 1) if wall else None,
+                "speedup_vs_r0": gain,
                 "speedup_ideal": round(ideal, 4),
-                "eta": round(gain / ideal, 4),
-                "speedup_vs_upstream": round(middle["upstream r=0"] / t, 4) if theirs else None,
+                "eta": ratio(gain, ideal),
+                "speedup_vs_upstream": ratio(middle.get("upstream r=0"), t),
                 **own,
-                "memory_vs_r0": round(own[which] / before[which], 4),
-                "memory_vs_upstream": round(own[which] / theirs[which], 4) if theirs else None,
+                "memory_vs_r0": ratio(own[which], before.get(which)),
+                "memory_vs_upstream": ratio(own[which], theirs.get(which)),
                 "guide": GUIDE.get(side.setting),
             }
         )
     return rows
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """Return a ratio to four places, None where a part of it was not measured."""
+    return round(a / b, 4) if a and b else None
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +102,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "or STOP proper's prompts alone",
     )
     add("--videos", type=cli.positive(int), metavar="N", help="in a batch (default: 128 on a GPU, 4 on a CPU)")
-    cli.add_models(p, DIRECTIONS, 20.0, "each scope and direction")
+    add(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=["eager"],
+        help="inference in a CUDA graph, or by torch.compile(mode='reduce-overhead'), too (default: eager alone)",
+    )
+    cli.add_models(p, DIRECTIONS, 20.0, "each scope, direction and way")
     add("--quick", action="store_true", help="r = 0 and 4, all blocks, inference alone")
     args = cli.configure(p.parse_args(argv))
     args.videos = args.videos or (1 if args.dry else 128 if args.device == "cuda" else 4)
@@ -96,6 +120,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.settings = ["r=0", *args.settings]  # what everything is compared with
     if args.layers < 10 and {"accuracy", "memory"} & set(args.settings):
         p.error("argument --layers: the presets accuracy and memory join frames at layers 6 to 9; leave them out")
+    if set(args.ways) - {"eager"} and args.direction != ["inference"]:
+        p.error("argument --ways: graph and compile are of inference: give --direction inference")
+    if "graph" in args.ways and args.device != "cuda":
+        p.error("argument --ways: a CUDA graph needs a GPU")
     return args
 
 
@@ -104,9 +132,13 @@ def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
     for scope in args.scope:
         with cli.measuring(f"{args.videos} videos", "--videos"):
             found = sides(*prepare(args, "group2-2" if scope in ("proper", "prompts") else "DGL"), scope, args)
-            check(found, args.dtype)
-            for direction in args.direction:
-                yield rows_of(found, scope, direction, args)
+            right = references(found)
+            for way in args.ways:
+                chosen = in_way(found, way)
+                check(chosen, right, args.dtype)
+                for direction in args.direction:
+                    yield rows_of(chosen, scope, direction, way, args)
+                del chosen
             del found
 
 

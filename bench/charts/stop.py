@@ -12,10 +12,11 @@ from .common import find
 GUIDE = {"r=2": ((15, 20), (10, 15)), "r=4": ((25, 30), (20, 25)), "r=8": ((40, 45), (35, 40))}
 DIRECTIONS = ("inference", "training")
 HEAD = [
-    "what", "direction", "setting", "by", "items × tokens at the end", "time", "over upstream", "less time than r=0",
-    "speed-up, ideal", "η", "memory", "less than r=0",
+    "what", "direction", "setting", "by", "items × tokens at the end", "time", "and the host's", "over upstream",
+    "less time than r=0", "speed-up, ideal", "η", "memory", "less than r=0",
 ]  # fmt: skip
 
+WAYS = {"eager": "", "graph": ", in a CUDA graph", "compile": ", compiled"}  # and what ``impl`` says of them
 UNMERGED = {"upstream": "", "upstream, channels last": ", theirs channels last"}
 TOWERS = {"tower": "DGL's prompts", "tower, group2-2": "STOP proper's prompts"}
 END_TO_END = [
@@ -23,8 +24,9 @@ END_TO_END = [
 ]  # fmt: skip
 
 
-def memory_bytes(row: dict) -> float:
-    """Return the bytes that training keeps for backward; in inference and on a GPU, the most that lived at once."""
+def memory_bytes(row: dict) -> float | None:
+    """Return the bytes that training keeps for backward; in inference and on a GPU, the most that lived at once; None
+    for a graph, whose memory was taken before."""
     return row["saved_bytes"] or row["peak_bytes"]
 
 
@@ -34,15 +36,17 @@ def last_size(row: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     """Return all rows as text for a terminal."""
-    lines = [
-        [
+    lines = []
+    for row in rows:
+        wall, gain, memory = row.get("wall_us"), row["speedup_vs_r0"], memory_bytes(row)
+        lines.append([
             row["op"], row["direction"], row["shape"], row["impl"], last_size(row), common.microseconds(row["p50_us"]),
-            common.speedup(row["speedup_vs_upstream"]), common.per_cent_less(1 / row["speedup_vs_r0"]),
-            f"{row['speedup_vs_r0']:.2f}× of {row['speedup_ideal']:.2f}×", f"{row['eta']:.2f}",
-            common.mebibytes(memory_bytes(row)), common.per_cent_less(row["memory_vs_r0"]),
-        ]
-        for row in rows
-    ]  # fmt: skip
+            common.microseconds(wall) if wall else "", common.speedup(row["speedup_vs_upstream"]),
+            common.per_cent_less(1 / gain) if gain else "",
+            f"{gain:.2f}× of {row['speedup_ideal']:.2f}×" if gain else "", f"{row['eta']:.2f}" if gain else "",
+            common.mebibytes(memory) if memory else "",
+            common.per_cent_less(row["memory_vs_r0"]) if row["memory_vs_r0"] is not None else "",
+        ])  # fmt: skip
     return common.columns([HEAD, *lines]).replace("**", "")
 
 
@@ -62,6 +66,8 @@ def tables(rows: list[dict]) -> list[str]:
             ("Twelve blocks with merging, against r = 0", blocks, merged, _merged(blocks), 3),
             ("Twelve blocks, against merging in eager operations", blocks,
              ["direction", "setting", "eager", *two[1:]], _against_eager(blocks), 2),
+            ("A call with the host's time: eager, in a CUDA graph, compiled", found,
+             ["part", "setting", "by", "eager", "in a CUDA graph", "compiled"], _by_way(found), 3),
         ):  # fmt: skip
             parts += common.section(title, chosen, head, lines, words, videos)
         for op, what in TOWERS.items():
@@ -144,6 +150,17 @@ def _against_eager(rows: list[dict]) -> list[list[str]]:
         mine, theirs = find(rows, impl="package", **same), find(rows, impl="eager", **same)
         if mine and theirs:
             lines.append([direction, shape, *_pair(theirs, mine)])
+    return lines
+
+
+def _by_way(rows: list[dict]) -> list[list[str]]:
+    """Return times as a caller sees them, where a call was measured in more ways than one."""
+    lines = []
+    for op, shape, impl in common.distinct([row for row in rows if row.get("way") == "eager"], "op", "shape", "impl"):
+        same = {"op": op, "shape": shape, "direction": "inference"}
+        found = [find(rows, impl=impl + said, **same) for said in WAYS.values()]
+        if found[0] and any(found[1:]):
+            lines.append([op, shape, impl, *(common.microseconds(row["wall_us"]) if row else "" for row in found)])
     return lines
 
 

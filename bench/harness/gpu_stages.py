@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LIMITS = {"first": 400, "second": 300, "tests": 540, "bench": 560, "models": 400, "all": 1200, "dry": 600}  # seconds
+LIMITS = {  # seconds
+    "first": 400, "second": 300, "small": 260, "tests": 540, "bench": 560, "models": 400, "all": 1200, "dry": 600,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ VERSIONS = Stage("versions", 15, "versions.py")
 NO_GPU = 3  # the status of VERSIONS where torch finds no GPU: tests would all be skipped, and benchmarks measure a CPU
 TEST_GPU = ("tests/ops/test_gpu.py",)
 TEST_BACKENDS = ("-k", "triton", "tests/ops")
+SMALL_TESTS = "graph or direct_calls or multiples_of_16"
 SEVEN = "match_item|reduce_rows|spread_rows|norm_rows|norm_grad_rows|attend|grad_keys"
 HALF = ("--dtype", "bfloat16")
 TUNE = ("--json", "{out}/tune.json")
 FUSED = ("--json", "{out}/fused.json", "--seconds", "0.3")
-ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference")
+ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference", "--settings", "r=0", "r=8")
+ONE_VIDEO += ("--ways", "eager", "graph")  # where compile is added, it comes last: it takes the most time
 TOWERS = ("--scope", "prompts", "proper", "tower")  # cuDNN's conv3d is upstream's, as it comes and channels last
 
 FIRST = (  # is it right, how fast, what bounds it
@@ -92,6 +96,10 @@ SECOND = (  # right again, with a compiler, whole towers
     stop("stop-float32", 15, "--scope", "prompts", "--dtype", "float32", "--videos", "16", "--seconds", "1"),
     chart("chart", "operators", "rows"),
 )
+SMALL = (  # one video: eager, in a CUDA graph, compiled
+    stop("stop-one-video", 155, *ONE_VIDEO, "compile", "--seconds", "3"),
+    chart("stop-one-video-chart", "stop", "stop"),
+)
 TESTS = (
     pytest("test-gpu", 150, *TEST_GPU),
     pytest("test-backends", 230, *TEST_BACKENDS),
@@ -102,7 +110,6 @@ BENCH = (
     merge("merge-bfloat16", 140, *HALF, "--seconds", "25"),
     stop("stop-training", 120, "--seconds", "6"),
     Stage("fused", 50, "fused.py", FUSED),
-    stop("stop-one-video", 40, *ONE_VIDEO, "--seconds", "6"),
     merge("merge-float32", 70, "--dtype", "float32", "--no-compile", "--seconds", "25"),
     Stage("blocks", 30, "blocks.py", ("--json", "{out}/blocks.json", "--seconds", "3")),
     Stage("tune", 45, "tune.py", TUNE),
@@ -120,7 +127,8 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "tests": (VERSIONS, *TESTS),
     "bench": (VERSIONS, *BENCH),
     "models": (VERSIONS, *MODELS),
-    "all": (VERSIONS, *TESTS, *BENCH),
+    "small": (VERSIONS, pytest("test-small", 60, "-k", SMALL_TESTS, *TEST_GPU), *SMALL),
+    "all": (VERSIONS, *TESTS, *BENCH, *SMALL),
 }
 
 # What makes a script's run small where there is no GPU; argparse takes the last of options that are given twice.
@@ -136,12 +144,13 @@ SMALLEST = {
 
 
 def dry() -> tuple[Stage, ...]:
-    """Return each script of the plans once. Of the tests all are collected, and a few run; what builds or runs native
-    code, and a profiler or sanitizer itself, is left to machines that have them."""
+    """Return each script of the plans once, bench/stop.py also in all ways. Of the tests all are collected, and a few
+    run; what builds or runs native code, and a profiler or sanitizer itself, is left to machines that have them."""
     found: dict[tuple[str, ...], Stage] = {}
-    for stage in (*FIRST, *SECOND, *BENCH, *MODELS):
+    for stage in (*FIRST, *SMALL, *SECOND, *BENCH, *MODELS):
         if stage.script != "pytest":
-            which = stage.arguments[:1] if stage.script == "plot.py" else ()
+            kinds = stage.arguments[:1] if stage.script == "plot.py" else ("--ways",)
+            which = tuple(word for word in kinds if word in stage.arguments)
             found.setdefault((stage.script, *which), stage)
     stages = list(found.values())
     stages.insert(1, pytest("collect", 60, "-k", "triton or test_gpu", "--collect-only", "-qq", "tests/ops"))

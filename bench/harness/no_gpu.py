@@ -305,6 +305,7 @@ def pretend() -> None:
     if not _mode:
         for name, value in _CUDA.items():
             setattr(torch.cuda, name, value)
+        torch.cuda.graphs.graph_pool_handle = _nothing  # which make_graphed_callables asks for
         _mode.append(_OnCpu())
         _mode[0].__enter__()
 

@@ -37,6 +37,14 @@ def test_the_first_call_begins_with_the_tests():
     assert gpu_stages.LIMITS["second"] <= 300
 
 
+def test_one_video_is_measured_in_every_way():
+    """In one stage, which is in the longest plan, too; to compile takes the longest, and comes last."""
+    for plan in ("small", "all"):
+        (stage,) = (stage for stage in PLANS[plan] if stage.name == "stop-one-video")
+        ways = stage.arguments[stage.arguments.index("--ways") + 1 :]
+        assert ways[:3] == ("eager", "graph", "compile")
+
+
 def run(tmp_path, monkeypatch, *stages, packed=None):
     """Run stages that are files of ``tmp_path``; return status, report, what was packed, and the seconds."""
     monkeypatch.setitem(PLANS, "first", stages)
@@ -216,6 +224,7 @@ def test_dry_run(tmp_path, capsys):
         rows = json.loads((files / f"{name}.json").read_text())
         assert rows
         assert {(row["device"], row["device_kind"]) for row in rows} == {("none", "none")}, name
+    assert {row["way"] for row in json.loads((files / "stop.json").read_text())} == {"eager", "graph", "compile"}
     for name in ("rows", "stop", "models"):
         assert (files / f"{name}.png").stat().st_size > 1000
         assert (files / f"{name}.md").stat().st_size > 100

@@ -58,6 +58,59 @@ def test_chart_and_table(done, bench, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_video_in_every_way(bench, tmp_path, run_script):
+    """Eager, in a CUDA graph and compiled: over the stand-in for a GPU, where a graph is empty and nothing compiles."""
+    file = tmp_path / "rows.json"
+    small = ("--layers", 2, "--settings", "r=0", "r=4", "--scope", "blocks", "--direction", "inference")
+    output = run_script("stop.py", "--dry", *small, "--ways", "eager", "graph", "compile", "--json", file)
+    rows = {(r["way"], r["shape"], r["impl"]): r for r in json.loads(file.read_text())}
+    assert set(rows) == {
+        ("eager", "r=0", "package"), ("eager", "r=4", "package"), ("eager", "r=0", "upstream"),
+        ("eager", "r=4", "eager"), ("graph", "r=0", "package, in a CUDA graph"),
+        ("graph", "r=4", "package, in a CUDA graph"), ("graph", "r=0", "upstream, in a CUDA graph"),
+        ("compile", "r=0", "package, compiled"), ("compile", "r=4", "package, compiled"),
+    }  # fmt: skip
+    for (way, setting, _), row in rows.items():
+        assert row["wall_us"] > 0
+        assert (row["peak_bytes"] is not None) == (way == "eager")
+        assert (row["speedup_vs_upstream"] is not None) == (way != "compile"), "over the same way"
+        assert row["speedup_vs_r0"] == 1 or setting != "r=0"
+    assert "r=4      package, in a CUDA graph" in output
+    text = "\n".join(bench("charts.stop").tables(list(rows.values())))
+    (line,) = (line for line in text.splitlines() if line.startswith("| blocks | r=4 | package |"))
+    assert all(cell.strip() for cell in line.split("|")[1:-1])
+
+
+def test_what_cannot_be_captured_is_left_out(bench, monkeypatch, capsys):
+    """It is said, and the next is measured."""
+    from harness import no_gpu
+    from harness.workloads import Side, ways
+
+    def compiled(call, **_):
+        if call is bad:
+            raise RuntimeError("not this one\nand more")
+        return call
+
+    good, bad = (lambda: torch.ones(1)), (lambda: torch.zeros(1))
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(no_gpu, "pretending", lambda: False)
+    sides = [Side("package", name, call, ()) for name, call in (("r=0", bad), ("r=2", good))]
+    found = ways.in_way([*sides, Side("upstream", "r=0", good, ())], "compile")
+    assert [side.setting for side in found] == ["r=2"]
+    assert capsys.readouterr().err == "package r=0, compile: left out: not this one\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--direction", "inference"), "a CUDA graph needs a GPU"), ((), "give --direction inference")],
+)
+def test_ways_that_are_refused(bench, machine, capsys, words, said):
+    with pytest.raises(SystemExit):
+        bench("stop").arguments(["--ways", "graph", *words])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["sizes", "prompts"])
 def test_a_wrong_result_is_not_timed(bench, no_clock, monkeypatch, capsys, forgotten):
     """A peer that forgets the sizes in attention, or the global prompts, is found out before a clock runs."""
@@ -138,4 +191,4 @@ def test_towers_agree_with_upstream(bench):
         found = stop.sides(*stop.prepare(args, temporal_prompt), scope, args)
         assert [side.impl for side in found][:2] == ["package", "upstream"]
         assert len(found) == 2 + (scope == "prompts"), "there with channels last, too"
-        stop.check(found, "float32")
+        stop.check(found, stop.references(found), "float32")
