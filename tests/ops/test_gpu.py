@@ -7,6 +7,7 @@ import pytest
 import stoptome_kernels as stk
 import torch
 from stoptome_kernels.compat import bipartite_soft_matching_random2d
+from stoptome_kernels.ops import direct
 
 from support import GPU
 from support.attention import assert_exact, make
@@ -296,6 +297,58 @@ def test_sets_that_are_none_leave_no_range():
         assert stk.merge(metric, plan)[0].isfinite().all()
 
 
+def shifted(tensor, by):
+    """A copy that begins so many elements behind an address that is a multiple of 16."""
+    memory = torch.empty(by + tensor.numel(), dtype=tensor.dtype, device="cuda")
+    return memory[by:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 1)], ids=["aligned first", "shifted first"])
+def test_addresses_that_are_not_multiples_of_16(order, dtype):
+    """Launches are prepared for a key without addresses: one for aligned tensors does not serve others, nor the other
+    way round."""
+    from stoptome_kernels._backends.triton import launch
+
+    launch._READY.clear()
+    metric, x, size, r, protected = inputs("one video", dtype)
+    weight, bias = (torch.rand(x.shape[2], device="cuda") for _ in range(2))
+    q, k, v = (torch.randn(12, 12, 54, 64, device="cuda", dtype=dtype) for _ in range(3))
+    given = (metric.contiguous(), x, torch.randn_like(x), size, weight, bias, q, k, v)
+
+    def merged(backend, plan, x, residual, size, weight, bias, q, k, v):
+        leaf = x.detach().requires_grad_()
+        y, sizes = stk.merge(leaf, plan, size, backend=backend)
+        (grad,) = torch.autograd.grad(y, leaf, y.detach())
+        stream, normed, _ = stk.merge_norm(x, residual, plan, size, weight, bias, backend=backend)
+        same = (y.detach(), sizes, grad, stk.unmerge(y.detach(), plan, backend), stream)
+        return same, (normed, stk.attention(q, k, v, size, backend=backend))
+
+    reference = stk.match(given[0], r, protected, "reference")
+    for by in order:
+        metric, *rest = (shifted(tensor, by) for tensor in given)
+        assert all((tensor.data_ptr() % 16 == 0) == (by == 0) for tensor in (metric, *rest))
+        plan = stk.match(metric, r, protected, "triton")
+        assert (plan.dest != reference.dest).any(1).sum() <= 1  # of pairs that float32 can't tell apart
+        same, near = merged("triton", plan, *rest)
+        want_same, want_near = merged("reference", plan, *rest)
+        for ours, want in zip(same, want_same, strict=True):
+            assert_same(ours, want, f"shifted by {by}")
+        share = max(1e-5, 4 * ROUNDOFF[dtype])  # another element would be off by about 1
+        for ours, want in zip(near, want_near, strict=True):
+            torch.testing.assert_close(ours, want, rtol=share, atol=share)
+
+
+def test_direct_calls_know_a_tensor_of_the_gpu():
+    """Else every eager call would take the dispatcher."""
+    x = torch.ones(2, device="cuda")
+    with torch.inference_mode():
+        tensors = (x, torch.nn.Parameter(x), torch.ones(2, device="cuda"), torch.zeros(2, 2, device="cuda").t())
+    assert [direct.device_of(tensor) for tensor in tensors] == ["cuda"] * 4
+    assert direct.are_on("cuda", *tensors)
+    assert direct.is_unseen()
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile(mode):
     torch._dynamo.reset()
@@ -458,23 +511,36 @@ def test_fft_conv3d(channels, outputs, kernel, plane):
         assert (first - right).abs().max() <= 1e-5 * right.abs().max()
 
 
-def test_stop_model_in_a_cuda_graph():
-    """Inference of one video, captured and replayed on another one."""
-    model, video = stop_model()
-    model, first, second = model.cuda().eval(), video[:1].cuda(), video[1:2].cuda()
+def timm_model():
+    from harness import libraries  # noqa: F401  (first of all that may import torchvision)
+
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(embed_dim=192, depth=3, num_heads=3, num_classes=10)
+    return stk.apply_tome_patch(model, 13), torch.randn(4, 3, 224, 224)
+
+
+@pytest.mark.parametrize("name", ["timm", "STOP"])
+def test_models_in_a_cuda_graph(name):
+    """Captured in one line of torch's: the bits and the trace of eager calls for whatever is put in; another shape is
+    refused, and the model itself stays as it was."""
+    model, batch = timm_model() if name == "timm" else stop_model()
+    stk.apply_tome_patch(model, 4, trace_source=True)
+    model, first, second = model.cuda().eval(), batch[:1].cuda(), batch[1:2].cuda()
+    call = model.forward if name == "timm" else model.encode_video
+    found = []
     with torch.no_grad():
-        want = model.encode_video(second)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            model.encode_video(first)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = model.encode_video(first)
-        first.copy_(second)
-        graph.replay()
-    assert torch.equal(out, want)
+        for x in (first, second):
+            found.append((x, call(x), stk.tome_trace(model).dest.clone()))
+        graphed = torch.cuda.make_graphed_callables(call, (first.clone(),))
+    for x, want, trace in (*found, found[0]):
+        assert torch.equal(graphed(x), want)
+        assert torch.equal(stk.tome_trace(model).dest, trace)
+    with pytest.raises(RuntimeError, match="size"):
+        graphed(first[..., :112])
+    with torch.no_grad():
+        assert torch.equal(call(second), found[1][1])
+    stk.remove_tome_patch(model)
 
 
 def test_stop_model_compiled():
