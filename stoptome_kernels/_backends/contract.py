@@ -95,8 +95,8 @@ class Backend(ABC):
     def attention_backward(
         self, grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return the gradients of q, k and v, laid out as out is, and of prefix_k and prefix_v, None without a prefix;
-        from ``grad (N, H, Tq, d)`` and the results of ``attention``."""
+        """Return the gradients of q, k and v, of any strides, and of prefix_k and prefix_v, None without a prefix; from
+        ``grad (N, H, Tq, d)`` and the results of ``attention``."""
 
     @abstractmethod
     def fft_conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -146,11 +146,11 @@ class Native(Backend):
             attn_mask=log_size_bias(inputs.size, keys), scale=scale_of(inputs),
         )  # fmt: skip
         if inputs.prefix_k is None:
-            return heads_last(dq), heads_last(dkeys), heads_last(dvalues), None, None
+            return dq, dkeys, dvalues, None, None
         m, ahead = inputs.prefix_k.shape[0], prefix_length(inputs)
         # summed in float32 and rounded once, as on every backend
         shared = (x[:, :, :ahead].unflatten(0, (m, -1)).sum(1, dtype=lse.dtype).to(q.dtype) for x in (dkeys, dvalues))
-        return heads_last(dq), heads_last(dkeys[:, :, ahead:]), heads_last(dvalues[:, :, ahead:]), *shared
+        return dq, dkeys[:, :, ahead:], dvalues[:, :, ahead:], *shared
 
     def fft_conv3d(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return frequency.convolve(_Products, x, weight, bias)

@@ -93,10 +93,10 @@ def _backward(grad: Tensor, *arguments) -> Gradients:
     run = choose(backend, inputs.q, inputs)
     if inputs.q.numel() == 0:
         return tuple(t.zero_() for t in _gradients(inputs))  # type: ignore[return-value]
-    *grads, dprefix_k, dprefix_v = run.attention_backward(grad, inputs, out, lse)
+    dq, dk, dv, dprefix_k, dprefix_v = run.attention_backward(grad, inputs, out, lse)
     if dprefix_k is None or dprefix_v is None:
         dprefix_k, dprefix_v = grad.new_empty(0), grad.new_empty(0)
-    return *grads, dprefix_k, dprefix_v  # type: ignore[return-value]
+    return heads_last(dq), heads_last(dk), heads_last(dv), dprefix_k, dprefix_v  # as a trace expects them
 
 
 def _backward_fake(grad: Tensor, *arguments) -> Gradients:

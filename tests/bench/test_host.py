@@ -28,23 +28,20 @@ OPS = {
 }
 TIMM = {(f"timm ViT block, {what}", way) for what in ("r = 2", "unpatched") for way in WAYS}
 MERGES = ("merge", "merge_norm")
-SIZED = "attention, sizes and prefix"
-# the parts that only some calls have: on a CPU attention is torch's own function, no operator's
 DIRECT = {
     "asking who would see it", "looking at the arguments", "choosing the backend", "memory for the results",
     "the rest of the backend", "the kernel's call", WHOLE,
 }  # fmt: skip
-CHECKED = {"the public function's checks", "choosing the backend", "the backend", WHOLE}
-OPERATOR = {"torch.library's dispatch", "the operator's checks"}
+BY_LIBRARY = {
+    "the public function's checks", "torch.library's dispatch", "the operator's checks", "choosing the backend",
+    "the backend", WHOLE,
+}  # fmt: skip
 
 
-def parts_of(op: str, backend: str) -> set[tuple[str, str]]:
+def parts_of(op: str) -> set[tuple[str, str]]:
     """Return the parts of a call, by the way that it takes."""
-    torchs = op == SIZED and backend == "native"
     more = ({"making the plan"} if op == "match" else set()) | ({ON_TOP} if op in MERGES else set())
-    direct = DIRECT - {"memory for the results"} if torchs else DIRECT
-    by_library = CHECKED if torchs else CHECKED | OPERATOR
-    return {("direct", part) for part in direct | more} | {("by torch.library", part) for part in by_library | more}
+    return {("direct", part) for part in DIRECT | more} | {("by torch.library", part) for part in BY_LIBRARY | more}
 
 
 @pytest.mark.slow
@@ -64,7 +61,7 @@ def test_both_backends(tmp_path):
         assert len({frozenset(row) for row in found}) == 1, "all rows have the same columns"
         rows, parts = ([row for row in found if (row["part"] is None) == wanted] for wanted in (True, False))
         assert {(row["op"], row["direction"]) for row in rows} == OPS | (TIMM if find_spec("timm") else set())
-        check_parts(parts, rows, backend)
+        check_parts(parts, rows)
         for row in found:
             assert (row["impl"], row["dtype"], row["threads"]) == (backend, dtype, 1)
             assert row["runs"] >= 5
@@ -79,13 +76,13 @@ def test_both_backends(tmp_path):
         assert all(row["times_layer_norm"] > 1 for row in rows if row["op"] not in ("F.layer_norm", "unmerge"))
 
 
-def check_parts(parts: list[dict], rows: list[dict], backend: str) -> None:
+def check_parts(parts: list[dict], rows: list[dict]) -> None:
     """Check that each op has its parts, that those of a way add up to the call, and that the direct way is the call."""
     p50 = {(row["op"], row["direction"]): row["p50_us"] for row in rows}
     assert {row["op"] for row in parts} == set(host_parts.OPS)
     for op in host_parts.OPS:
         own = {(row["direction"], row["part"]): row["p50_us"] for row in parts if row["op"] == op}
-        assert own.keys() == parts_of(op, backend)
+        assert own.keys() == parts_of(op)
         for way in ("direct", "by torch.library"):
             whole = own[way, WHOLE]
             inside = [us for (direction, part), us in own.items() if direction == way and part not in (WHOLE, ON_TOP)]
@@ -160,12 +157,10 @@ def test_parts_by_hand():
     [
         ({"plan": 1.0}, 40 - 30 - 1),
         ({"chosen inside": 1.5}, 40 - 30 - 0.5),  # attention asks twice, once before the operator
-        ({"dispatched": None}, 40 - 2 - 9),  # torch's own function
     ],
 )
 def test_parts_that_some_calls_have(more, public):
-    us = {name: value for name, value in (US | more).items() if value is not None}
-    found = {(way, part): value for way, part, value in host_parts.parts(us)}
+    found = {(way, part): value for way, part, value in host_parts.parts(US | more)}
     assert found["by torch.library", "the public function's checks"] == public
     for way, whole in (("direct", 20), ("by torch.library", 40)):
         assert sum(us for (w, part), us in found.items() if w == way and part not in (WHOLE, ON_TOP)) == whole

@@ -24,7 +24,8 @@ def test_every_file_is_represented_in_make_check():
     """But the files of which each test takes long, named here."""
     quick = {name.partition("::")[0] for name in collect("-m", "not slow and not full")}
     files = {name.partition("::")[0] for name in collect("-m", "")}
-    assert files - quick == {"tests/bench/test_launches.py"}  # which sets up 25 s for all of them
+    # which compile kernels for 25 s
+    assert files - quick == {"tests/bench/test_launches.py", "tests/ops/test_prepared_launches.py"}
 
 
 def test_the_files_that_are_named_exist():

@@ -103,9 +103,10 @@ def test_results_are_those_of_the_operators(backend, device, monkeypatch, grad):
             patched.setattr(direct, "is_unseen", lambda: False)
             for name, (call, leaves) in found.items():
                 theirs = with_gradients(call, leaves if grad else [])
-                for got, want in zip(ours[name], theirs, strict=True):
+                results = len(outputs(call()))
+                for index, (got, want) in enumerate(zip(ours[name], theirs, strict=True)):
                     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {dtype}")
-                    assert got.stride() == want.stride(), name
+                    assert index >= results or got.stride() == want.stride(), name  # gradients may have any
                     assert got.requires_grad == want.requires_grad, name
 
 

@@ -168,7 +168,7 @@ def main() -> None:
     for name, arguments in cases():
         prepared = launched(name, arguments)
         launch._PREPARES, ready = False, dict(launch._READY)
-        launch._READY.clear()
+        launch.forget()
         plain = launched(name, arguments)
         launch._PREPARES = prepares
         launch._READY.update(ready)

@@ -77,18 +77,14 @@ def parts(us: dict[str, float]) -> Iterator[tuple[str, str, float]]:
     ]
     if "with gradient" in us and f"{OPERATOR}, with gradient" in us:
         lines.append((DIRECT, ON_TOP, us["with gradient"] - us["forward"]))
-    whole, dispatched = us[f"{OPERATOR}, forward"], us.get("dispatched")
-    # where torch's own function is called there is no operator
-    chosen = us.get("chosen inside", us["choose"])
-    inside = us["choose"] + (us["backend"] if dispatched is None else dispatched - chosen)
-    lines.append((OPERATOR, "the public function's checks", whole - inside - plan))
-    if dispatched is not None:
-        checks = us["implementation"] - chosen - us["operator's backend"]
-        lines.append((OPERATOR, "torch.library's dispatch", dispatched - us["implementation"]))
-        lines.append((OPERATOR, "the operator's checks", checks))
+    whole, dispatched = us[f"{OPERATOR}, forward"], us["dispatched"]
+    chosen = us.get("chosen inside", us["choose"])  # attention's public function chooses, too
     lines += [
+        (OPERATOR, "the public function's checks", whole - us["choose"] - (dispatched - chosen) - plan),
+        (OPERATOR, "torch.library's dispatch", dispatched - us["implementation"]),
+        (OPERATOR, "the operator's checks", us["implementation"] - chosen - us["operator's backend"]),
         (OPERATOR, "choosing the backend", us["choose"]),
-        (OPERATOR, "the backend", us["backend"] if dispatched is None else us["operator's backend"]),
+        (OPERATOR, "the backend", us["operator's backend"]),
         (OPERATOR, "making the plan", us.get("plan")),
         (OPERATOR, WHOLE, whole),
     ]
@@ -149,21 +145,13 @@ def _attention(backend: str, i: Inputs) -> Pieces:
     inputs = i.attention
     q = inputs.q
 
-    def torchs_or_ours() -> str:
-        return choose_attention("auto", "cpu", q.dtype, TRITON.takes(inputs), False)
-
-    if backend == "native":  # which is torch's own function
-        name = "scaled_dot_product_attention"
-        with patch.object(torch.nn.functional, name, _Noted(getattr(torch.nn.functional, name))) as noted:
-            ops.attention.sdpa(inputs)
-        return {"choose": torchs_or_ours, "kernel": noted.call, "backend": partial(ops.attention.sdpa, inputs)}
-
     def choose_both() -> object:
-        torchs_or_ours()
+        choose_attention("auto", "cpu", q.dtype, TRITON.takes(inputs), NATIVE.takes(inputs), False)
         return choose("auto", q, inputs)
 
     def memory() -> object:
-        return layout.empty_heads_last(q, *q.shape[:3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out = layout.empty_heads_last(q, *q.shape[:3])
+        return (out, q.new_empty(q.shape[:3], dtype=torch.float32)) if backend == "triton" else out
 
     run = _run(backend)
     return {
@@ -214,8 +202,8 @@ _held: list = []  # results of noted calls: native kernels get addresses, which 
 def _native_kernel(function: Callable, arguments: tuple) -> Call:
     """Return the native kernel that a backend's function calls, with addresses and strides as it got them."""
     real = native._native
-    kernels = {name: _Noted(getattr(real, name)) for name in ("match", "reduce", "merge_norm")}
-    with patch.object(native, "_native", SimpleNamespace(**kernels)):
+    kernels: dict = {name: _Noted(getattr(real, name)) for name in ("match", "reduce", "merge_norm", "attention")}
+    with patch.object(native, "_native", SimpleNamespace(**kernels, instruction_set=real.instruction_set)):
         results = function(*arguments)
     (call,) = (noted.call for noted in kernels.values() if hasattr(noted, "call"))
     live = [t for t in tree_leaves((arguments, results)) if isinstance(t, Tensor)]

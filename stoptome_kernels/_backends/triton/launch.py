@@ -46,7 +46,12 @@ def launch(key: tuple, tensors: tuple[Tensor | None, ...], describe: Callable[..
     if address % 16 or not _PREPARES or type(compiled) is not triton.compiler.CompiledKernel:
         return  # the interpreter, too
     if len(_READY) >= _MOST:
-        _READY.clear()
+        forget()
     rest = kernel.arg_names[len(arguments) :]
     numbers = (*arguments[len(tensors) :], *(meta[name] for name in rest))
     _READY[key] = compiled, (*grid, 1, 1)[:3], numbers
+
+
+def forget() -> None:
+    """Forget all launches, so that the next ones are looked at by Triton."""
+    _READY.clear()
