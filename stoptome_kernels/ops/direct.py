@@ -56,7 +56,7 @@ def is_eager() -> bool:
 
 def is_unseen() -> bool:
     """Return whether nothing at all would see it: no function mode and no profiler either."""
-    return not _functions() and not profiler._is_profiler_enabled and is_eager()
+    return is_eager() and not _functions() and not profiler._is_profiler_enabled  # a compiler reads the first alone
 
 
 def device_of(x: object) -> str | None:
