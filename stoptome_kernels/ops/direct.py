@@ -20,13 +20,6 @@ from ..checks import DTYPES
 from ..plan import MergePlan
 
 _C: Any = torch._C
-_keys_of, _included, _excluded = (
-    _C._dispatch_keys,
-    _C._dispatch_tls_local_include_set,
-    _C._dispatch_tls_is_dispatch_key_excluded,
-)
-_functions = _C._len_torch_function_stack
-_AUTOGRAD = _C.DispatchKey.AutogradFunctionality  # of any device
 
 
 def _set_of(*names: str) -> int:
@@ -37,21 +30,34 @@ def _set_of(*names: str) -> int:
     return keys.raw_repr()
 
 
-# what a thread's dispatcher adds to every call: without modes, traces and transforms; in inference mode the latter
-_EAGER = {_set_of("BackendSelect", "ADInplaceOrView"), _set_of("BackendSelect")}
-# the keys of tensors that are plain memory: no subclass, wrapper, or view with a bit set; those of inference mode too
-_PLAIN = {
-    _set_of(key, *more, f"Autocast{key}"): key.lower()
-    for key in ("CPU", "CUDA")
-    for more in (("ADInplaceOrView", f"Autograd{key}"), ())
-}
+try:
+    _keys_of, _included = _C._dispatch_keys, _C._dispatch_tls_local_include_set
+    _excluded, _functions = _C._dispatch_tls_is_dispatch_key_excluded, _C._len_torch_function_stack
+    _AUTOGRAD = _C.DispatchKey.AutogradFunctionality  # of any device
+    # what a thread's dispatcher adds to every call: without modes, traces and transforms; in inference mode the latter
+    _EAGER = {_set_of("BackendSelect", "ADInplaceOrView"), _set_of("BackendSelect")}
+    # the keys of tensors that are plain memory: no subclass, wrapper, or view with a bit set; in inference mode the
+    # latter
+    _PLAIN = {
+        _set_of(key, *more, f"Autocast{key}"): key.lower()
+        for key in ("CPU", "CUDA")
+        for more in (("ADInplaceOrView", f"Autograd{key}"), ())
+    }
+    _knows_torch = hasattr(profiler, "_is_profiler_enabled")
+except AttributeError:  # a torch without one of these, which are not public: every call takes the operator
+    _knows_torch = False
 _TENSORS = (Tensor, Parameter)
 FLOATING = frozenset(DTYPES)
 
 
 def is_eager() -> bool:
     """Return whether no trace, dispatch mode or transform would see an operator that is called now."""
-    return not torch.compiler.is_compiling() and _included().raw_repr() in _EAGER and forward_ad._current_level < 0
+    return (
+        _knows_torch
+        and not torch.compiler.is_compiling()
+        and _included().raw_repr() in _EAGER
+        and forward_ad._current_level < 0
+    )
 
 
 def is_unseen() -> bool:

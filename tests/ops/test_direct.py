@@ -2,6 +2,10 @@
 """Calls past the dispatcher: eager calls take them, with the results of the operators; whatever could see an operator
 sees it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import stoptome_kernels as stk
 import torch
@@ -10,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support import ROOT
 from support.helpers import dtypes_of
 
 NAMES = ("match", "merge", "unmerge", "merge_norm", "attention")
@@ -337,3 +342,24 @@ def test_what_is_plain(device):
     torch.jit.trace(inside, torch.ones(2, device=device), check_trace=False)
     assert not any(seen)
     assert len(seen) >= 4
+
+
+@pytest.mark.slow  # a process that imports torch
+@pytest.mark.parametrize("lacks", ["_C._dispatch_keys", "autograd.profiler._is_profiler_enabled"])
+def test_a_torch_that_is_not_known_takes_the_operators(lacks):
+    """What is asked of torch here is not public."""
+    code = f"""if True:
+        import torch
+        del torch.{lacks}
+        import stoptome_kernels as stk
+        from stoptome_kernels.ops import direct
+        assert not direct.is_unseen()
+        x = torch.randn(2, 9, 4)
+        plan = stk.match(x, 2)
+        assert stk.merge(x, plan)[0].shape == (2, 7, 4)
+        q = torch.randn(2, 2, 9, 4)
+        assert stk.attention(q, q, q, torch.ones(2, 9)).shape == q.shape
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
