@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..api import attention, match, match_merge_norm, merge
+from ..api import attention, match, merge, merge_norm
 from ..patching.guards import may_read_weights
 from ..plan import MergePlan
 from ..tome.schedule import Schedule, Step
@@ -249,20 +249,18 @@ def run_block(
             prompts = prompts + _project(attn, answer)
             prompts = feed_forward(block, prompts, apply_norm(block, block.ln_2, prompts))
 
-    plan, ln = None, block.ln_2
-    metric = k if metric is None else metric
+    plan = None
+    if step.r and (trace or not class_tokens_only):
+        plan = match(k if metric is None else metric, step.r, protected)
     if class_tokens_only:
-        plan = match(metric, step.r, protected) if step.r and trace else None
-        x, size = x[:, : step.frames] + attended, None
-        normed = apply_norm(block, ln, x)
-    elif not step.r:
+        x, size = x[:, : step.frames], None
+    ln = block.ln_2
+    if plan is None or class_tokens_only:
         x = x + attended
         normed = apply_norm(block, ln, x)
     elif reads_norm_weights(block, ln):
-        affine = (ln.weight, ln.bias, ln.eps)
-        plan, x, normed, size = match_merge_norm(metric, step.r, protected, x, attended, size, *affine)
+        x, normed, size = merge_norm(x, attended, plan, size, ln.weight, ln.bias, ln.eps)
     else:
-        plan = match(metric, step.r, protected)
         x, size = merge(x + attended, plan, size)
         normed = ln(x)
     return VideoTokens(feed_forward(block, x, normed), prompts, size), BlockPlans(inter, plan)
