@@ -34,7 +34,9 @@ def heads_last(x: Tensor) -> Tensor:
 
 def empty_heads_last(x: Tensor, n: int, heads: int, tokens: int) -> Tensor:
     """Return memory for ``(n, heads, tokens, d)`` of x's kind, laid out as ``heads_last`` has it."""
-    return x.new_empty((n, tokens, heads, x.shape[-1])).transpose(1, 2)
+    d = x.shape[-1]
+    # no view, which autograd would not let be changed in place behind a function of its own
+    return x.new_empty_strided((n, heads, tokens, d), (tokens * heads * d, d, heads * d, 1))
 
 
 def contiguous_groups(groups: Groups) -> Groups:

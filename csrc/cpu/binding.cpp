@@ -442,7 +442,7 @@ void attention(HeadsAt q, HeadsAt k, HeadsAt v, HeadsAt prefix_k, HeadsAt prefix
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native CPU kernels of stoptome_kernels; private, see stoptome_kernels._backends.";
-  m.attr("INTERFACE") = 5;  // of the arguments below; _backends/native.py asks for it
+  m.attr("INTERFACE") = 6;  // of the arguments below; _backends/native.py asks for it
   m.def("match", &stk::match);
   m.def("reduce", &stk::reduce);
   m.def("spread", &stk::spread);

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..layout import (
     accumulator_dtype,
     contiguous_groups,
+    empty_heads_last,
     empty_merged,
     empty_plan,
     heads_last,
@@ -27,7 +28,7 @@ try:
 except ImportError as error:
     _missing = f"the native kernels were not built ({error}); reinstall with a C++ compiler: pip install -v ."
 else:
-    if getattr(_native, "INTERFACE", 1) != 5:
+    if getattr(_native, "INTERFACE", 1) != 6:
         _missing = "the native kernels are of another version of this package; reinstall: pip install -v ."
     # one pool of threads in the process: the OpenMP runtime that torch itself depends on
     _native.use_openmp_of(torch._C.__file__)
@@ -35,7 +36,7 @@ else:
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"mean": 0, "sum": 1, "max": 2, "all": 3}
 _NOTHING, _NO_HEADS = (0, 0, 0), (0, 0, 0, 0)
-_MOST_KEYS = 4096  # of attention: a thread holds all keys and values of a head
+_MOST_KEYS, _MOST_CHANNELS = 4096, 256  # of attention: a thread holds all keys and values of a head
 _HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
@@ -119,7 +120,12 @@ class Native(Backend):
         """Return whether the kernel attends to inputs of such shapes and dtype, rather than torch's own function: for
         vectors as narrow as the baseline's that is faster, for 16 bits where the processor multiplies tiles of them."""
         keys = prefix_length(inputs) + inputs.k.shape[2]
-        if keys > _MOST_KEYS or _missing or _native.instruction_set() == "baseline":
+        if (
+            keys > _MOST_KEYS
+            or inputs.q.shape[3] > _MOST_CHANNELS
+            or _missing
+            or _native.instruction_set() == "baseline"
+        ):
             return False
         return not (_HAS_TILES and inputs.q.dtype in (torch.bfloat16, torch.float16))
 
@@ -194,12 +200,12 @@ def _attention(inputs: AttentionInputs, lse: Tensor | None) -> Tensor:
         m, _, ahead, _ = prefix_k.shape
         prefix_k, prefix_v = unit_stride(prefix_k), unit_stride(prefix_v)
         prefix = _heads(prefix_k), _heads(prefix_v)
-    out = q.new_empty((n, queries, heads, d))
+    out = empty_heads_last(q, n, heads, queries)
     _native.attention(
         _heads(q), _heads(k), _heads(v), *prefix, (n, heads, queries, tokens, d, m, ahead), _DTYPES[q.dtype],
         _rows(size), scale_of(inputs), out.data_ptr(), _address(lse), torch.get_num_threads(),
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:

@@ -140,9 +140,19 @@ def _grad(ctx, grad, _grad_lse):
 def _call_backward(grad, q, k, v, size, prefix_k, prefix_v, out, lse, scale, backend):
     """Call the operator, past the dispatcher where nobody would see it."""
     tensors = (q, k, v, size, prefix_k, prefix_v, out, lse)
-    device = direct.device_of(grad) if direct.is_unseen() and q.numel() else None
-    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad, *tensors):
-        inputs = AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
+    inputs = AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
+    device = direct.device_if_unseen(grad)
+    # whoever saved tensors may give back others: hooks on them, or new data behind a tensor
+    if (
+        device
+        and direct.are_on(device, q, out, lse)
+        and _are_right(inputs, device)
+        and direct.are_like(q, grad, out)
+        and lse.shape == q.shape[:3]
+        and lse.dtype == accumulator_dtype(q.dtype)
+        and lse.device == q.device
+        and not direct.needs_gradient(grad, *tensors)
+    ):
         return choose(backend, q, inputs).attention_backward(grad, inputs, out, lse)
     return torch.ops.stoptome.attention_backward(grad, *tensors, scale, backend)
 
@@ -166,51 +176,61 @@ _differentiable = direct.function("attention", _run, _grad, _save)
 
 
 def native_takes(inputs: AttentionInputs) -> bool:
-    """Return whether the native kernel is to attend where ``auto`` or ``native`` is asked for. A trace, a mode or a
-    subclass gets torch's own operations, which it may know how to count, shard or export."""
-    if not direct.is_eager() or not direct.are_on("cpu", *inputs[:3]) or not direct.are_none_or_on("cpu", *inputs[3:6]):
-        return False
-    return NATIVE.takes(inputs)
+    """Return whether the native kernel is to attend where ``auto`` or ``native`` is asked for. Where a gradient is
+    wanted torch's own function does, which is as often differentiable as its backends are; so it does in a trace or a
+    mode and for a subclass, which may know how to count, shard or export it."""
+    q, k, v, size, prefix_k, prefix_v, _ = inputs
+    return (
+        direct.is_eager()
+        and not direct.has_function_modes()
+        and direct.are_on("cpu", q, k, v)
+        and direct.are_none_or_on("cpu", size, prefix_k, prefix_v)
+        and not direct.needs_gradient(q, k, v, prefix_k, prefix_v)
+        and NATIVE.takes(inputs)
+    )
 
 
 def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
     """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or autocast to cast."""
-    q, k, v, size, prefix_k, prefix_v, scale = inputs
-    device = direct.device_of(q) if direct.is_unseen() else None
-    if device is None or backend not in checks.BACKENDS:
+    q, k, v, size, prefix_k, prefix_v, _ = inputs
+    device = direct.device_if_unseen(q)
+    if device is None or backend not in checks.BACKENDS or not _are_right(inputs, device):
         return None
-    if not direct.are_on(device, k, v) or not direct.are_none_or_on(device, size, prefix_k, prefix_v):
+    if torch.is_autocast_enabled(device) and q.dtype != torch.get_autocast_dtype(device):
         return None
-    shape, keys, dtype, here = q.shape, k.shape, q.dtype, q.device
-    if len(shape) != 4 or len(keys) != 4 or 0 in shape or 0 in keys or dtype not in direct.FLOATING:
-        return None
-    n, heads, _, channels = shape
-    if keys[0] != n or keys[1] != heads or keys[3] != channels or v.shape != keys:
-        return None
-    if not k.dtype == v.dtype == dtype or not k.device == v.device == here:
-        return None
-    if torch.is_autocast_enabled(device) and dtype != torch.get_autocast_dtype(device):
-        return None
-    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
-        return None
-    if size is not None and not direct.are_sizes(size, n, keys[2], here):
-        return None
-    if prefix_k is not None or prefix_v is not None:
-        if prefix_k is None or prefix_v is None:
-            return None
-        ahead = prefix_k.shape
-        if len(ahead) != 4 or 0 in ahead or n % ahead[0] or ahead[1] != heads or ahead[3] != channels:
-            return None
-        if prefix_v.shape != ahead or not prefix_k.dtype == prefix_v.dtype == dtype:
-            return None
-        if not prefix_k.device == prefix_v.device == here:
-            return None
-    plain = size is None and prefix_k is None
-    how = choose_attention(backend, device, dtype, TRITON.takes(inputs), NATIVE.takes(inputs), plain)
+    differentiable = direct.needs_gradient(q, k, v, prefix_k, prefix_v)
+    plain, native = size is None and prefix_k is None, not differentiable and NATIVE.takes(inputs)
+    how = choose_attention(backend, device, q.dtype, TRITON.takes(inputs), native, plain)
     if how == "sdpa":
         return sdpa(inputs)
     if how == "reference":
         return None
-    if direct.needs_gradient(q, k, v, prefix_k, prefix_v):
-        return _differentiable(*inputs, backend)[0]
+    if differentiable:
+        size = None if size is None else size.detach()
+        return _differentiable(q, k, v, size, *inputs[4:], backend)[0]
     return choose(backend, q, inputs).attention_inference(inputs)
+
+
+def _are_right(inputs: AttentionInputs, device: str) -> bool:
+    """Return whether the arguments of attention are right at first sight; ``device_of`` has said where q is."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
+    if not direct.are_on(device, k, v) or not direct.are_none_or_on(device, size, prefix_k, prefix_v):
+        return False
+    shape, keys, dtype, here = q.shape, k.shape, q.dtype, q.device
+    if len(shape) != 4 or len(keys) != 4 or 0 in shape or 0 in keys or dtype not in direct.FLOATING:
+        return False
+    n, heads, _, channels = shape
+    if keys[0] != n or keys[1] != heads or keys[3] != channels or not direct.are_like(k, v):
+        return False
+    if k.dtype != dtype or k.device != here:
+        return False
+    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
+        return False
+    if size is not None and not direct.are_sizes(size, n, keys[2], here):
+        return False
+    if prefix_k is None or prefix_v is None:
+        return prefix_k is prefix_v
+    ahead = prefix_k.shape
+    if len(ahead) != 4 or 0 in ahead or n % ahead[0] or ahead[1] != heads or ahead[3] != channels:
+        return False
+    return direct.are_like(prefix_k, prefix_v) and prefix_k.dtype == dtype and prefix_k.device == here

@@ -3,11 +3,14 @@
 
 An operator stays what traces, modes, transforms, subclasses, profilers and other devices see: a call is direct only if
 none of them could notice it, and if its arguments are right at first sight. Whatever else it is takes the operator,
-which says what is wrong with it. So nothing here raises, and nothing here converts.
+which says what is wrong with it. So nothing here raises, and nothing here converts. Recorders that torch can't tell of
+(an ExecutionTraceObserver without a profiler) see direct calls no more; ``STOPTOME_DIRECT=0``, read at import, turns
+them off.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +35,8 @@ def _set_of(*names: str) -> int:
 
 try:
     _keys_of, _included = _C._dispatch_keys, _C._dispatch_tls_local_include_set
-    _excluded, _functions = _C._dispatch_tls_is_dispatch_key_excluded, _C._len_torch_function_stack
+    _excluded = _C._dispatch_tls_is_dispatch_key_excluded
+    has_function_modes, _profiles = _C._len_torch_function_stack, _C._autograd._profiler_enabled
     _AUTOGRAD = _C.DispatchKey.AutogradFunctionality  # of any device
     # what a thread's dispatcher adds to every call: without modes, traces and transforms; in inference mode the latter
     _EAGER = {_set_of("BackendSelect", "ADInplaceOrView"), _set_of("BackendSelect")}
@@ -43,7 +47,7 @@ try:
         for key in ("CPU", "CUDA")
         for more in (("ADInplaceOrView", f"Autograd{key}"), ())
     }
-    _knows_torch = hasattr(profiler, "_is_profiler_enabled")
+    _knows_torch = hasattr(profiler, "_is_profiler_enabled") and os.environ.get("STOPTOME_DIRECT") != "0"
 except AttributeError:  # a torch without one of these, which are not public: every call takes the operator
     _knows_torch = False
 _TENSORS = (Tensor, Parameter)
@@ -62,12 +66,18 @@ def is_eager() -> bool:
 
 def is_unseen() -> bool:
     """Return whether nothing at all would see it: no function mode and no profiler either."""
-    return is_eager() and not _functions() and not profiler._is_profiler_enabled  # a compiler reads the first alone
+    # a compiler reads the first alone: it would compile anew once a profiler starts
+    return is_eager() and not has_function_modes() and not profiler._is_profiler_enabled and not _profiles()
 
 
 def device_of(x: object) -> str | None:
     """Return the type of device of a tensor that kernels may read as it is; None for anything else."""
     return _PLAIN.get(_keys_of(x).raw_repr()) if type(x) in _TENSORS else None
+
+
+def device_if_unseen(x: object) -> str | None:
+    """Return ``device_of`` a tensor if nothing would see an operator that is called on it now, else None."""
+    return device_of(x) if is_unseen() else None
 
 
 def are_on(device: str, *tensors: object) -> bool:
@@ -118,20 +128,20 @@ def are_sizes(size: Tensor, items: int, tokens: int, here: torch.device) -> bool
     )
 
 
-def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merged: bool = False) -> bool:
-    """Return whether ``x (N, T, D)``, a plan that merges tokens, and its sizes are right at first sight.
+def is_mergeable(
+    x: Tensor, members: Tensor, offsets: Tensor, size: Tensor | None, device: str, merged: bool = False
+) -> bool:
+    """Return whether ``x (N, T, D)``, the groups of a plan that merges tokens, and sizes are right at first sight.
 
     Args:
-        x: tensor of which ``device_of`` has said this type of device.
-        plan: whatever was given as one.
-        size: sizes ``(N, T)``, or None.
+        x: tensor of which ``device_if_unseen`` has said this type of device.
+        members: ``(N, T)``.
+        offsets: ``(N, T_out + 1)``.
+        size: ``(N, T)``, or None.
         device: type of device.
         merged: whether x has the tokens that are left after merging.
     """
-    if type(plan) is not MergePlan:
-        return False
-    dest, members, offsets = plan.dest, plan.members, plan.offsets
-    if not are_on(device, dest, members, offsets) or not are_none_or_on(device, size) or x.dtype not in FLOATING:
+    if not are_on(device, members, offsets) or not are_none_or_on(device, size) or x.dtype not in FLOATING:
         return False
     here, shape, ends, rows = x.device, members.shape, offsets.shape, x.shape
     if (
@@ -139,9 +149,8 @@ def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merg
         or len(ends) != 2
         or len(rows) != 3
         or 0 in rows
-        or dest.shape != shape
-        or not dest.dtype == members.dtype == offsets.dtype == torch.int32
-        or not dest.device == members.device == offsets.device == here
+        or not members.dtype == offsets.dtype == torch.int32
+        or not members.device == offsets.device == here
     ):
         return False
     items, tokens = shape
@@ -149,6 +158,28 @@ def is_mergeable(x: Tensor, plan: object, size: Tensor | None, device: str, merg
     if size is not None and not are_sizes(size, items, tokens, here):
         return False
     return rows[0] == ends[0] == items and rows[1] == (after if merged else tokens) and 0 < after < tokens
+
+
+def is_plan(plan: object, device: str) -> bool:
+    """Return whether this is a plan whose ``dest``, which merging does not read, is as its members are."""
+    if type(plan) is not MergePlan:
+        return False
+    dest, members = plan.dest, plan.members
+    return (
+        are_on(device, dest, members)
+        and dest.dtype == torch.int32
+        and dest.shape == members.shape
+        and dest.device == members.device
+    )
+
+
+def are_like(x: Tensor, *others: Tensor | None) -> bool:
+    """Return whether optional tensors have x's shape, dtype and device; ``are_none_or_on`` is asked before."""
+    shape, dtype, here = x.shape, x.dtype, x.device
+    for other in others:
+        if other is not None and (other.shape != shape or other.dtype != dtype or other.device != here):
+            return False
+    return True
 
 
 def function(name: str, run: Callable, backward: Callable, setup_context: Callable) -> Callable:

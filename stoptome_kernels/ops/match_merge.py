@@ -76,9 +76,9 @@ define(
 
 def match_directly(metric: Tensor, r: int, protected: int, backend: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """Match past the dispatcher, see ``direct``; None where the operator has to be called. Arguments as its."""
-    if type(r) is not int or type(protected) is not int or not direct.is_unseen():
+    if type(r) is not int or type(protected) is not int or direct.device_if_unseen(metric) is None:
         return None
-    if direct.device_of(metric) is None or not direct.is_metric(metric) or backend not in checks.BACKENDS:
+    if not direct.is_metric(metric) or backend not in checks.BACKENDS:
         return None
     tokens = metric.shape[-2]
     r = cap_r(r, tokens, protected) if 0 <= protected <= tokens < 2**31 else 0
@@ -177,11 +177,29 @@ def _grad_merge(ctx, grad_y, _grad_size):
 
 def merge_backward(grad, members, offsets, size, x, y, mode, backend) -> Tensor:
     """Call the operator of this name, past the dispatcher where nobody would see it."""
-    device = direct.device_of(grad) if direct.is_unseen() else None
-    tensors = (members, offsets, size, x, y)
-    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad, x, y):
+    device = direct.device_if_unseen(grad)
+    # whoever saved tensors may give back others: hooks on them, or new data behind a tensor
+    if (
+        device
+        and direct.is_mergeable(grad, members, offsets, size, device, merged=True)
+        and (mode != "max" or _extremes_fit(grad, members, x, y, device))
+        and not direct.needs_gradient(grad, x, y)
+    ):
         return choose(backend, grad).spread(grad, Groups(members, offsets, size), mode, x, y)
-    return torch.ops.stoptome.merge_backward(grad, *tensors, mode, backend)
+    return torch.ops.stoptome.merge_backward(grad, members, offsets, size, x, y, mode, backend)
+
+
+def _extremes_fit(grad: Tensor, members: Tensor, x: Tensor | None, y: Tensor | None, device: str) -> bool:
+    """Return whether the merge's input and output, which the gradient of a maximum needs, fit the rest."""
+    if not direct.are_on(device, x, y) or x is None or y is None:
+        return False
+    items, tokens, dim = *members.shape, grad.shape[2]
+    return (
+        direct.are_like(grad, y)
+        and x.shape == (items, tokens, dim)
+        and x.dtype == grad.dtype
+        and x.device == grad.device
+    )
 
 
 def _save_merge_backward(ctx, inputs, output) -> None:
@@ -214,13 +232,15 @@ def merge_directly(
     x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, backend: str
 ) -> tuple[Tensor, Tensor] | None:
     """Merge past the dispatcher, see ``direct``; None where the operator has to be called, or plan merges nothing."""
-    device = direct.device_of(x) if direct.is_unseen() else None
-    if device is None or mode not in checks.MODES or backend not in checks.BACKENDS:
+    device = direct.device_if_unseen(x)
+    if device is None or mode not in checks.MODES or backend not in checks.BACKENDS or not direct.is_plan(plan, device):
         return None
-    if not direct.is_mergeable(x, plan, size, device):
+    if not direct.is_mergeable(x, plan.members, plan.offsets, size, device):
         return None
-    run = _differentiable_merge if direct.needs_gradient(x) else _reduce
-    return run(x, plan.members, plan.offsets, size, mode, backend)
+    if direct.needs_gradient(x):
+        size = None if size is None else size.detach()
+        return _differentiable_merge(x, plan.members, plan.offsets, size, mode, backend)
+    return _reduce(x, plan.members, plan.offsets, size, mode, backend)
 
 
 # -- unmerge ----------------------------------------------------------------------------------------------------------
@@ -267,8 +287,8 @@ def _save_unmerge(ctx, inputs, output) -> None:
 
 def _grad_unmerge(ctx, grad):
     members, offsets = ctx.saved_tensors
-    device = direct.device_of(grad) if direct.is_unseen() else None
-    if device and direct.are_on(device, members, offsets) and not direct.needs_gradient(grad):
+    device = direct.device_if_unseen(grad)
+    if device and direct.is_mergeable(grad, members, offsets, None, device) and not direct.needs_gradient(grad):
         return choose(ctx.backend, grad).reduce(grad, Groups(members, offsets), "all")[0], None, None, None
     return torch.ops.stoptome.unmerge_backward(grad, members, offsets, ctx.backend), None, None, None
 
@@ -290,8 +310,10 @@ _differentiable_unmerge = direct.function("unmerge", _spread, _grad_unmerge, _sa
 
 def unmerge_directly(y: Tensor, plan: MergePlan, backend: str) -> Tensor | None:
     """Unmerge past the dispatcher, see ``direct``; None where the operator has to be called, or plan merges nothing."""
-    device = direct.device_of(y) if direct.is_unseen() else None
-    if device is None or backend not in checks.BACKENDS or not direct.is_mergeable(y, plan, None, device, merged=True):
+    device = direct.device_if_unseen(y)
+    if device is None or backend not in checks.BACKENDS or not direct.is_plan(plan, device):
+        return None
+    if not direct.is_mergeable(y, plan.members, plan.offsets, None, device, merged=True):
         return None
     run = _differentiable_unmerge if direct.needs_gradient(y) else _spread
     return run(y, plan.members, plan.offsets, backend)

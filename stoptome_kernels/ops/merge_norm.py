@@ -151,11 +151,32 @@ def _grad(ctx, grad_y, grad_normed, *_):
 def _call_backward(grad_normed, grad_y, y, mean, rstd, members, offsets, size, weight, affine, backend):
     """Call the operator, past the dispatcher where nobody would see it."""
     tensors = (grad_y, y, mean, rstd, members, offsets, size, weight)
-    device = direct.device_of(grad_normed) if direct.is_unseen() else None
-    if device and direct.are_none_or_on(device, *tensors) and not direct.needs_gradient(grad_normed, *tensors):
+    device = direct.device_if_unseen(grad_normed)
+    # whoever saved tensors may give back others: hooks on them, or new data behind a tensor
+    if (
+        device
+        and direct.is_mergeable(grad_normed, members, offsets, size, device, merged=True)
+        and _saved_fit(grad_normed, grad_y, y, mean, rstd, weight, device)
+        and not direct.needs_gradient(grad_normed, *tensors)
+    ):
         rows, groups = MergedRows(y, mean, rstd), Groups(members, offsets, size)
         return choose(backend, grad_normed).merge_norm_backward(grad_normed, grad_y, rows, groups, weight, affine)
     return torch.ops.stoptome.merge_norm_backward(grad_normed, *tensors, affine, backend)
+
+
+def _saved_fit(grad, grad_y, y, mean, rstd, weight, device: str) -> bool:
+    """Return whether what was saved fits the gradient."""
+    if not direct.are_on(device, y, mean, rstd) or not direct.are_none_or_on(device, grad_y, weight):
+        return False
+    rows, here = grad.shape[:2], grad.device
+    return (
+        direct.are_like(grad, grad_y, y)
+        and mean.shape == rows
+        and mean.dtype == accumulator_dtype(grad.dtype)
+        and mean.device == here
+        and direct.are_like(mean, rstd)
+        and (weight is None or _is_parameter(weight, grad.shape[2:], here))
+    )
 
 
 gradient("merge_norm", _grad, _save)
@@ -187,12 +208,15 @@ def merge_norm_directly(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute y, normed and size_out past the dispatcher, see ``direct``; None where the operator has to be called, or
     plan merges nothing."""
-    device = direct.device_of(x) if direct.is_unseen() else None
-    if device is None or backend not in checks.BACKENDS or not direct.is_mergeable(x, plan, size, device):
+    device = direct.device_if_unseen(x)
+    if device is None or backend not in checks.BACKENDS or not direct.is_plan(plan, device):
+        return None
+    if not direct.is_mergeable(x, plan.members, plan.offsets, size, device):
         return None
     if not _fit(x, residual, weight, bias, eps, device):
         return None
     if direct.needs_gradient(x, residual, weight, bias):
+        size = None if size is None else size.detach()
         return _differentiable(x, residual, plan.members, plan.offsets, size, weight, bias, eps, backend)[:3]
     run = choose(backend, dispatch_tensor(x, residual))
     return run.merge_norm_inference(x, residual, Groups(plan.members, plan.offsets, size), weight, bias, eps)
@@ -211,7 +235,7 @@ def match_merge_norm_directly(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
     """Match and compute merge_norm past the dispatcher, see ``direct``: (dest, members, offsets) and (y, normed, size).
     None where the operators have to be called, where there is a gradient, or if nothing is merged."""
-    device = direct.device_of(x) if type(r) is int and type(protected) is int and direct.is_unseen() else None
+    device = direct.device_if_unseen(x) if type(r) is int and type(protected) is int else None
     if device is None or not direct.are_on(device, metric) or not direct.are_none_or_on(device, size):
         return None
     rows, here = x.shape, x.device
@@ -240,11 +264,13 @@ def _fit(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
     if residual.shape != shape or residual.dtype not in direct.FLOATING or residual.device != here:
         return False
     for parameter in (weight, bias):
-        if parameter is not None and (
-            not direct.are_on(device, parameter)
-            or parameter.shape != shape[2:]
-            or parameter.dtype not in direct.FLOATING
-            or parameter.device != here
+        if parameter is not None and not (
+            direct.are_on(device, parameter) and _is_parameter(parameter, shape[2:], here)
         ):
             return False
     return True
+
+
+def _is_parameter(x: Tensor, shape: torch.Size, here: torch.device) -> bool:
+    """Return whether LayerNorm can take a parameter; ``are_on`` is asked before."""
+    return x.shape == shape and x.dtype in direct.FLOATING and x.device == here

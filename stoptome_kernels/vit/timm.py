@@ -17,8 +17,8 @@ from .block import (
     IntermediatesMixin,
     KeyRequest,
     Substitute,
-    apply,
     attend_like_library,
+    call_unless_identity,
     reading,
 )
 from .guards import reject_masks, reject_other_arguments
@@ -53,9 +53,11 @@ class _PreNorm(BlockMixin):
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, block.norm1(tokens.x), tokens, rope)
-        residual = apply(block.drop_path1, _layer_scale(block, 1, residual))
+        residual = call_unless_identity(block.drop_path1, _layer_scale(block, 1, residual))
         merged, normed = block.tome.merge(tokens, residual, keys, block.norm2)
-        return merged.but(x=merged.x + apply(block.drop_path2, _layer_scale(block, 2, block.mlp(normed))))
+        return merged.but(
+            x=merged.x + call_unless_identity(block.drop_path2, _layer_scale(block, 2, block.mlp(normed)))
+        )
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
@@ -70,8 +72,8 @@ class _PostNorm(BlockMixin):
         block: Any = self
         rope = _rope(block, args, rope, masks)
         residual, keys = _attention(block, tokens.x, tokens, rope)
-        merged, _ = block.tome.merge(tokens, apply(block.drop_path1, block.norm1(residual)), keys, None)
-        return merged.but(x=merged.x + apply(block.drop_path2, block.norm2(block.mlp(merged.x))))
+        merged, _ = block.tome.merge(tokens, call_unless_identity(block.drop_path1, block.norm1(residual)), keys, None)
+        return merged.but(x=merged.x + call_unless_identity(block.drop_path2, block.norm2(block.mlp(merged.x))))
 
     def tome_example_inputs(self, tokens: int) -> tuple[tuple, dict]:
         return _sample(self, tokens)
@@ -114,7 +116,7 @@ class _Attention(AttentionMixin):
         gate = getattr(attn, "gate", None)
         q, k, v = _heads(attn, x)
         if hasattr(attn, "q_norm"):  # Eva's has them since timm 1.0.15
-            q, k = apply(attn.q_norm, q), apply(attn.k_norm, k)
+            q, k = call_unless_identity(attn.q_norm, q), call_unless_identity(attn.k_norm, k)
         request.keys = k  # before any rotation: tokens are compared by what they show, not by where they are
         if rope is not None:
             q, k = (_rotated(attn, part, rope).type_as(v) for part in (q, k))
@@ -123,10 +125,10 @@ class _Attention(AttentionMixin):
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = attend_like_library(attn, attn.fused_attn, q, k, v, request.size)
         if hasattr(attn, "norm"):
-            out = apply(attn.norm, out)
+            out = call_unless_identity(attn.norm, out)
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return apply(attn.proj_drop, attn.proj(out))
+        return call_unless_identity(attn.proj_drop, attn.proj(out))
 
 
 _BLOCKS: dict[tuple[str, str], type[BlockMixin]] = {
@@ -256,8 +258,8 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     else:  # Eva's: there is no bias for the keys
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         packed = attn.qkv(x) + bias if getattr(attn, "qkv_bias_separate", False) else F.linear(x, attn.qkv.weight, bias)
-    n, tokens, _ = packed.shape  # unflatten is Python
-    return packed.reshape(n, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    n, tokens, width = packed.shape  # unflatten is Python
+    return packed.reshape(n, tokens, 3, attn.num_heads, width // (3 * attn.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _rope_rows(rope: Tensor, position: Tensor | None, prefix: int) -> Tensor:
@@ -278,7 +280,7 @@ def _layer_scale(block: Any, branch: int, x: Tensor) -> Tensor:
     """Apply LayerScale, under either of its names."""
     module = getattr(block, f"ls{branch}", None)
     if module is not None:
-        return apply(module, x)
+        return call_unless_identity(module, x)
     gamma = getattr(block, f"gamma_{branch}", None)
     return x if gamma is None else x * gamma
 

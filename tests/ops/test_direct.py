@@ -9,6 +9,7 @@ import sys
 import pytest
 import stoptome_kernels as stk
 import torch
+import torch.utils.checkpoint
 from stoptome_kernels.ops import direct
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -291,6 +292,87 @@ def test_saved_tensors_are_guarded(backend, device):
     assert any(t.dtype == torch.int32 for t in packed)
 
 
+def wrong_from_hooks(t):
+    """A saved tensor in another dtype, as hooks that save memory may give it back."""
+    return t.bfloat16() if t.dtype == torch.float32 else t.short() if t.dtype == torch.int32 else t
+
+
+@pytest.mark.parametrize("name", ["merge", "merge, max", "unmerge", "merge_norm", "attention"])
+@pytest.mark.parametrize("changes", [lambda t: t, wrong_from_hooks], ids=["none", "dtypes"])
+def test_saved_tensors_that_come_back_otherwise(backend, device, name, changes):
+    """Kernels get addresses: what does not fit is told by the operator, and nothing is read as what it is not."""
+    if name == "attention" and backend == "reference":
+        pytest.skip("attention's reference is differentiated operation by operation")
+    call, leaves = calls(backend, device, grad=True)[name]
+    want = with_gradients(call, leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, changes):
+        out = outputs(call())
+    grads = [torch.ones_like(y) for y in out]
+    if changes is wrong_from_hooks:
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            torch.autograd.grad(out, leaves, grads)
+    else:
+        assert all(map(torch.equal, torch.autograd.grad(out, leaves, grads), want[len(out) :]))
+
+
+def test_new_data_behind_a_saved_tensor(backend, device):
+    """``.data =`` is not seen by autograd."""
+    x = torch.randn(2, 14, 12, device=device, requires_grad=True)
+    weight = torch.rand(12, device=device, requires_grad=True)
+    plan, other = stk.match(x, 4, 1, backend), stk.match(torch.randn(5, 30, 4, device=device), 4, 1, backend)
+    size = torch.rand(2, 14, device=device) + 1
+    (want,) = torch.autograd.grad(stk.merge(x, plan, size, backend=backend)[0].sum(), x)
+    y, _ = stk.merge(x, plan, size, backend=backend)
+    size.data = torch.ones(1, 1, device=device)  # the call's own alias is as it was
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+    _, normed, _ = stk.merge_norm(x, x, plan, None, weight, backend=backend)
+    weight.data = torch.empty(0, device=device)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.autograd.grad(normed.sum(), x)
+    ys = stk.merge(x, plan, backend=backend)[0], stk.unmerge(x[:, :10], plan, backend)
+    plan.members.data, plan.offsets.data = other.members, other.offsets
+    for y in ys:
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_attention_may_be_changed_in_place(backend, device, prefixed):
+    """As torch's own can."""
+    q, k, v = torch.randn(3, 2, 2, 9, 8, device=device, requires_grad=True).unbind()
+    ahead = torch.randn(2, 2, 2, 3, 8, device=device) if prefixed else (None, None)
+    out = stk.attention(q, k, v, torch.rand(2, 9, device=device) + 1, *ahead, backend=backend)
+    out.mul_(2).transpose(1, 2).flatten(2).add_(1)
+
+
+def test_a_checkpoint_may_be_recomputed_outside_of_a_mode(backend, device):
+    q = torch.randn(2, 2, 9, 8, device=device, requires_grad=True)
+    size = torch.rand(2, 9, device=device) + 1
+
+    def block(q):
+        return stk.attention(q, q, q, size, backend=backend) * 1
+
+    with Operators():
+        out = torch.utils.checkpoint.checkpoint(block, q, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.autograd.grad(block(q).sum(), q)[0])
+
+
+def test_a_profiler_compiles_nothing_anew(backend, device):
+    x = torch.randn(2, 14, 12, device=device)
+    plan, graphs = stk.match(x, 4, 1, backend), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: stk.merge(x, plan, backend=backend)[0], backend=keep)
+    compiled(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        compiled(x)
+    assert len(graphs) == 1
+
+
 def test_outputs_of_inference_mode_are_its_own(backend, device):
     x = torch.randn(2, 14, 12, device=device)
     with torch.inference_mode():
@@ -345,12 +427,12 @@ def test_what_is_plain(device):
 
 
 @pytest.mark.slow  # a process that imports torch
-@pytest.mark.parametrize("lacks", ["_C._dispatch_keys", "autograd.profiler._is_profiler_enabled"])
+@pytest.mark.parametrize("lacks", ["_C._dispatch_keys", "autograd.profiler._is_profiler_enabled", None])
 def test_a_torch_that_is_not_known_takes_the_operators(lacks):
-    """What is asked of torch here is not public."""
+    """What is asked of torch here is not public. And a user may want it so."""
     code = f"""if True:
         import torch
-        del torch.{lacks}
+        {f"del torch.{lacks}" if lacks else ""}
         import stoptome_kernels as stk
         from stoptome_kernels.ops import direct
         assert not direct.is_unseen()
@@ -360,6 +442,6 @@ def test_a_torch_that_is_not_known_takes_the_operators(lacks):
         q = torch.randn(2, 2, 9, 4)
         assert stk.attention(q, q, q, torch.ones(2, 9)).shape == q.shape
     """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if lacks else {"STOPTOME_DIRECT": "0"})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -350,3 +350,52 @@ def test_a_version_too_old(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.16")
     with pytest.raises(ImportError, match=r"needs timm 1.0 or later, found 0.9.16: pip install"):
         stk.apply_tome_patch(build(BY_NAME["vit"]), 2)
+
+
+def small() -> VisionTransformer:
+    return VisionTransformer(img_size=64, embed_dim=32, depth=3, num_heads=2, num_classes=5).eval()
+
+
+def test_an_empty_batch():
+    model = stk.apply_tome_patch(small(), 2)
+    assert model(torch.empty(0, 3, 64, 64)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Identity, torch.nn.Dropout])
+def test_calls_that_do_nothing_are_made_where_somebody_looks(monkeypatch, kind):
+    """Hooks on one of them or on all modules, a forward put in the place of the class's, another way to call."""
+    model, x = stk.apply_tome_patch(small(), 2), torch.randn(1, 3, 64, 64)
+    modules = [module for module in model.modules() if type(module) is kind]
+    assert modules
+
+    def called() -> int:
+        seen.clear()
+        model(x)
+        return len(seen)
+
+    seen: list = []
+    handles = [module.register_forward_hook(lambda module, *_: seen.append(module)) for module in modules]
+    every = called()
+    for handle in handles:
+        handle.remove()
+    assert every > 8
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(module) if type(module) is kind else None
+    )
+    assert called() == every
+    handle.remove()
+    forward = kind.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "forward", lambda module, x: seen.append(module) or forward(module, x))
+        assert called() == every
+    call = torch.nn.Module.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.nn.Module,
+            "__call__",
+            lambda module, *args, **options: (
+                seen.append(module) if type(module) is kind else None,
+                call(module, *args, **options),
+            )[1],
+        )
+        assert called() == every

@@ -319,7 +319,9 @@ def attention_backward(
     grad, out, lse, grads = unit_stride(grad), unit_stride(out), lse.contiguous(), (dq, dk, dv, *parts)
     if config.attention(*_sizes(inputs), _COMPILED)["whole"]:
         tensors = (*inputs[:6], grad, lse, None, *grads)
-        launch((*_key("attention_backward", inputs), grad.stride()), tensors, _only, grad, inputs, out, lse, grads)
+        launch(
+            (*_key("attention_backward", inputs), grad.stride()), tensors, grad_launches, grad, inputs, out, lse, grads
+        )
     else:
         for kernel, grid, arguments, meta in grad_launches(grad, inputs, out, lse, grads):
             kernel[grid](*arguments, **meta)
@@ -327,12 +329,6 @@ def attention_backward(
         return dq, dk, dv, None, None
     shared = (part.unflatten(0, (prefix.shape[0], -1)).sum(1).to(q.dtype) for part in parts if part is not None)
     return dq, dk, dv, *shared  # type: ignore[return-value]
-
-
-def _only(*given) -> tuple:
-    """Return the launch that is the whole gradient."""
-    (only,) = grad_launches(*given)
-    return only
 
 
 def _key(name: str, inputs: AttentionInputs) -> tuple:

@@ -3,7 +3,8 @@
 
 ``kernel[grid](…)`` looks at every argument, builds a key of what it finds, and looks a compiled kernel up; that takes
 longer than most of these kernels run at small batches. Here the caller has a key already, and Triton's own
-``CompiledKernel`` launches.
+``CompiledKernel`` launches. What is set in Triton for all kernels (debug, instrumentation) counts when a launch is
+prepared.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ _MOST = 4096  # launches that are remembered: a model has some dozens for each s
 _READY: dict[tuple, tuple[Any, tuple[int, ...], tuple]] = {}
 
 
-def launch(key: tuple, tensors: tuple[Tensor | None, ...], describe: Callable[..., tuple], *given: object) -> None:
+def launch(
+    key: tuple, tensors: tuple[Tensor | None, ...], describe: Callable[..., tuple | list], *given: object
+) -> None:
     """Launch a kernel on the current device.
 
     Args:
         key: all that decides what is launched, and with which numbers, but the addresses of the tensors: the
             operation, dtypes, shapes and strides, device, and which tensors there are.
         tensors: the arguments that the kernel begins with; all others are numbers.
-        describe: function that returns (kernel, grid, arguments, constants and options); arguments begin with
-            ``tensors``. It is called for a new key only.
+        describe: function that returns (kernel, grid, arguments, constants and options), or a list of that alone;
+            arguments begin with ``tensors``. It is not called for a key that is known, and addresses as before.
         given: its arguments.
     """
     address = 0
@@ -41,7 +44,8 @@ def launch(key: tuple, tensors: tuple[Tensor | None, ...], describe: Callable[..
         kernel, grid, numbers = ready
         kernel[grid](*tensors, *numbers)
         return
-    kernel, grid, arguments, meta = describe(*given)
+    described = describe(*given)
+    kernel, grid, arguments, meta = described[0] if isinstance(described, list) else described
     compiled = kernel[grid](*arguments, **meta)
     if address % 16 or not _PREPARES or type(compiled) is not triton.compiler.CompiledKernel:
         return  # the interpreter, too

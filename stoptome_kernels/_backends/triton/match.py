@@ -289,6 +289,16 @@ def plan_blocks(
 _COMPILED = isinstance(match_item, triton.runtime.JITFunction)  # and not interpreted (TRITON_INTERPRET=1)
 
 
+def _larger(tokens: int, protected: int) -> int:
+    """Return how many tokens the larger of the two sets has, where they alternate."""
+    return (tokens - protected + 1) // 2
+
+
+def _configuration(metric: Tensor, larger: int) -> dict:
+    """Return the constants of each kernel, None for one not run."""
+    return config.match(metric.shape[1], metric.shape[3], larger, metric.dtype, _COMPILED)
+
+
 def launches(
     metric: Tensor, r: int, protected: int, plan: tuple[Tensor, Tensor, Tensor], order: Tensor | None = None,
     before: Tensor | None = None,
@@ -298,16 +308,16 @@ def launches(
 
     bench/aot_report.py calls this with tensors on the meta device and compiles what it returns.
     """
-    n, heads, tokens, channels = metric.shape
+    n, _, tokens, _ = metric.shape
     given = None  # how many sources, where the kernels can't count them
     if order is None or before is None:
         sources = (tokens - protected + 1 - protected % 2) // 2
-        larger = (tokens - protected + 1) // 2  # of the two sets
+        larger = _larger(tokens, protected)
     else:
         targets = before.shape[0]
         sources = given = tokens - protected - targets
         larger = max(sources, targets)
-    meta = config.match(heads, channels, larger, metric.dtype, _COMPILED)
+    meta = _configuration(metric, larger)
     strides = metric.stride()[:3]
     if meta["item"]:
         arguments = (metric, *plan, order, before, tokens, r, protected, given, *strides)
@@ -334,16 +344,10 @@ def match(
         first_b = protected + sources
         before = torch.searchsorted(order[protected:first_b], order[first_b:], out_int32=True)
     plan = empty_plan(metric, r)
-    if order is None and (metric.shape[2] - protected + 1) // 2 <= config.ONE_LAUNCH:
+    if order is None and _configuration(metric, _larger(metric.shape[2], protected))["item"]:
         key = ("match", metric.dtype, metric.shape, metric.stride(), r, protected, metric.get_device())
-        launch(key, (metric, *plan, None, None), _only_launch, metric, r, protected, plan)
+        launch(key, (metric, *plan, None, None), launches, metric, r, protected, plan)
         return plan
     for kernel, grid, arguments, meta in launches(metric, r, protected, plan, order, before):
         kernel[grid](*arguments, **meta)
     return plan
-
-
-def _only_launch(*given) -> tuple:
-    """Return the launch of items that one program matches alone."""
-    (only,) = launches(*given)
-    return only
