@@ -427,7 +427,8 @@ def test_autocast_casts_as_torch_does(backend, device, autocast, sized):
         assert torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype == autocast
         out = stk.attention(q, k.to(autocast), v, size, *prefix, backend=backend)
     assert out.dtype == autocast
-    narrow = [None if x is None else x.detach().to(autocast) for x in (q, k, v, *prefix)]
+    # with a gradient as above: torch's own function computes it on a CPU, and the native kernel without
+    narrow = [None if x is None else x.detach().to(autocast).requires_grad_() for x in (q, k, v, *prefix)]
     want = stk.attention(*narrow[:3], size, *narrow[3:], backend=backend)
     assert torch.equal(out, want)
     out.float().sum().backward()
