@@ -121,9 +121,8 @@ block also runs as it is; the patched one's target is a multiple of that.
 medians. *Direct*: past torch.library's dispatcher, where nothing would see the call. *By torch.library*: the same call
 where something would, forced for the measurement. The parts of each way add up to all of it. Without gradients, but
 for the last line of each: what autograd's notes cost on top. A part that is timed alone finds its data in the caches;
-what it takes longer inside the call counts as looking at the arguments, or as the public function's checks. What
-memory costs depends on the state of the C library's heap, so the rest of the backend, a difference, can come out below
-0. On a CPU attention is torch's own function, for which the rest of the backend makes a mask and concatenates keys.""",
+what it takes longer inside the call counts as looking at the arguments, or as the public function's checks. A
+difference of medians can come out below 0. Why the block misses its target: [the log](dev/performance.md#log).""",
     "launches": """## Launches on a GPU
 
 Counted without a GPU, by Triton's own binder, cache and compiler over a driver that launches nothing. One video or
