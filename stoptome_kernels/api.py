@@ -325,9 +325,9 @@ def attention(
         prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
         scale: factor of the products q kᵀ; ``1 / sqrt(d)`` if None.
         backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU)
-            or ``reference``. Where no kernel of ours can run, and on any device without size and prefix, ``auto`` and
-            ``native`` take torch's own ``scaled_dot_product_attention``, with the prefix concatenated and the sizes as
-            a mask of one row per item.
+            or ``reference``. Where no kernel of ours can run, on any device without size and prefix, and on a CPU where
+            a gradient is wanted, ``auto`` and ``native`` take torch's own ``scaled_dot_product_attention``, with the
+            prefix concatenated and the sizes as a mask of one row per item.
 
     Returns:
         ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``
