@@ -3,15 +3,13 @@
 asks of torch. All from one process, in which a driver that launches nothing stands under Triton's own compiler."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
 
 import pytest
 
-from support import ROOT
+from support import ROOT, no_gpu
 
 RESULTS = ROOT / "bench/results/launches"
 STOP, VIT, CLIP = "STOP ViT-B/32, 12 frames, ", "ViT-B/16, r=13", "CLIP ViT-B/32 (open_clip), r=13"
@@ -25,19 +23,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """The answers of support/launch_path.py; Triton's own cache keeps what it compiled from run to run."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [ROOT, ROOT / "bench", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/support/launch_path.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    """The answers of support/launch_path.py."""
+    return no_gpu.answers("launch_path.py")
 
 
 @pytest.fixture(scope="module")
