@@ -177,8 +177,9 @@ _differentiable = direct.function("attention", _run, _grad, _save)
 
 def native_takes(inputs: AttentionInputs) -> bool:
     """Return whether the native kernel is to attend where ``auto`` or ``native`` is asked for. Where a gradient is
-    wanted torch's own function does, which is as often differentiable as its backends are; so it does in a trace or a
-    mode and for a subclass, which may know how to count, shard or export it."""
+    wanted, now or when a checkpoint runs this again, torch's own function does, which is as often differentiable as its
+    backends are; so it does in a trace or a mode and for a subclass, which may know how to count, shard or export
+    it."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
     return (
         direct.is_eager()
@@ -186,8 +187,15 @@ def native_takes(inputs: AttentionInputs) -> bool:
         and direct.are_on("cpu", q, k, v)
         and direct.are_none_or_on("cpu", size, prefix_k, prefix_v)
         and not direct.needs_gradient(q, k, v, prefix_k, prefix_v)
+        and not _may_be_recomputed()
         and NATIVE.takes(inputs)
     )
+
+
+def _may_be_recomputed() -> bool:
+    """Return whether this may be the first pass of a reentrant checkpoint, which is run again with gradients and must
+    give the same bits: it is the forward of an autograd.Function, in which forward mode is off, too."""
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
@@ -199,7 +207,8 @@ def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
     if torch.is_autocast_enabled(device) and q.dtype != torch.get_autocast_dtype(device):
         return None
     differentiable = direct.needs_gradient(q, k, v, prefix_k, prefix_v)
-    plain, native = size is None and prefix_k is None, not differentiable and NATIVE.takes(inputs)
+    plain = size is None and prefix_k is None
+    native = not differentiable and not _may_be_recomputed() and NATIVE.takes(inputs)
     how = choose_attention(backend, device, q.dtype, TRITON.takes(inputs), native, plain)
     if how == "sdpa":
         return sdpa(inputs)
