@@ -287,17 +287,15 @@ def match_merge_norm(
     x: Tensor,
     residual: Tensor,
     size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    norm: tuple[Tensor | None, Tensor | None, float],
 ) -> tuple[MergePlan, Tensor, Tensor, Tensor]:
     """Match by ``metric``, then ``merge_norm``: what a patched block does, with arguments looked at once where it can
     be. Return the plan, and what ``merge_norm`` returns. Not exported."""
-    done = ops.merge_norm.match_merge_norm_directly(metric, r, protected, x, residual, size, weight, bias, eps)
+    done = ops.merge_norm.match_merge_norm_directly(metric, r, protected, x, residual, size, *norm)
     if done is not None:
         return MergePlan(*done[0], protected), *done[1]
     plan = match(metric, r, protected)
-    return plan, *merge_norm(x, residual, plan, size, weight, bias, eps)
+    return plan, *merge_norm(x, residual, plan, size, *norm)
 
 
 def attention(

@@ -186,16 +186,18 @@ def native_takes(inputs: AttentionInputs) -> bool:
         and not direct.has_function_modes()
         and direct.are_on("cpu", q, k, v)
         and direct.are_none_or_on("cpu", size, prefix_k, prefix_v)
-        and not direct.needs_gradient(q, k, v, prefix_k, prefix_v)
-        and not _may_be_recomputed()
+        and _is_inference(inputs)
         and NATIVE.takes(inputs)
     )
 
 
-def _may_be_recomputed() -> bool:
-    """Return whether this may be the first pass of a reentrant checkpoint, which is run again with gradients and must
-    give the same bits: it is the forward of an autograd.Function, in which forward mode is off, too."""
-    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+def _is_inference(inputs: AttentionInputs) -> bool:
+    """Return whether no gradient is wanted, now or when a checkpoint runs this again, which must give the same bits: a
+    reentrant one's first pass is the forward of an autograd.Function, in which forward mode is off, too."""
+    q, k, v, _, prefix_k, prefix_v, _ = inputs
+    if torch.is_grad_enabled():
+        return not direct.needs_gradient(q, k, v, prefix_k, prefix_v)
+    return torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
 
 
 def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
@@ -206,15 +208,13 @@ def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
         return None
     if torch.is_autocast_enabled(device) and q.dtype != torch.get_autocast_dtype(device):
         return None
-    differentiable = direct.needs_gradient(q, k, v, prefix_k, prefix_v)
-    plain = size is None and prefix_k is None
-    native = not differentiable and not _may_be_recomputed() and NATIVE.takes(inputs)
+    plain, native = size is None and prefix_k is None, _is_inference(inputs) and NATIVE.takes(inputs)
     how = choose_attention(backend, device, q.dtype, TRITON.takes(inputs), native, plain)
     if how == "sdpa":
         return sdpa(inputs)
     if how == "reference":
         return None
-    if differentiable:
+    if direct.needs_gradient(q, k, v, prefix_k, prefix_v):
         size = None if size is None else size.detach()
         return _differentiable(q, k, v, size, *inputs[4:], backend)[0]
     return choose(backend, q, inputs).attention_inference(inputs)

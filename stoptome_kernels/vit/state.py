@@ -220,7 +220,7 @@ class VitBlockContext:
         normed = None
         if norm is not None and _is_layer_norm(norm):
             affine: Any = (norm.weight, norm.bias, norm.eps)
-            plan, x, normed, size = match_merge_norm(keys, r, merging.protected, x, residual, size, *affine)
+            plan, x, normed, size = match_merge_norm(keys, r, merging.protected, x, residual, size, affine)
         else:
             plan = match(keys, r, merging.protected)
             x, size = merge(x + residual, plan, size)
