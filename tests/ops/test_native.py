@@ -2,7 +2,6 @@
 """The native kernels beyond parity: instruction sets, threads, determinism, addresses beyond 2^31."""
 
 import ast
-import platform
 import subprocess
 import sys
 import threading
@@ -14,19 +13,9 @@ import torch
 from stoptome_kernels import _native
 
 from support.helpers import DTYPES, ROUNDOFF, similarity_gap
+from support.native import ISAS
 
-ISAS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
 SHAPES = [(12, 54, 768, 64, 5, 2), (5, 197, 100, 33, 1, 16), (3, 64, 31, 5, 0, 30), (2, 301, 64, 768, 1, 23)]
-
-
-@pytest.fixture
-def isa(request):
-    try:
-        _native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _native.use_instruction_set("")
 
 
 def everything(shape, dtype, seed=0):
@@ -63,7 +52,6 @@ def same(one, other):
     return all(torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_is_right(isa, shape, dtype):

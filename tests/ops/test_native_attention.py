@@ -2,7 +2,6 @@
 """The native kernel of attention, called by addresses as the backend will: values against the definition in float64,
 instruction sets, strides, what is not finite, threads."""
 
-import platform
 import random
 
 import pytest
@@ -13,7 +12,6 @@ from stoptome_kernels.reference import AttentionInputs
 
 from support.helpers import DTYPES, ROUNDOFF
 
-ISAS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
 INF, NAN = torch.inf, torch.nan
 # queries, keys of the item, keys of the prefix, channels: around the borders of tiles and of vectors
 SHAPES = [
@@ -21,16 +19,6 @@ SHAPES = [
     (54, 54, 0, 64), (11, 197, 4, 80), (5, 300, 0, 16), (1, 127, 1, 33),
 ]  # fmt: skip
 MARGIN = 64  # numbers around the outputs, which must stay as they are
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        _native.use_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _native.use_instruction_set("")
 
 
 def at(x):
