@@ -274,7 +274,7 @@ def test_nothing_is_noted_below_autograd(backend, device):
 
 
 def test_saved_tensors_are_guarded(backend, device):
-    """What is needed for the gradient may not be changed before it; hooks on saved tensors run."""
+    """A tensor that the gradient needs may not be changed before it; hooks on saved tensors run."""
     x = torch.randn(2, 14, 12, device=device, requires_grad=True)
     plan = stk.match(x, 4, 1, backend)
     y = stk.merge(x, plan, None, "max", backend)[0]
@@ -447,7 +447,7 @@ def test_what_is_plain(device):
 @pytest.mark.slow  # a process that imports torch
 @pytest.mark.parametrize("lacks", ["_C._dispatch_keys", "autograd.profiler._is_profiler_enabled", None])
 def test_a_torch_that_is_not_known_takes_the_operators(lacks):
-    """What is asked of torch here is not public. And a user may want it so."""
+    """The direct way asks torch for things that are not public; and a user may turn it off."""
     code = f"""if True:
         import torch
         {f"del torch.{lacks}" if lacks else ""}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reaches the driver with launches prepared and without, for the same inputs, as JSON on stdout: a process of its
+"""Launches as they reach the driver, prepared and not, for the same inputs, as JSON on stdout: a process of its
 own, since the tests' has Triton's interpreter. ``python tests/support/prepared_launches.py`` with bench/ on PYTHONPATH.
 
 Each op is called as it usually is, and then with one thing changed at a time: whatever a key leaves out would be

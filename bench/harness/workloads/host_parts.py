@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call of match, merge, merge_norm and attention consists of: nested calls, and the parts by their differences.
+"""Parts of a call of match, merge, merge_norm and attention: nested calls, and the differences between them.
 
 A call goes past torch.library's dispatcher where nobody would see it (``stoptome_kernels.ops.direct``): ``DIRECT``.
 ``OPERATOR`` is the way that it takes otherwise; it is forced by saying that somebody would.

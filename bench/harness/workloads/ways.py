@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes Python out of a call: the same side in a CUDA graph, and compiled."""
+"""Calls without their Python: the same side in a CUDA graph, and compiled."""
 
 from __future__ import annotations
 
