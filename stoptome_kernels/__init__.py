@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from ._backends import backends
-from .api import attention, fft_conv3d, match, merge, merge_norm, unmerge
+from .api import attention, augment_qk, fft_conv3d, match, merge, merge_norm, unmerge
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
 from .tome.config import ToMeConfig, add_tome_args
@@ -40,6 +40,7 @@ __all__ = [
     "apply_from_config",
     "apply_tome_patch",
     "attention",
+    "augment_qk",
     "backends",
     "describe",
     "fft_conv3d",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: match, merge, unmerge, merge_norm, attention, fft_conv3d."""
+"""The public functions: match, merge, unmerge, merge_norm, attention, augment_qk, fft_conv3d."""
 
 from __future__ import annotations
 
@@ -322,10 +322,12 @@ def attention(
             item n has the prefix ``n // (N / M)``: the frames of a video share one.
         prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
         scale: factor of the products q kᵀ; ``1 / sqrt(d)`` if None.
-        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU)
-            or ``reference``. Where no kernel of ours can run, on any device without size and prefix, and on a CPU where
-            a gradient is wanted, ``auto`` and ``native`` take torch's own ``scaled_dot_product_attention``, with the
-            prefix concatenated and the sizes as a mask of one row per item.
+        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU),
+            ``reference``, or ``augmented``: torch's own ``scaled_dot_product_attention`` with the prefix concatenated
+            and the sizes as channels of the keys (``augment_qk``). Where no kernel of ours can run, on any device
+            without size and prefix, and on a CPU where a gradient is wanted, ``auto`` and ``native`` take torch's
+            function too, with the sizes as a mask of one row per item. But flash kernels for GPUs take no mask: there
+            ``auto`` means ``augmented`` for bfloat16 and float16, d up to 254 and scales that ``augment_qk`` takes.
 
     Returns:
         ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``
@@ -339,7 +341,8 @@ def attention(
     Under autocast q, k, v and the prefix are cast as by ``scaled_dot_product_attention``.
 
     Once differentiable in q, k, v and the prefix, in reverse mode (``backend="reference"``: twice). Gradients are
-    deterministic; that of the prefix is summed over the items that share it.
+    deterministic, on a GPU where torch's own function runs as far as that one's are; that of the prefix is summed over
+    the items that share it.
 
     Source: Bolya et al., ICLR 2023, section 3, "Tracking Token Size" (proportional attention); Vaswani et al., 2017.
     """
@@ -365,15 +368,66 @@ def attention(
     q, k, v, prefix_k, prefix_v = ops.library.as_autocast(q, k, v, prefix_k, prefix_v)
     size = None if size is None else size.detach()
     inputs = reference.AttentionInputs(q, k, v, size, prefix_k, prefix_v, scale)
-    checks.attention(inputs, backend)
+    checks.attention(inputs, backend, checks.AUGMENTED)
     plain = size is None and prefix_k is None
     native = ops.attention.native_takes(inputs)
-    how = choose_attention(backend, q.device.type, q.dtype, TRITON.takes(inputs), native, plain)
+    channels = ops.augment.takes(inputs)
+    how = choose_attention(backend, q.device.type, q.dtype, TRITON.takes(inputs), native, channels, plain)
     if how == "sdpa" or onnx.is_onnx_exporting():
         return ops.attention.sdpa(inputs)
+    if how == checks.AUGMENTED:
+        return ops.attention.augmented(inputs)
     if how == "reference":  # not as an operator: so it can be differentiated twice
         return reference.attention(inputs)[0]
     return torch.ops.stoptome.attention(*inputs, backend)[0]
+
+
+def augment_qk(q: Tensor, k: Tensor, size: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor, float]:
+    """Return queries and keys with the logarithms of the sizes as channels, for any attention kernel, also one without
+    a mask: ``softmax(scale' · q' k'ᵀ) v`` is ``softmax(scale · q kᵀ + log size) v``.
+
+    ``q' = [q, c, c]`` and ``k' = [k, hi, lo]``: ``hi + lo`` is ``log(size) / (scale · c)`` in two parts of the dtype,
+    and c a power of two near ``1 / scale``. With FlashAttention::
+
+        q2, k2, scale = stk.augment_qk(q, k, size)
+        v2 = torch.nn.functional.pad(v, (0, q2.shape[3] - v.shape[3]))  # where the kernel wants one width of all
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q2, k2, v2)), softmax_scale=scale)[..., : v.shape[3]]
+
+    Args:
+        q: ``(N, H, Tq, d)``, float32, float64, bfloat16 or float16, any strides. Sequences of several lengths that are
+            packed one behind the other, ``(total, H, d)``, are one item: ``q.transpose(0, 1)[None]``.
+        k: ``(N, Hk, T, d)``, q's dtype; H is a multiple of Hk (queries may share keys).
+        size: ``(N, T)`` float32, number of tokens that each key represents. A key of size 0 gets a finite score so low
+            that its weight is 0. Where all sizes of an item are 0, what a kernel returns is no zero but a mean of its
+            values: multiply it by ``(size != 0).any(1)``. A NaN or a negative size makes its item NaN, as its logarithm
+            does. No gradient flows into it.
+        scale: factor of the products q kᵀ, from 2e-6 to 2.6e5, or the negative of that; ``1 / sqrt(d)`` if None.
+
+    Returns:
+        ``q' (N, H, Tq, d')``, ``k' (N, Hk, T, d')`` in q's dtype, and the scale to give to the kernel, which would take
+        ``1 / sqrt(d')``, and be wrong. d' is d + 2, padded by zeros in k' to a multiple of 8 (64 → 72). Both are views
+        of ``(N, Tq, H, d')`` and ``(N, T, Hk, d')``: ``.transpose(1, 2)`` is contiguous. Of a negative scale the
+        absolute value is returned, with q negated.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range; the message names it.
+
+    The bias is exact to 16 bits in bfloat16 and 22 in float16, where one channel, or a mask in that dtype, has 8 and
+    11. The score of a key of size 0 is lower by 90,000 than it would be (by 8,000 near the limits of scale).
+
+    Consists of torch's own operations: differentiable in q and k, traced, exported and transformed as they are. Under
+    autocast q and k are cast as by ``scaled_dot_product_attention``, before the logarithms are split: call it where the
+    kernel runs, with inputs of the dtype that the kernel gets.
+
+    Source: FlashBias, arXiv 2505.12044 (a bias of low rank as channels); Bolya et al., ICLR 2023, section 3.
+    """
+    checks.tensor(q, "q", "(N, H, Tq, d)")
+    checks.tensor(k, "k", "(N, Hk, T, d)")
+    checks.tensor(size, "size", "(N, T)")
+    scale = None if scale is None else checks.number(scale, "scale", "factor of the products")
+    q, k = ops.library.as_autocast(q, k)
+    checks.augment_qk(q, k, size)
+    return ops.augment.augment_qk(q, k, size, q.shape[3] ** -0.5 if scale is None else scale)
 
 
 def fft_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:

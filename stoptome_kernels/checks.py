@@ -22,6 +22,7 @@ from .reference.merging import can_raise
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = ("mean", "sum", "max")
 BACKENDS = ("auto", "triton", "native", "reference")
+AUGMENTED = "augmented"  # of the function attention alone, see ops/augment.py
 
 
 def tensor(value: object, name: str, shape: str) -> None:
@@ -342,8 +343,9 @@ def saved_tensor(
         raise ValueError(f"{name} must be of shape {shape} {dtype} on {device}, got {have}")
 
 
-def attention(inputs: AttentionInputs, backend: str) -> None:
-    """Check that queries, keys, values, the keys' sizes and a prefix fit each other."""
+def attention(inputs: AttentionInputs, backend: str, *more: str) -> None:
+    """Check that queries, keys, values, the keys' sizes and a prefix fit each other, and that there is the backend, or
+    that it is one of ``more``."""
     q, k, v, size, prefix_k, prefix_v, scale = inputs
     if (prefix_k is None) != (prefix_v is None):
         missing = "prefix_k" if prefix_k is None else "prefix_v"
@@ -382,16 +384,38 @@ def attention(inputs: AttentionInputs, backend: str) -> None:
     if keys == 0:
         raise ValueError(f"k must have at least one key, or prefix_k one, got k of shape {tuple(k.shape)}")
     if size is not None:
-        if size.dtype != torch.float32:
-            raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {size.dtype}")
-        if tuple(size.shape) != (n, k.shape[2]):
-            raise ValueError(f"size must have shape (N, T) = {(n, k.shape[2])}, got {tuple(size.shape)}")
-        if size.device != device:
-            raise ValueError(f"size is on {size.device}, but q is on {device}; move one of them")
+        _sizes_of_keys(size, k)
     # a compiled module's scale may be a symbol, of which this can't be asked
     if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    choice(backend, "backend", BACKENDS)
+    choice(backend, "backend", (*BACKENDS, *more))
+
+
+def augment_qk(q: Tensor, k: Tensor, size: Tensor) -> None:
+    """Check that queries, keys and the keys' sizes fit each other; heads of the keys may be shared by queries'."""
+    _heads(q, "q", "(N, H, Tq, d)")
+    _heads(k, "k", "(N, Hk, T, d)")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must be of q's dtype {q.dtype}, got {k.dtype}; cast one of them")
+    if k.device != q.device:
+        raise ValueError(f"k is on {k.device}, but q is on {q.device}; move one of them")
+    n, heads, _, d = q.shape
+    if k.shape[0] != n or k.shape[3] != d:
+        raise ValueError(f"k must have shape (N, Hk, T, d) with N = {n} and d = {d} as q has, got {tuple(k.shape)}")
+    if k.shape[1] == 0 or heads % k.shape[1] != 0:
+        raise ValueError(f"k must have heads Hk of which q's H = {heads} is a multiple, got shape {tuple(k.shape)}")
+    if d == 0:
+        raise ValueError(f"q must have at least one channel in its last axis, got shape {tuple(q.shape)}")
+    _sizes_of_keys(size, k)
+
+
+def _sizes_of_keys(size: Tensor, k: Tensor) -> None:
+    if size.dtype != torch.float32:
+        raise TypeError(f"size must be float32 (bfloat16 counts exactly only up to 256), got {size.dtype}")
+    if tuple(size.shape) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"size must have shape (N, T) = {(k.shape[0], k.shape[2])}, got {tuple(size.shape)}")
+    if size.device != k.device:
+        raise ValueError(f"size is on {size.device}, but q is on {k.device}; move one of them")
 
 
 def _heads(value: Tensor, name: str, shape: str) -> None:

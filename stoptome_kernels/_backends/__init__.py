@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..checks import AUGMENTED
 from ..reference import AttentionInputs
 from .contract import Backend
 from .native import Native
@@ -60,19 +61,37 @@ def choose(name: str, tensor: Tensor, inputs: AttentionInputs | None = None) -> 
     return run
 
 
-def choose_attention(name: str, device: str, dtype: torch.dtype, triton: bool, native: bool, plain: bool) -> str:
-    """Return who computes attention: ``sdpa``, torch's own function, ``reference``, or ``operator``, one of its
-    backends.
+def choose_attention(
+    name: str, device: str, dtype: torch.dtype, triton: bool, native: bool, augmented: bool, plain: bool
+) -> str:
+    """Return who computes attention: ``sdpa``, torch's own function; ``augmented``, the same with the sizes as
+    channels; ``reference``; or ``operator``, one of its backends.
 
-    Torch's function is taken for plain attention (no sizes, no prefix) and where no kernel of ours can run: ``triton``
-    and ``native`` say whether these shapes are for their kernels. Called as it is, rather than inside the operator, the
-    compiler sees into it. Constant in a traced graph: it depends on the machine and on the environment.
+    Torch's function is taken for plain attention and where no kernel of ours can run. Called as it is, rather than
+    inside the operator, the compiler sees into it. Constant in a traced graph: it depends on the machine and on the
+    environment.
+
+    Args:
+        name: name of a backend, ``auto`` or ``augmented``, which no environment variable may name: other operators have
+            no such form.
+        device: type of device.
+        dtype: dtype of queries, keys and values.
+        triton: whether the Triton kernels are for these shapes.
+        native: whether the native kernel is for this call.
+        augmented: whether there are sizes, which can be channels.
+        plain: whether there are neither sizes nor a prefix.
     """
+    if name == AUGMENTED:
+        return name
     name = _asked(name)
     if name == "auto":
         ours = triton and TRITON.unavailable_reason(device, dtype, explicit=False) is None
         ours = ours or (native and NATIVE.unavailable_reason(device, dtype, explicit=False) is None)
-        return "operator" if ours and not plain else "sdpa"
+        if ours and not plain:
+            return "operator"
+        # no flash kernel takes float32, nor a mask but a CPU's
+        flash = device != "cpu" and dtype in (torch.bfloat16, torch.float16)
+        return AUGMENTED if augmented and flash else "sdpa"
     if name == "native" and NATIVE.unavailable_reason(device, dtype, explicit=True) is None:
         return "operator" if native and not plain else "sdpa"
     return "reference" if name == "reference" else "operator"  # which tells why it can't run, if it can't

@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import checks
 from .._backends import NATIVE, TRITON, choose, choose_attention
 from ..layout import accumulator_dtype, empty_heads_last, heads_last, log_size_bias, unit_stride, with_prefix
-from ..reference import AttentionInputs
-from . import direct
+from ..reference import AttentionInputs, scale_of
+from . import augment, direct
 from .library import autocasts, define, gradient, no_gradient
 
 # -- composed ---------------------------------------------------------------------------------------------------------
@@ -35,6 +35,21 @@ def sdpa(inputs: AttentionInputs) -> Tensor:
             unit_stride(q), unit_stride(k), unit_stride(v), attn_mask=bias, scale=scale
         )
     return heads_last(out)
+
+
+def augmented(inputs: AttentionInputs) -> Tensor:
+    """Compute the same with the sizes as channels of the keys, see ``augment``: without a mask, for flash kernels."""
+    q, k, v, size, prefix_k, prefix_v, scale = inputs
+    if size is None:
+        return sdpa(inputs)
+    k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
+    if prefix_k is not None:
+        size = F.pad(size, (k.shape[2] - size.shape[1], 0), value=1.0)
+    q, k, scale = augment.augment_qk(q, k, size, scale_of(inputs))
+    out = F.scaled_dot_product_attention(q, k, augment.with_zeros(v), scale=scale)[..., : v.shape[3]]
+    # keys that are all masked alike share the weight; to drop it costs no pass, since a slice is copied anyway
+    something = (size != 0).any(1)[:, None, None, None]
+    return heads_last((out.transpose(1, 2) * something).transpose(1, 2))
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -204,14 +219,19 @@ def attention_directly(inputs: AttentionInputs, backend: str) -> Tensor | None:
     """Attend past the dispatcher, see ``direct``; None where the operator has to be called, or autocast to cast."""
     q, k, v, size, prefix_k, prefix_v, _ = inputs
     device = direct.device_if_unseen(q)
-    if device is None or backend not in checks.BACKENDS or not _are_right(inputs, device):
+    if device is None or not (backend in checks.BACKENDS or backend == checks.AUGMENTED):
+        return None
+    if not _are_right(inputs, device):
         return None
     if torch.is_autocast_enabled(device) and q.dtype != torch.get_autocast_dtype(device):
         return None
     plain, native = size is None and prefix_k is None, _is_inference(inputs) and NATIVE.takes(inputs)
-    how = choose_attention(backend, device, q.dtype, TRITON.takes(inputs), native, plain)
+    channels = device != "cpu" and augment.takes(inputs)
+    how = choose_attention(backend, device, q.dtype, TRITON.takes(inputs), native, channels, plain)
     if how == "sdpa":
         return sdpa(inputs)
+    if how == checks.AUGMENTED:
+        return augmented(inputs)
     if how == "reference":
         return None
     if direct.needs_gradient(q, k, v, prefix_k, prefix_v):

@@ -146,7 +146,8 @@ def _attention(backend: str, i: Inputs) -> Pieces:
     q = inputs.q
 
     def choose_both() -> object:
-        choose_attention("auto", "cpu", q.dtype, TRITON.takes(inputs), NATIVE.takes(inputs), False)
+        takes = (TRITON.takes(inputs), NATIVE.takes(inputs), ops.augment.takes(inputs))
+        choose_attention("auto", "cpu", q.dtype, *takes, plain=False)
         return choose("auto", q, inputs)
 
     def memory() -> object:
