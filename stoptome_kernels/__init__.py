@@ -26,6 +26,7 @@ from .plan import MergePlan
 from .tome.config import ToMeConfig, add_tome_args
 from .tome.trace import Trace
 from .visualize import visualize
+from .vit.interface import register_attention
 
 try:
     __version__ = version("stoptome_kernels")
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
     "merge_norm",
     "reference",
+    "register_attention",
     "remove_tome_patch",
     "tome_trace",
     "unmerge",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..patching.subclass import PatchedModule
 from .block import AttentionMixin, BlockMixin, KeyRequest, proportional_attention
 from .guards import reject_masks
+from .interface import NAME
 from .recording import encoder_mixin, is_recorded, remove_stale_recorders
 from .tokens import PADDING, Tokens, unmerge_tokens
 from .towers import VitTower, class_path, exactly_one, find_submodules, require_version
@@ -215,8 +216,9 @@ def _implementation(attn: Any) -> str | None:
     return attn.config._attn_implementation
 
 
-# The library's own, which all compute the same.
+# The library's own and ours, which all compute the same.
 _IMPLEMENTATIONS = (
+    NAME,
     "eager",
     "sdpa",
     "flash_attention_2",
