@@ -13,6 +13,7 @@ so does one that a table given with --check holds other numbers for. The committ
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,19 +21,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't be compiled
 
 import torch
 import triton
-from stoptome_kernels._backends.triton import attention, conv, match, merge, norm
+from stoptome_kernels._backends.triton import attention, config, conv, match, merge, norm
 from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from charts.common import markdown_table
 from harness import cli
+from harness.shapes import ATTENDED
 from harness.shapes import COMPILED as SHAPES
+from harness.workloads.fused import FRAMES, PREFIX
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have (CUDA guide, table 27)
@@ -42,6 +46,9 @@ _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32
 
 def launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
     """Return what the shape runs, forward and backward, as (what, launch)."""
+    if shape in ATTENDED:
+        n, tokens, heads, channels = ATTENDED[shape]
+        return _named("attention", _attention(n, tokens, tokens, heads, channels, 0, dtype, True))
     n, tokens, dim, heads, protected, r = SHAPES[shape]
     groups = tokens - r
 
@@ -103,30 +110,45 @@ def conv_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
 
 
 def attention_launches(shape: str, dtype: torch.dtype) -> list[tuple[str, tuple]]:
-    """Attention with sizes over all tokens; in STOP and TempMe with four prompts in front, one set for 12 items."""
-    n, tokens, dim, heads, _, _ = SHAPES[shape]
+    """Attention with sizes over all tokens; in STOP and TempMe with four prompts in front, one set for 12 items. In
+    STOP the prompts, too, which look at all frames of a video."""
+    n, tokens, dim, heads = SHAPES[shape][:4]
+    if shape.startswith("sd"):
+        return []  # its attention is not ours
     heads = heads or 12
-    prompts = 4 if shape.startswith(("stop", "tempme")) else 0
-    if tokens + prompts > 256:
-        return []  # torch's own function runs
+    prompts = PREFIX if shape.startswith(("stop", "tempme")) else 0
+    sized, bare = (_attention(n, tokens, tokens, heads, dim // heads, prompts, dtype, sizes) for sizes in (True, False))
+    found = [*_named("attention", sized), *_named("attention, plain", bare)]
+    if shape.startswith("stop"):
+        over = _attention(n // FRAMES, prompts, FRAMES * tokens, heads, dim // heads, prompts, dtype, True)
+        found += _named("attention, prompts", over)
+    return found
 
-    def rows(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*sizes, dim // heads, dtype=dtype, device="meta")
 
-    q, k, v = rows(n, tokens, 3, heads).permute(2, 0, 3, 1, 4)
-    size, lse = (torch.empty(*sizes, device="meta") for sizes in ((n, tokens), (n, heads, tokens)))
-    prefix = [rows(n // 12, heads, prompts) for _ in range(2)] if prompts else [None, None]
-    parts = [rows(n, heads, prompts, dtype=torch.float32) for _ in range(2)] if prompts else [None, None]
-    out = rows(n, tokens, heads).transpose(1, 2)
-    sized, bare = AttentionInputs(q, k, v, size, *prefix, 0.125), AttentionInputs(q, k, v, scale=0.125)
-    grads = attention.grad_launches(out, sized, out, lse, (out, out, out, *parts))
-    plain = attention.grad_launches(out, bare, out, lse, (out, out, out, None, None))
-    return [
-        ("attention", attention.attend_launch(sized, out, lse)),
-        ("attention, plain", attention.attend_launch(bare, out, lse)),
-        *(("grad of attention", launch) for launch in grads),
-        *(("grad of attention, plain", launch) for launch in plain),
-    ]
+def _attention(
+    n: int, queries: int, tokens: int, heads: int, channels: int, prompts: int, dtype: torch.dtype, sizes: bool
+) -> list[tuple]:
+    """Return the launches of attention, forward and backward, with tensors laid out as a packed projection leaves
+    them."""
+
+    def rows(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, channels, dtype=dtype, device="meta")
+
+    q = rows(n, queries, 3, heads)[:, :, 0].transpose(1, 2)
+    k, v = (rows(n, tokens, 3, heads)[:, :, part].transpose(1, 2) for part in (1, 2))
+    size, lse = (torch.empty(*shape, device="meta") for shape in ((n, tokens), (n, heads, queries)))
+    ahead = sizes and prompts
+    prefix = [rows(max(1, n // FRAMES), heads, prompts) if ahead else None for _ in range(2)]
+    parts = [rows(n, heads, prompts, dtype=torch.float32) if ahead else None for _ in range(2)]
+    inputs = AttentionInputs(q, k, v, size if sizes else None, *prefix, channels**-0.5)
+    out, like = rows(n, queries, heads).transpose(1, 2), rows(n, tokens, heads).transpose(1, 2)
+    backward = attention.grad_launches(out, inputs, out, lse, (out, like, like, *parts))
+    return [attention.attend_launch(inputs, out, lse), *backward]
+
+
+def _named(what: str, launches: list[tuple]) -> list[tuple[str, tuple]]:
+    forward, *backward = launches
+    return [(what, forward), *((f"grad of {what}", launch) for launch in backward)]
 
 
 def source(kernel, arguments: tuple, constants: dict) -> ASTSource:
@@ -236,7 +258,11 @@ def table(rows: list[dict]) -> str:
         "multiprocessor by registers, shared memory and threads. Shapes as (N, T, D, heads, protected, r); heads 0:",
         "the metric is x itself.",
         "",
-        *(f"- {name}: {SHAPES[name]}" for name in shapes),
+        *(f"- {name}: {SHAPES[name]}" for name in shapes if name in SHAPES),
+        "",
+        "Attention alone, as (N, T, heads, channels of a head):",
+        "",
+        *(f"- {name}: {ATTENDED[name]}" for name in shapes if name in ATTENDED),
         "",
         "## sm_90",
         "",
@@ -272,7 +298,7 @@ def main() -> int:
     parser = cli.bare_parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=[*SHAPES, *ATTENDED], default=[*SHAPES, *ATTENDED])
     parser.add_argument("--what", nargs="+", default=[""], help="only launches whose name contains one of these")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--table", type=Path, help="write them to this file as Markdown")
@@ -283,20 +309,20 @@ def main() -> int:
     print(f"Triton {triton.__version__}; spill and shared in bytes; blocks = resident per multiprocessor")
     print(f"{'sm':>3} {'dtype':5} {'shape':15} {'what':22} {'kernel':13} {'grid':>7} {'warps':>5}", end=" ")
     print(f"{'regs':>4} {'spill':>5} {'shared':>6} {'blocks':>6} {'ld128':>5} {'st128':>5}")
-    for arch in options.arch:
-        for dtype in options.dtype:
-            for shape in options.shape:
-                for what, launch in launches(shape, DTYPES[dtype]):
-                    if not any(part in what for part in options.what):
-                        continue
-                    row = {"arch": arch, "dtype": dtype, "shape": shape, "what": what, **compile_one(launch, arch)}
-                    rows.append(row)
-                    print(
-                        f"{arch:3} {dtype:5} {shape:15} {what:22} {row['kernel']:13} {row['grid']:7} {row['warps']:5} "
-                        f"{row['registers']:4} {row['spill']:5} {row['shared']:6} {row['blocks']:6} "
-                        f"{row['loads128']:5} {row['stores128']:5}{'' if row['ok'] else '  <-- FAILS'}",
-                        flush=True,
-                    )
+    for arch, dtype, shape in itertools.product(options.arch, options.dtype, options.shape):
+        with patch.object(config, "capability", lambda device, arch=arch: arch):
+            found = launches(shape, DTYPES[dtype])
+        for what, launch in found:
+            if not any(part in what for part in options.what):
+                continue
+            row = {"arch": arch, "dtype": dtype, "shape": shape, "what": what, **compile_one(launch, arch)}
+            rows.append(row)
+            print(
+                f"{arch:3} {dtype:5} {shape:15} {what:22} {row['kernel']:13} {row['grid']:7} {row['warps']:5} "
+                f"{row['registers']:4} {row['spill']:5} {row['shared']:6} {row['blocks']:6} "
+                f"{row['loads128']:5} {row['stores128']:5}{'' if row['ok'] else '  <-- FAILS'}",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     if options.table:

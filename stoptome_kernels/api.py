@@ -322,12 +322,12 @@ def attention(
             item n has the prefix ``n // (N / M)``: the frames of a video share one.
         prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
         scale: factor of the products q kᵀ; ``1 / sqrt(d)`` if None.
-        backend: ``auto``, ``triton`` (at most 256 keys, prefix and T together, and d up to 128), ``native`` (on a CPU),
-            ``reference``, or ``augmented``: torch's own ``scaled_dot_product_attention`` with the prefix concatenated
-            and the sizes as channels of the keys (``augment_qk``). Where no kernel of ours can run, on any device
-            without size and prefix, and on a CPU where a gradient is wanted, ``auto`` and ``native`` take torch's
-            function too, with the sizes as a mask of one row per item. But flash kernels for GPUs take no mask: there
-            ``auto`` means ``augmented`` for bfloat16 and float16, d up to 254 and scales that ``augment_qk`` takes.
+        backend: ``auto``, ``triton`` (any number of keys, d up to 128), ``native`` (on a CPU), ``reference``, or
+            ``augmented``: torch's own ``scaled_dot_product_attention`` with the prefix concatenated and the sizes as
+            channels of the keys (``augment_qk``). Where no kernel of ours can run, on any device without size and
+            prefix, and on a CPU where a gradient is wanted, ``auto`` and ``native`` take torch's function too, with
+            the sizes as a mask of one row per item. But flash kernels for GPUs take no mask: there ``auto`` means
+            ``augmented`` for bfloat16 and float16, d up to 254 and scales that ``augment_qk`` takes.
 
     Returns:
         ``(N, H, Tq, d)`` in q's dtype, as a view of ``(N, Tq, H, d)``: ``out.transpose(1, 2).reshape(N, Tq, H * d)``

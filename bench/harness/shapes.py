@@ -106,6 +106,14 @@ COMPILED = {
 }
 
 
+# and attention alone, by keys and channels of a head: (N, T, heads, channels)
+ATTENDED = {
+    "keys-1568": (16, 1568, 12, 64),
+    **{f"keys-{keys}-d{d}": (n, keys, 16, d) for d in (80, 128) for keys, n in ((54, 384), (197, 256), (577, 64))},
+    **{f"keys-{keys}-d{d}": (n, keys, 16, d) for d in (80, 128) for keys, n in ((1568, 16), (4096, 8))},
+}
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One set of tensors of a shape."""

@@ -273,18 +273,24 @@ def match_variants(c: dict) -> list[Changes]:
 
 
 def attend_variants(c: dict) -> list[Changes]:
+    """With keys prefetched, other blocks, and a block of two warp groups."""
+    wide = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8}
     return [
-        {"num_warps": 8}, {"num_warps": 2}, {"BLOCK_Q": c["BLOCK_Q"] * 2}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)},
-        {"BLOCK_K": max(16, c["BLOCK_K"] // 2)}, {"BLOCK_K": c["BLOCK_K"] * 2}, {"num_stages": 2},
-        {"BLOCK_Q": 128, "BLOCK_K": 32, "EARLY": False},
-        {"BLOCK_Q": 128, "BLOCK_K": 32, "EARLY": False, "maxnreg": 168},
+        {"STAGES": 2}, {"STAGES": 3}, {"BLOCK_K": 16}, {"BLOCK_K": 32}, {"BLOCK_K": 64}, {"BLOCK_K": 128},
+        {"BLOCK_K": 32, "STAGES": 3}, {"BLOCK_K": 64, "STAGES": 3}, {"BLOCK_Q": 128}, {"BLOCK_Q": 128, "BLOCK_K": 32},
+        {**wide, "STAGES": 2, "maxnreg": 128}, {**wide, "STAGES": 3, "maxnreg": 128}, {"num_warps": 2}, {"maxnreg": 96},
     ]  # fmt: skip
 
 
 def attend_grad_variants(c: dict) -> list[Changes]:
+    """By queries or keys: with rows prefetched, and other blocks; in one block: other limits of registers."""
+    if "STAGES" not in c:
+        return [{"maxnreg": 128}, {"maxnreg": 168}, {"num_warps": 8}]
+    rows, columns = c["BLOCK_Q"], c["BLOCK_K"]
     return [
-        {"num_warps": 8}, {"BLOCK_Q": max(16, c["BLOCK_Q"] // 2)}, {"BLOCK_Q": c["BLOCK_Q"] * 2, "num_warps": 8},
-        {"num_warps": 2}, {"maxnreg": 128}, {"maxnreg": 168},  # four and three programs of 128 threads
+        {"STAGES": 2}, {"STAGES": 3}, {"BLOCK_Q": rows * 2}, {"BLOCK_Q": max(16, rows // 2)},
+        {"BLOCK_K": columns * 2}, {"BLOCK_K": max(16, columns // 2)}, {"num_warps": 8}, {"maxnreg": 128},
+        {"BLOCK_Q": 128, "num_warps": 8}, {"BLOCK_K": 128, "num_warps": 8},
     ]  # fmt: skip
 
 
@@ -299,16 +305,20 @@ KERNELS = {
         Kernel("norm_grad_rows", "norm", _only, norm_grad_job, norm_grad_variants, ("EARLY",), "backward"),
         Kernel("reduce_rows", "merge", _only, reduce_job, merge_variants),
         Kernel("match", "match", lambda found: "item" if found["item"] else "score", match_job, match_variants),
-        Kernel("attend", "attention", lambda found: "attend", attend_job, attend_variants, ("EARLY",)),
+        Kernel("attend", "attention", lambda found: "attend", attend_job, attend_variants),
         Kernel("spread_rows", "merge", _only, spread_job, merge_variants, direction="backward"),
-        Kernel("grad_keys", "attention", lambda found: "whole" if found["whole"] else "keys",
+        # each time is that of the whole gradient
+        Kernel("grad_keys", "attention", lambda found: "item" if found["item"] else "keys",
+               attend_grad_job, attend_grad_variants, direction="backward"),
+        Kernel("grad_queries", "attention", lambda found: "item" if found["item"] else "queries",
                attend_grad_job, attend_grad_variants, direction="backward"),
     )
 }  # fmt: skip
-STOP, VIT = "stop-b32-train", "vit-b16-r16"
+STOP, VIT, LONG = "stop-b32-train", "vit-b16-r16", "vit-l16-384"
 ORDER = (  # what is measured if no shape is named
     ("norm_rows", STOP), ("norm_grad_rows", STOP), ("reduce_rows", STOP), ("match", VIT), ("match", STOP),
-    ("attend", STOP), ("attend", VIT), ("spread_rows", STOP), ("grad_keys", STOP),
+    ("attend", STOP), ("attend", VIT), ("attend", LONG), ("grad_keys", STOP), ("grad_keys", VIT), ("grad_queries", VIT),
+    ("spread_rows", STOP),
 )  # fmt: skip
 ORDERS = {flag for kernel in KERNELS.values() for flag in kernel.flags}
 

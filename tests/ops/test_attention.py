@@ -13,11 +13,11 @@ from support.attention import assert_close, assert_exact, eager, exactly, leaves
 from support.helpers import assert_as_exact_as_eager, dtypes_of, examples
 
 OP = torch.ops.stoptome.attention
-# queries, keys of the item, keys of the prefix, channels: around the borders of tiles, and of the limit
+# queries, keys of the item, keys of the prefix, channels: around the borders of tiles, and of the channels' limit
 BORDERS = [
     (1, 1, 0, 16), (3, 15, 0, 1), (17, 16, 0, 5), (16, 17, 0, 33), (20, 0, 3, 8), (54, 54, 4, 64), (33, 60, 4, 16),
     (65, 64, 0, 8), (64, 65, 0, 80), (70, 68, 4, 16), (5, 128, 0, 16), (66, 125, 4, 16), (30, 197, 0, 8),
-    (7, 252, 4, 128), (40, 256, 0, 3),
+    (7, 252, 4, 128), (40, 256, 0, 3), (67, 517, 3, 8),
 ]  # fmt: skip
 PAIR = {"n": 2, "m": 1}  # items, which share a prefix; with how many is test_any_shape's
 FEW = [(54, 54, 4, 64), (17, 66, 3, 20), (5, 140, 0, 16)]  # one launch for the gradient, two, no prefix
@@ -117,16 +117,21 @@ def test_items_share_a_prefix_in_turn(backend, device):
 
 
 def test_four_queries_and_all_keys_of_a_video(backend, device):
-    """As STOP's global prompts: few queries, 648 keys and a prefix: more than the Triton kernels take."""
-    arguments = make(4, 648, 4, 64, device, n=2, m=1)
-    if backend == "triton":
-        with pytest.raises(RuntimeError, match=r"backend='triton' can't run this: .* at most 256 keys.*, not to 652"):
-            stk.attention(*arguments, backend=backend)
-        return
-    assert_exact(arguments, backend)
+    """As STOP's global prompts: few queries, 648 keys and a prefix."""
+    for dtype in dtypes_of(backend):
+        assert_exact(make(4, 648, 4, 64, device, dtype, n=2, m=1), backend)
 
 
-@pytest.mark.parametrize("tokens", [257, 252])
+@pytest.mark.interpreted
+@pytest.mark.parametrize("tokens", [577, 1568, 4096])
+@pytest.mark.parametrize(("sized", "ahead"), [(True, 0), (True, 5), (False, 5)], ids=["sizes", "both", "prefix"])
+def test_many_keys(backend, device, tokens, sized, ahead):
+    """As in ViT-L/16 @384, VideoMAE and dense models: whole blocks of keys, and what is left of them."""
+    for dtype in dtypes_of(backend):
+        assert_exact(make(18, tokens, ahead, 16, device, dtype, n=2, m=1, heads=1, sized=sized), backend)
+
+
+@pytest.mark.parametrize("tokens", [257, 4200])
 def test_auto_takes_whatever_can_run(device, tokens):
     arguments = make(9, tokens, 4, 16, device)
     exact = exactly(*leaves(arguments, torch.float64))
@@ -164,11 +169,9 @@ def test_backward_takes_results_of_any_strides(backend, device):
 def test_limits_of_the_kernels_are_told():
     device = "cuda" if GPU else "cpu"
     q = torch.randn(1, 1, 3, 129, device=device)
-    with pytest.raises(RuntimeError, match=r"at most 128 channels a head, not with 129; backend='auto'"):
-        stk.attention(q, q, q, backend="triton")
-    q = torch.randn(1, 1, 257, 8, device=device)
-    with pytest.raises(RuntimeError, match=r"at most 256 keys, prefix included, not to 257; backend='auto'"):
-        OP(q, q, q, None, None, None, None, "triton")
+    for call in (stk.attention, OP):
+        with pytest.raises(RuntimeError, match=r"at most 128 channels a head, not with 129; backend='auto'"):
+            call(q, q, q, None, None, None, None, "triton")
 
 
 @pytest.mark.interpreted
@@ -392,12 +395,10 @@ def test_compile_with_dynamic_shapes_compiles_once(backend, device):
     for n, queries, tokens, ahead in ((4, 6, 20, 5), (6, 5, 31, 9), (8, 9, 10, 7)):
         arguments = make(queries, tokens, ahead, 16, device, n=n)
         torch.testing.assert_close(compiled(*arguments), step(*arguments))
+    for tokens in (300, 310, 320):
+        arguments = make(6, tokens, 5, 16, device)
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
     assert counter.frame_count == 1
-    if backend != "triton":  # which refuses so many keys; for the others they make one more graph
-        for tokens in (300, 310, 320):
-            arguments = make(6, tokens, 5, 16, device)
-            torch.testing.assert_close(compiled(*arguments), step(*arguments))
-        assert counter.frame_count == 2
     torch._dynamo.reset()
 
 

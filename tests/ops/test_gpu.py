@@ -134,13 +134,20 @@ def test_merge_norm(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("items", "tokens", "ahead", "heads"),
-    [(12 * 32, 54, 4, 12), (12, 54, 4, 12), (64, 197, 0, 12), (24, 168, 4, 12), (96, 101, 0, 12), (12, 54, 0, 12)],
-    ids=["STOP B/32", "one video", "ViT-B", "TempMe 12", "ViT-B deep", "one video, no prefix"],
-)
-def test_attention(items, tokens, ahead, heads, dtype):
+    ("items", "tokens", "ahead", "heads", "channels"),
+    [
+        (12 * 32, 54, 4, 12, 64), (12, 54, 4, 12, 64), (64, 197, 0, 12, 64), (24, 168, 4, 12, 64), (96, 101, 0, 12, 64),
+        (12, 54, 0, 12, 64), (24, 577, 0, 16, 64), (2, 1568, 0, 12, 64), (1, 4096, 0, 4, 64), (12, 577, 4, 8, 64),
+        (24, 257, 0, 16, 80), (12, 577, 4, 8, 128),
+    ],
+    ids=[
+        "STOP B/32", "one video", "ViT-B", "TempMe 12", "ViT-B deep", "one video, no prefix", "ViT-L 384", "VideoMAE",
+        "4096 keys", "577 keys and a prefix", "ViT-H", "128 channels",
+    ],
+)  # fmt: skip
+def test_attention(items, tokens, ahead, heads, channels, dtype):
     """With sizes, and with a prefix that the 12 frames of a video share: as near to float64 as torch's own function."""
-    arguments = make(tokens, tokens, ahead, 64, "cuda", dtype, n=items, m=items // 12, heads=heads)
+    arguments = make(tokens, tokens, ahead, channels, "cuda", dtype, n=items, m=max(1, items // 12), heads=heads)
     assert_exact(arguments, "triton")
 
 

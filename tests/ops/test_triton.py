@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paths of the Triton kernels that small shapes under the interpreter do not take by themselves."""
 
+import itertools
+
 import pytest
 import stoptome_kernels as stk
 import torch
@@ -92,40 +94,48 @@ def test_more_sources_than_a_span(configure, span):
 @pytest.mark.parametrize("tokens", [40, 100])
 def test_float32_attention_of_a_gpu(monkeypatch, tokens):
     """On a GPU float32 rows are multiplied as three bfloat16 on tensor cores: as exact as in one piece."""
-    q, k, v = torch.randn(3, 2, 2, tokens, 40)
-    k[:, :, 5] *= 1e-4
-    size = torch.rand(2, tokens) + 0.1
-    exact = stk.attention(*(x.double() for x in (q, k, v)), size, backend="reference")
-    plain = stk.attention(q, k, v, size, backend="triton")
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 2, tokens, 40))
+    with torch.no_grad():
+        k[:, :, 5] *= 1e-4
+    size, leaves = torch.rand(2, tokens) + 0.1, (q, k, v)
+
+    def results(rows, backend):
+        out = stk.attention(*rows, size, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), rows)]
+
+    exact = results([x.detach().double().requires_grad_() for x in leaves], "reference")
+    plain = results(leaves, "triton")
     table = config.attention.__wrapped__
-    assert table(tokens, tokens, 40, torch.float32)["attend"]["THIRDS"]
+    parts = ("attend", "queries", "keys")
+    assert all(table(tokens, tokens, 40, torch.float32, 90)[part]["THIRDS"] for part in parts)
 
     def thirds(*arguments):
         found = table(*arguments)
-        return {**found, "attend": {**found["attend"], "THIRDS": True}}
+        return {**found, **{part: {**found[part], "THIRDS": True} for part in parts}}
 
     monkeypatch.setattr(config, "attention", thirds)
-    got = stk.attention(q, k, v, size, backend="triton")
-    assert not torch.equal(got, plain)
-    errors = [(x - exact).abs().max().item() for x in (got, plain)]
-    assert errors[0] <= 2 * errors[1] + ROUNDOFF[torch.float32] * v.abs().max().item()
+    for got, whole, right in zip(results(leaves, "triton"), plain, exact, strict=True):
+        assert not torch.equal(got, whole)
+        errors = [(x - right).abs().max().item() for x in (got, whole)]
+        assert errors[0] <= 2 * errors[1] + ROUNDOFF[torch.float32] * right.abs().max().item()
 
 
-@pytest.mark.parametrize("tokens", [40, 100])
-def test_early_values_change_no_bit(monkeypatch, tokens):
-    q, k, v = torch.randn(3, 2, 2, tokens, 16)
+@pytest.mark.parametrize("changes", [{"BLOCK_K": 16}, {"BLOCK_Q": 32, "BLOCK_K": 32}, {"BLOCK_K": 128}])
+@pytest.mark.parametrize(("tokens", "ahead"), [(40, 0), (64, 3), (100, 4), (96, 0)])
+def test_attention_in_other_blocks(monkeypatch, changes, tokens, ahead):
+    """Tiles of other sizes, whole blocks and what is left of them, alone or with the prefix, give the same."""
+    q, k, v = torch.randn(3, 2, 2, tokens, 8)
+    prefix = torch.randn(2, 1, 2, ahead, 8) if ahead else (None, None)
     size = torch.rand(2, tokens) + 0.1
-    table, used, found = config.attention.__wrapped__, [], []
-    for early in (False, True):
+    size[:, -7:] = 0  # a padded plan's
+    want = stk.attention(q, k, v, size, *prefix, backend="reference")
+    table = config.attention.__wrapped__
 
-        def chosen(*arguments, early=early):
-            used.append(early)
-            return {**table(*arguments), "attend": {**table(*arguments)["attend"], "EARLY": early}}
+    def chosen(*arguments):
+        return {**table(*arguments), "attend": {**table(*arguments)["attend"], **changes}}
 
-        monkeypatch.setattr(config, "attention", chosen)
-        found.append(stk.attention(q, k, v, size, backend="triton"))
-    assert used == [False, True]
-    assert torch.equal(*found)
+    monkeypatch.setattr(config, "attention", chosen)
+    torch.testing.assert_close(stk.attention(q, k, v, size, *prefix, backend="triton"), want)
 
 
 @pytest.mark.parametrize("dim", [24, 32])
@@ -158,11 +168,13 @@ def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, dim, sized, affine
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiles_cover_what_they_must(dtype):
-    """A gradient in one launch sees all keys of a head in a block; the pieces of a row make up the row."""
-    for keys in (1, 16, 17, 30, 58, 64, 65, 197, 256):
+    """A gradient in one launch sees all queries and keys of a head; the pieces of a row make up the row."""
+    for capability, queries, keys in itertools.product((80, 90, 100), (1, 54, 64, 65), (1, 16, 17, 58, 64, 65, 577)):
         for channels in (16, 40, 64, 65, 128):
-            found = config.attention(54, keys, channels, dtype, True)
-            assert found["whole"] is None or found["whole"]["BLOCK_K"] >= keys
+            found = config.attention(queries, keys, channels, dtype, capability)
+            if found["item"]:
+                assert found["item"]["BLOCK_Q"] >= queries
+                assert found["item"]["BLOCK_K"] >= keys
             for one in filter(None, found.values()):
                 assert one["BLOCK_D"] >= channels
                 assert all(one[side] >= 16 and one[side] & (one[side] - 1) == 0 for side in ("BLOCK_Q", "BLOCK_K"))
@@ -173,10 +185,11 @@ def test_tiles_cover_what_they_must(dtype):
 
 
 def test_launches_of_attention():
-    """One launch forward; backward one while a block holds all keys, else two."""
+    """One launch forward; backward one while a block holds all queries and keys, else two, however many they are."""
     from stoptome_kernels._backends.triton import attention
 
-    for dtype, tokens, backward in ((torch.bfloat16, 54, 1), (torch.bfloat16, 197, 2), (torch.float32, 54, 2)):
+    half, full = torch.bfloat16, torch.float32
+    for dtype, tokens, backward in ((half, 54, 1), (half, 64, 1), (half, 197, 2), (half, 4096, 2), (full, 54, 2)):
         q = torch.empty(2, 12, tokens, 64, dtype=dtype, device="meta")
         lse = torch.empty(2, 12, tokens, device="meta")
         inputs = stk.reference.AttentionInputs(q, q, q)

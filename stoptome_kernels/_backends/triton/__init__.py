@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ...reference import AttentionInputs, prefix_length
+from ...reference import AttentionInputs
 from ..contract import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_KEYS, _MOST_CHANNELS = 256, 128  # of attention: all keys of a head are held at once
+_MOST_CHANNELS = 128  # of attention: the accumulators of wider heads do not fit the registers
 
 
 @cache
@@ -109,20 +109,11 @@ class Triton(Backend):
     def takes(self, inputs: AttentionInputs) -> bool:
         """Return whether the kernels attend to inputs of such shapes; asked while compiling, where a message with a
         number in it would make that number a constant."""
-        keys, channels = _keys_and_channels(inputs)
-        if keys > _MOST_KEYS or channels > _MOST_CHANNELS:  # noqa: SIM103, the comparison of a trace is no bool
+        if inputs.q.shape[3] > _MOST_CHANNELS:  # noqa: SIM103, the comparison of a trace is no bool
             return False
         return True
 
     def unsupported_attention(self, inputs: AttentionInputs) -> str | None:
         if self.takes(inputs):
             return None
-        keys, channels = _keys_and_channels(inputs)
-        if keys > _MOST_KEYS:
-            return f"the Triton kernels attend to at most {_MOST_KEYS} keys, prefix included, not to {keys}"
-        return f"the Triton kernels attend with at most {_MOST_CHANNELS} channels a head, not with {channels}"
-
-
-def _keys_and_channels(inputs: AttentionInputs) -> tuple[int, int]:
-    """Return how many keys there are, prefix included, and how many channels a head."""
-    return prefix_length(inputs) + inputs.k.shape[2], inputs.q.shape[3]
+        return f"the Triton kernels attend with at most {_MOST_CHANNELS} channels a head, not with {inputs.q.shape[3]}"

@@ -131,52 +131,64 @@ def norm_programs(tiles: int, meta: dict) -> int:
     return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 
-# Queries and keys of a block, by bits of a number, by the most channels of a head and the most keys (None: any number):
-# forward, gradient by queries, gradient by keys. Float32 takes so many registers that its gradients are left to FMAs.
-# Beyond 64 keys narrow blocks leave room for six programs a multiprocessor: on an H200 331 µs at ViT-B/16, where blocks
-# of 64 keys took 423.
-_ATTENTION = (
-    (16, 64, 64, ((64, 64), (32, 64), (32, 64))),
-    (16, 64, None, ((64, 16), (64, 32), (32, 64))),
-    (16, None, None, ((32, 64), (32, 64), (32, 32))),
-    (32, 64, None, ((32, 32), (32, 16), (32, 32))),
-    (32, None, None, ((16, 32), (16, 16), (16, 32))),
+# Queries, keys and warps of a block: forward, gradient by queries, gradient by keys; by bits of a number, by the most
+# channels of a head and the most keys (None: any number). On sm_90 tensor cores take products of 64 rows as they lie in
+# shared memory (wgmma), float32 in three parts; elsewhere such blocks would spill registers.
+_ATTENTION_90 = (
+    (16, 64, 512, ((64, 32, 4), (64, 32, 4), (32, 64, 4))),
+    (16, 64, None, ((64, 128, 4), (64, 32, 4), (32, 64, 4))),
+    (16, None, None, ((64, 32, 4), (64, 32, 4), (32, 64, 4))),
+    (32, 64, None, ((64, 16, 4), (64, 16, 4), (16, 64, 4))),
+    (32, None, None, ((16, 32, 4), (16, 16, 8), (16, 16, 8))),
 )
+_ATTENTION = (
+    (16, 64, None, ((64, 32, 4), (64, 16, 4), (32, 64, 4))),
+    (16, None, None, ((64, 32, 4), (32, 32, 4), (32, 32, 4))),
+    (32, 64, None, ((32, 32, 4), (32, 16, 8), (32, 32, 8))),
+    (32, None, None, ((16, 16, 4), (16, 16, 8), (16, 16, 8))),
+)
+ONE_BLOCK = 64  # queries and keys of a head that one program holds, of 16 bits and as many channels
 
 
 @cache
-def attention(queries: int, keys: int, channels: int, dtype: torch.dtype, compiled: bool = True) -> dict:
-    """Return the constants of each kernel of attention; ``whole``, if not None, is what replaces ``queries`` and
+def capability(device: int) -> int:
+    """Return the compute capability of a device as 80, 90…; 90 for what is no GPU (-1)."""
+    return 90 if device < 0 else 10 * torch.cuda.get_device_capability(device)[0]
+
+
+@cache
+def attention(
+    queries: int, keys: int, channels: int, dtype: torch.dtype, capability: int, compiled: bool = True
+) -> dict:
+    """Return the constants of each kernel of attention; ``item``, if not None, is what replaces ``queries`` and
     ``keys``."""
     full, few = dtype == torch.float32, channels <= 64
+    parts = full and few and capability == 90  # in the gradients; forward always
     blocks = next(
         blocks
-        for bits, widest, most, blocks in _ATTENTION
+        for bits, widest, most, blocks in (_ATTENTION_90 if capability == 90 else _ATTENTION)
         if bits == (32 if full else 16) and channels <= (widest or channels) and keys <= (most or keys)
     )
-    thirds = compiled and full
-    common = {
-        "THIRDS": thirds,
-        # the interpreter takes bfloat16 for integers
-        "TYPE": tl.bfloat16 if thirds else tl.float32 if not compiled else _TRITON[dtype],
-        "BLOCK_D": max(16, _pow2(channels)),
-        "num_warps": 4,
-        "num_stages": 1,
-        "enable_fp_fusion": True,
-    }
-    attend, by_queries, by_keys = (
-        {**common, "BLOCK_Q": min(rows, max(16, _pow2(queries))), "BLOCK_K": min(columns, max(16, _pow2(keys)))}
-        for rows, columns in blocks
-    )
-    # values are loaded before the scores are computed: on an H200 206 µs for 246 at STOP's shape
-    attend["EARLY"] = not full and few
-    if full:
-        fma = {"THIRDS": False, "TYPE": tl.float32, "num_warps": 8}
-        by_queries |= fma
-        by_keys |= fma
-    # on an H200 0.8 of the time that 190 registers take, which Triton 3.6 would use: three programs for two
-    whole = {**by_keys, "maxnreg": 168} if keys <= 64 and not full and few else None
-    return {"attend": attend, "whole": whole, "queries": by_queries, "keys": by_keys}
+
+    def constants(rows: int, columns: int, warps: int, parts: bool) -> dict:
+        return {
+            "THIRDS": parts and compiled,
+            # the interpreter takes bfloat16 for integers
+            "TYPE": tl.bfloat16 if parts and compiled else tl.float32 if full or not compiled else _TRITON[dtype],
+            "BLOCK_Q": min(rows, max(16, _pow2(queries))),
+            "BLOCK_K": min(columns, max(16, _pow2(keys))),
+            "BLOCK_D": max(16, _pow2(channels)),
+            "num_warps": warps,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        }
+
+    one = max(queries, keys) <= ONE_BLOCK and few and not full
+    item = constants(ONE_BLOCK, ONE_BLOCK, 4, False) if one else None
+    attend = constants(*((ONE_BLOCK, ONE_BLOCK, 4) if one else blocks[0]), parts=full)
+    attend["STAGES"] = 1
+    by_queries, by_keys = ({**constants(*block, parts=parts), "STAGES": 1} for block in blocks[1:])
+    return {"attend": attend, "item": item, "queries": by_queries, "keys": by_keys}
 
 
 @cache
