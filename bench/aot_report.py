@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't be compiled
@@ -186,25 +187,33 @@ def _tool(name: str) -> str:
     return str(bundled) if bundled.exists() else name
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, bytes of stack and local memory: where spilled registers go."""
+def dump(cubin: bytes, what: str) -> str:
+    """Return what cuobjdump says of a kernel, such as ``--dump-resource-usage`` or ``--dump-sass``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
-        ).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
+        return subprocess.run([_tool("cuobjdump"), what, str(path)], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, bytes of stack and local memory: where spilled registers go."""
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", dump(cubin, "--dump-resource-usage")))
     return {"registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"])}
+
+
+def build(launch: tuple, arch: int) -> Any:
+    """Return what Triton compiles for a launch and an architecture."""
+    kernel, _, arguments, meta = launch
+    names = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {name: value for name, value in meta.items() if name in names}
+    options = {name: value for name, value in meta.items() if name not in names}
+    return triton.compile(source(kernel, arguments, constants), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile_one(launch: tuple, arch: int) -> dict:
     """Compile a launch for an architecture and measure the result."""
-    kernel, grid, arguments, meta = launch
-    names = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    constants = {name: value for name, value in meta.items() if name in names}
-    options = {name: value for name, value in meta.items() if name not in names}
-    built = triton.compile(source(kernel, arguments, constants), target=GPUTarget("cuda", arch, 32), options=options)
+    kernel, grid, _, meta = launch
+    built = build(launch, arch)
     ptx = built.asm["ptx"]
     row = {
         "kernel": kernel.__name__,

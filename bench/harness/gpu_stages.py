@@ -69,6 +69,9 @@ SEVEN = "match_item|reduce_rows|spread_rows|norm_rows|norm_grad_rows|attend|grad
 HALF = ("--dtype", "bfloat16")
 TUNE = ("--json", "{out}/tune.json")
 FUSED = ("--json", "{out}/fused.json", "--seconds", "0.3")
+MODEL = Stage(
+    "roofline", 15, "roofline.py", ("--against", *(f"{{out}}/{name}.json" for name in ("rows", "fused", "tune")))
+)
 ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference", "--settings", "r=0", "r=8")
 ONE_VIDEO += ("--ways", "eager", "graph")  # where compile is added, it comes last: it takes the most time
 TOWERS = ("--scope", "prompts", "proper", "tower")  # cuDNN's conv3d is upstream's, as it comes and channels last
@@ -82,9 +85,10 @@ FIRST = (  # is it right, how fast, what bounds it
     Stage("fused", 35, "fused.py", FUSED),
     Stage("tune", 40, "tune.py", TUNE),
     stop("stop-blocks", 40, "--scope", "blocks", "--settings", "r=0", "r=2", "r=8", "--seconds", "2"),
-    profile("ncu", 35, "stop-b32-train", SEVEN),
-    sanitize("memcheck", 30),
+    profile("ncu", 30, "stop-b32-train", SEVEN),
+    sanitize("memcheck", 20),
     sanitize("racecheck", 15),
+    MODEL,
 )
 SECOND = (  # right again, with a compiler, whole towers
     VERSIONS,
@@ -112,9 +116,10 @@ BENCH = (
     Stage("fused", 50, "fused.py", FUSED),
     merge("merge-float32", 70, "--dtype", "float32", "--no-compile", "--seconds", "25"),
     Stage("blocks", 30, "blocks.py", ("--json", "{out}/blocks.json", "--seconds", "3")),
-    Stage("tune", 45, "tune.py", TUNE),
+    Stage("tune", 40, "tune.py", TUNE),
     chart("chart", "operators", "rows"),
     chart("stop-chart", "stop", "stop"),
+    MODEL,
 )
 MODELS = (
     Stage("models", 330, "models.py", ("--json", "{out}/models.json", "--seconds", "6", "--direction", "inference",
