@@ -16,6 +16,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
+import triton
 from stoptome_kernels._backends.triton import attention, match, merge, norm
 from stoptome_kernels.reference import AttentionInputs, Groups
 from torch import Tensor
@@ -71,8 +72,15 @@ def key(launch: Launch) -> str:
 
 
 def digest(launch: Launch) -> str:
-    """Return a number for the text of a kernel, without what it calls."""
-    return hashlib.sha256(inspect.getsource(launch[0].fn).encode()).hexdigest()[:12]
+    """Return a number for the text of a kernel and of all the functions that it calls."""
+    texts, waiting = {}, [launch[0].fn]
+    while waiting:
+        function = waiting.pop()
+        if function.__qualname__ not in texts:
+            texts[function.__qualname__] = inspect.getsource(function)
+            called = (function.__globals__.get(name) for name in function.__code__.co_names)
+            waiting += [other.fn for other in called if isinstance(other, triton.runtime.JITFunction)]
+    return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -205,17 +213,12 @@ def attend_work(s: Sizes, counted: Counted) -> list[Work]:
     out = _meta(s.n, s.tokens, s.heads, s.channels).transpose(1, 2)
     inputs = AttentionInputs(q, k, v, size, *(prefix if s.prefix else (None, None)), s.channels**-0.5)
     launch = attention.attend_launch(inputs, out, lse)
-    meta, bodies = launch[3], counted(launch)["loops"]
-    blocks = ceil((s.tokens + s.prefix) / meta["BLOCK_K"])
-    # the loads of a block's keys and values are waited for, together or one after the other; with more stages, once
-    each = 1 if meta.get("EARLY", True) else 2
-    rounds = 3.0 if meta["num_stages"] > 1 else 2.0 + blocks * each
-    tile = launch[1][0] * meta["BLOCK_Q"] * blocks * meta["BLOCK_K"]
-    # the longest loop goes over the blocks of keys; what a compiler puts before or behind it runs once
-    longest = max((body[0] for body in bodies), default=0)
-    return [
-        _work(
-            launch, counted, moved(launch), lambda _: [blocks if body[0] == longest else 1 for body in bodies],
-            rounds=rounds, flops=4.0 * tile * meta.get("BLOCK_D", s.channels), exponentials=float(tile),
-        )
-    ]  # fmt: skip
+    meta = launch[3]
+    whole = s.tokens // meta["BLOCK_K"] if meta["MANY"] else 0
+    last = ceil((s.tokens + s.prefix - whole * meta["BLOCK_K"]) / meta["BLOCK_K"])
+    trips = _expected([whole, last] if meta["MANY"] else [last])
+    # keys and values of a block are waited for together; with more stages the first of the whole blocks' are
+    rounds = 2.0 + last + (whole if meta["STAGES"] == 1 else min(whole, 1))
+    tile = launch[1][0] * meta["BLOCK_Q"] * (whole + last) * meta["BLOCK_K"]
+    flops = 4.0 * tile * meta["BLOCK_D"]
+    return [_work(launch, counted, moved(launch), trips, rounds=rounds, flops=flops, exponentials=float(tile))]

@@ -131,23 +131,24 @@ def norm_programs(tiles: int, meta: dict) -> int:
     return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 
-# Queries, keys and warps of a block: forward, gradient by queries, gradient by keys; by bits of a number, by the most
-# channels of a head and the most keys (None: any number). On sm_90 tensor cores take products of 64 rows as they lie in
-# shared memory (wgmma), float32 in three parts; elsewhere such blocks would spill registers.
+# Queries and keys of a block, warps, and how far loads are ahead (stages): forward, gradient by queries, gradient by
+# keys; by bits of a number, by the most channels of a head and the most keys (None: any number). On sm_90 tensor cores
+# take products of 64 rows as they lie in shared memory (wgmma), float32 in three parts; elsewhere such blocks would
+# spill registers. More stages cost instructions, and pay where registers leave few warps to wait for loads.
 _ATTENTION_90 = (
-    (16, 64, 512, ((64, 32, 4), (64, 32, 4), (32, 64, 4))),
-    (16, 64, None, ((64, 128, 4), (64, 32, 4), (32, 64, 4))),
-    (16, None, None, ((64, 32, 4), (64, 32, 4), (32, 64, 4))),
-    (32, 64, None, ((64, 16, 4), (64, 16, 4), (16, 64, 4))),
-    (32, None, None, ((16, 32, 4), (16, 16, 8), (16, 16, 8))),
+    (16, 64, None, ((64, 128, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))),
+    (16, None, None, ((64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 4, 1))),
+    (32, 64, None, ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 4, 1))),
+    (32, None, None, ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
 )
 _ATTENTION = (
-    (16, 64, None, ((64, 32, 4), (64, 16, 4), (32, 64, 4))),
-    (16, None, None, ((64, 32, 4), (32, 32, 4), (32, 32, 4))),
-    (32, 64, None, ((32, 32, 4), (32, 16, 8), (32, 32, 8))),
-    (32, None, None, ((16, 16, 4), (16, 16, 8), (16, 16, 8))),
+    (16, 64, 64, ((64, 64, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
+    (16, 64, None, ((64, 32, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
+    (16, None, None, ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))),
+    (32, 64, None, ((32, 32, 4, 1), (32, 16, 8, 1), (32, 32, 8, 1))),
+    (32, None, None, ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
 )
-ONE_BLOCK = 64  # queries and keys of a head that one program holds, of 16 bits and as many channels
+ONE_BLOCK = 64  # queries and keys of a head whose gradient is one program, of 16 bits and as many channels
 
 
 @cache
@@ -170,7 +171,7 @@ def attention(
         if bits == (32 if full else 16) and channels <= (widest or channels) and keys <= (most or keys)
     )
 
-    def constants(rows: int, columns: int, warps: int, parts: bool) -> dict:
+    def constants(rows: int, columns: int, warps: int, stages: int, parts: bool) -> dict:
         return {
             "THIRDS": parts and compiled,
             # the interpreter takes bfloat16 for integers
@@ -178,16 +179,20 @@ def attention(
             "BLOCK_Q": min(rows, max(16, _pow2(queries))),
             "BLOCK_K": min(columns, max(16, _pow2(keys))),
             "BLOCK_D": max(16, _pow2(channels)),
+            "STAGES": stages,
             "num_warps": warps,
             "num_stages": 1,
             "enable_fp_fusion": True,
         }
 
-    one = max(queries, keys) <= ONE_BLOCK and few and not full
-    item = constants(ONE_BLOCK, ONE_BLOCK, 4, False) if one else None
-    attend = constants(*((ONE_BLOCK, ONE_BLOCK, 4) if one else blocks[0]), parts=full)
-    attend["STAGES"] = 1
-    by_queries, by_keys = ({**constants(*block, parts=parts), "STAGES": 1} for block in blocks[1:])
+    attend, by_queries, by_keys = (
+        constants(*block, parts=full if forward else parts)
+        for block, forward in zip(blocks, (True, False, False), strict=True)
+    )
+    item = None
+    if max(queries, keys) <= ONE_BLOCK and few and not full:
+        item = constants(ONE_BLOCK, ONE_BLOCK, 4, 1, parts=False)
+        del item["STAGES"]  # there is no loop
     return {"attend": attend, "item": item, "queries": by_queries, "keys": by_keys}
 
 
