@@ -483,10 +483,11 @@ def _key(name: str, inputs: AttentionInputs) -> tuple:
 
 
 def _sizes(inputs: AttentionInputs) -> tuple:
-    """Return what blocks are chosen by: queries, keys, channels, dtype, and the device's compute capability."""
-    q = inputs.q
-    keys, device = prefix_length(inputs) + inputs.k.shape[2], config.capability(q.get_device())
-    return q.shape[2], keys, q.shape[3], q.dtype, device, _COMPILED.value
+    """Return what blocks are chosen by: queries, keys, channels, dtype, the device's compute capability, and whether
+    there is a prefix."""
+    q, ahead = inputs.q, prefix_length(inputs)
+    keys, capability = ahead + inputs.k.shape[2], config.capability(q.get_device())
+    return q.shape[2], keys, q.shape[3], q.dtype, capability, ahead > 0, _COMPILED.value
 
 
 def _readable(inputs: AttentionInputs) -> AttentionInputs:

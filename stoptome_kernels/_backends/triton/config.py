@@ -159,7 +159,13 @@ def capability(device: int) -> int:
 
 @cache
 def attention(
-    queries: int, keys: int, channels: int, dtype: torch.dtype, capability: int, compiled: bool = True
+    queries: int,
+    keys: int,
+    channels: int,
+    dtype: torch.dtype,
+    capability: int,
+    prefix: bool = False,
+    compiled: bool = True,
 ) -> dict:
     """Return the constants of each kernel of attention; ``item``, if not None, is what replaces ``queries`` and
     ``keys``."""
@@ -189,6 +195,8 @@ def attention(
         constants(*block, parts=full if forward else parts)
         for block, forward in zip(blocks, (True, False, False), strict=True)
     )
+    if prefix and keys <= attend["BLOCK_K"] == 128:  # one block with a prefix in it takes too many registers
+        attend["BLOCK_K"] = 32
     item = None
     if max(queries, keys) <= ONE_BLOCK and few and not full:
         item = constants(ONE_BLOCK, ONE_BLOCK, 4, 1, parts=False)
