@@ -15,26 +15,9 @@ import torch
 
 from harness import cli, measure, shapes
 from harness.rows import percentiles
-from harness.verify import WrongResult
-from harness.workloads.fused import DIRECTIONS, SHAPES, Sides, attention_sides, norm_sides, timed
+from harness.workloads.fused import DIRECTIONS, SHAPES, attention_sides, compare, norm_sides, timed
 
 BASES = {"merge_norm": "add + layer_norm", "attention": "sdpa, no sizes"}
-
-
-def check(op: str, sides: Sides, dtype: str) -> None:
-    """Compare ours with the reference, forward and gradients, element by element."""
-    found = []
-    for name in ("reference", op):
-        call, leaves = sides[name]
-        out = call()
-        grads = torch.autograd.grad(sum(t.float().sin().sum() for t in out), leaves)
-        found.append([t.detach().double() for t in (*out, *grads)])
-    unit = torch.finfo(getattr(torch, dtype)).eps / 2
-    for index, (want, got) in enumerate(zip(*found, strict=True)):
-        error, scale = (got - want).abs().max().item(), want.abs().max().item()
-        # a sum over all rows (gradients of weight and bias) or over the keys may lose some bits more
-        if not error <= 64 * unit * scale:
-            raise WrongResult(f"{op}: result {index} is off by {error:.3g} of {scale:.3g}")
 
 
 def rows_of(shape: shapes.Shape, args: argparse.Namespace) -> list[dict]:
@@ -42,7 +25,7 @@ def rows_of(shape: shapes.Shape, args: argparse.Namespace) -> list[dict]:
     rows = []
     for op, make in (("merge_norm", norm_sides), ("attention", attention_sides)):
         sides = make(inputs)
-        check(op, sides, args.dtype)
+        compare(op, sides[op], sides["reference"], getattr(torch, args.dtype))
         del sides["reference"]
         for direction in DIRECTIONS:
             calls = {name: [timed(*side, direction)] for name, side in sides.items()}

@@ -188,7 +188,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
     add("--json", type=Path, metavar="FILE", help="write the predictions, or what was measured, to FILE")
     add("--compile", action="store_true", help=f"count kernels that {KERNELS.name} lacks, and write it")
-    add("--against", type=Path, nargs="+", metavar="FILE", help="rows of merge.py, fused.py, tune.py to compare with")
+    add(
+        "--against",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="rows of merge.py, fused.py, attention.py, tune.py to compare with",
+    )
     add("--variants", action="store_true", help="with --against: all configurations of tune.py, not the defaults alone")
     add("--launches", action="store_true", help="also print the launches of each stack's first block")
     return p.parse_args(argv)

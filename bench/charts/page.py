@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from harness.rows import IDENTITY, read_rows
 
-from . import accuracy, blocks, common, host, launches, models, operators, stop
+from . import accuracy, attention, blocks, common, host, launches, models, operators, stop
 from .common import Draw, find
 
 MARKERS = ("<!-- summary:start -->", "<!-- summary:end -->")
@@ -40,6 +40,9 @@ KINDS = {
         (Chart("operators", "Speed of match and merge over eager PyTorch", operators.chart),),
     ),
     "fused": Kind("python bench/fused.py --json bench/results/fused", "times_base", operators.fused_tables),
+    "attention": Kind(
+        "python bench/attention.py --json bench/results/attention", "times_fastest", attention.tables
+    ),
     "blocks": Kind(
         "python bench/blocks.py --json bench/results/blocks", "check_rows_that_differ", blocks.tables,
         (Chart("blocks", "Time of a transformer block, part by part", blocks.chart),),
@@ -82,6 +85,11 @@ divides the time of a merge by that of copying its result: 1.00 is as fast as a 
 nothing. `attention` takes sizes and a prefix of four shared keys; it is compared with `scaled_dot_product_attention`
 without either. The first number is the time of what is compared with; the others are multiples of it, so less is
 better. The last column is the speed-up over the same result in several operators.""",
+    "attention": """## Attention at any length
+
+`attention` with sizes, and in STOP's case with a prefix of four shared keys, from 58 to 4096 keys, as multiples of the
+time of the fastest of torch's kernels *without* sizes (on a GPU flash and cuDNN). *Augmented*: the sizes as channels of
+the keys (`augment_qk`); *mask*: as a mask.""",
     "blocks": """## Where a block's time goes
 
 One transformer block without merging, with merging in eager PyTorch and with this package, each part timed by itself.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LIMITS = {  # seconds
-    "first": 400, "second": 300, "small": 260, "tests": 540, "bench": 560, "models": 400, "all": 1200, "dry": 600,
+    "first": 400, "second": 300, "small": 260, "tests": 540, "bench": 560, "models": 400, "all": 1260, "dry": 600,
 }  # fmt: skip
 
 
@@ -70,8 +70,12 @@ HALF = ("--dtype", "bfloat16")
 TUNE = ("--json", "{out}/tune.json")
 FUSED = ("--json", "{out}/fused.json", "--seconds", "0.3")
 MODEL = Stage(
-    "roofline", 15, "roofline.py", ("--against", *(f"{{out}}/{name}.json" for name in ("rows", "fused", "tune")))
+    "roofline",
+    15,
+    "roofline.py",
+    ("--against", *(f"{{out}}/{name}.json" for name in ("rows", "fused", "attention", "tune"))),
 )
+ATTENTION = ("--json", "{out}/attention.json", "--seconds", "0.3")
 ONE_VIDEO = ("--videos", "1", "--scope", "blocks", "--direction", "inference", "--settings", "r=0", "r=8")
 ONE_VIDEO += ("--ways", "eager", "graph")  # where compile is added, it comes last: it takes the most time
 TOWERS = ("--scope", "prompts", "proper", "tower")  # cuDNN's conv3d is upstream's, as it comes and channels last
@@ -80,14 +84,14 @@ FIRST = (  # is it right, how fast, what bounds it
     VERSIONS,
     pytest("test-gpu", 125, *TEST_GPU),
     merge(
-        "merge", 55, "--dtype", "bfloat16", "--no-compile", "--backend", "triton", "--seconds", "20", "--shapes", FIVE
+        "merge", 40, "--dtype", "bfloat16", "--no-compile", "--backend", "triton", "--seconds", "12", "--shapes", FIVE
     ),
-    Stage("fused", 35, "fused.py", FUSED),
+    Stage("fused", 30, "fused.py", FUSED),
+    Stage("attention", 40, "attention.py", ATTENTION),
     Stage("tune", 40, "tune.py", TUNE),
-    stop("stop-blocks", 40, "--scope", "blocks", "--settings", "r=0", "r=2", "r=8", "--seconds", "2"),
+    stop("stop-blocks", 30, "--scope", "blocks", "--settings", "r=0", "r=2", "r=8", "--seconds", "2"),
     profile("ncu", 30, "stop-b32-train", SEVEN),
     sanitize("memcheck", 20),
-    sanitize("racecheck", 15),
     MODEL,
 )
 SECOND = (  # right again, with a compiler, whole towers
@@ -106,15 +110,17 @@ SMALL = (  # one video: eager, in a CUDA graph, compiled
 )
 TESTS = (
     pytest("test-gpu", 150, *TEST_GPU),
-    pytest("test-backends", 230, *TEST_BACKENDS),
+    pytest("test-backends", 220, *TEST_BACKENDS),
     Stage("native", 70, "gpu_suite.py", ("--build",)),
     pytest("test-native", 60, "-k", "native and not 2_31", "tests/ops/test_native.py", "tests/ops/test_merge.py"),
+    sanitize("racecheck", 15),
 )
 BENCH = (
     merge("merge-bfloat16", 140, *HALF, "--seconds", "25"),
     stop("stop-training", 120, "--seconds", "6"),
     Stage("fused", 50, "fused.py", FUSED),
     merge("merge-float32", 70, "--dtype", "float32", "--no-compile", "--seconds", "25"),
+    Stage("attention", 40, "attention.py", ATTENTION),
     Stage("blocks", 30, "blocks.py", ("--json", "{out}/blocks.json", "--seconds", "3")),
     Stage("tune", 40, "tune.py", TUNE),
     chart("chart", "operators", "rows"),
@@ -143,6 +149,7 @@ SMALLEST = {
     "fused.py": ("--dry", "--shapes", "stop-b32-video-r2"),
     "stop.py": ("--dry", "--layers", "2", "--settings", "r=0", "r=2", "--direction", "inference"),
     "models.py": ("--dry", "--models", "ViT-S/16", "--modes", "plain", "--layers", "1"),
+    "attention.py": ("--dry", "--cases", "vit-h14-257"),
     "tune.py": ("--dry", "--kernels", "norm_rows", "--shapes", "stop-b32-video-r2"),
     "exercise.py": ("--dry", "--shape", "stop-b32-video-r2"),
 }

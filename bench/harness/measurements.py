@@ -13,6 +13,7 @@ import triton.language as tl
 from . import shapes, variants
 from .kernel_work import Counted, NotCounted, Sizes, attend_work, match_work, merge_norm_work, merge_work
 from .roofline import DEVICES, EVENTS_US, LAUNCH_US, Device, Work, elementwise, flash, layer_norm, product, time_us
+from .workloads.attention import CASES
 from .workloads.fused import FRAMES, PREFIX
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -86,14 +87,20 @@ def device_of(row: dict) -> Device | None:
 
 def sizes_of(row: dict) -> Sizes | None:
     """Return the shape of a row, None for one that is not modelled."""
+    if case := CASES.get(row["shape"]):
+        ahead = (PREFIX, FRAMES) if case.prefix else (0, 1)
+        return Sizes(row["n"], case.tokens, case.heads * case.channels, case.heads, 0, 0, *ahead)
     shape = shapes.SHAPES.get(row["shape"])
     if shape is None or shape.metric != "keys" or shape.cell:
         return None
     return Sizes(row["n"], shape.tokens, shape.dim, shape.heads, shape.protected, shape.r)
 
 
-def _ours(op: str, s: Sizes, impl: str, counted: Counted) -> list[Work]:
-    """Return the launches of one of the package's operators."""
+def _ours(op: str, s: Sizes, impl: str, counted: Counted, case: bool) -> list[Work]:
+    """Return the launches of one of the package's operators; ``case``: the sizes say whether there is a prefix, else
+    it is fused.py's."""
+    if op == "attention" and case:
+        return attend_work(s, counted)
     if op == "attention":
         share = FRAMES if s.n % FRAMES == 0 else 1
         prefixed = Sizes(s.n, s.tokens, s.dim, s.heads, s.protected, s.r, PREFIX, share)
@@ -102,7 +109,7 @@ def _ours(op: str, s: Sizes, impl: str, counted: Counted) -> list[Work]:
 
 
 def works_of(row: dict, counted: Counted, defaults: dict[str, dict]) -> list[Work] | None:
-    """Return what was launched in a forward row of merge.py, fused.py or tune.py; None where it is not modelled.
+    """Return what was launched in a forward row of a command; None where it is not modelled.
 
     Args:
         row: the row.
@@ -122,19 +129,19 @@ def works_of(row: dict, counted: Counted, defaults: dict[str, dict]) -> list[Wor
         if row.get("n_spills") or row.get("reason"):
             return None  # registers in memory are not modelled
         with _as(op, row["config"]):
-            return _ours(OURS[op], s, impl, counted)
+            return _ours(OURS[op], s, impl, counted, False)
     if impl in ("triton", "merge_norm", "attention", "attention, sizes alone"):
         found: list[Work] = []
         for part in op.split("+"):
             if part not in KERNEL:
                 return None
             with _as(KERNEL[part], defaults.get(KERNEL[part])):
-                found += _ours(part, s, impl, counted)
+                found += _ours(part, s, impl, counted, row["shape"] in CASES)
         return found
     plain = [elementwise("add", rows * s.dim, 3), layer_norm(rows, s.dim)]
     if impl == "add + layer_norm":
         return plain
-    if impl == "sdpa, no sizes":
+    if impl in ("sdpa, no sizes", "flash, no sizes"):
         return [flash(s.n, s.heads, s.tokens, s.tokens, s.channels, device)]
     return None
 
@@ -154,7 +161,7 @@ def defaults_of(rows: Iterable[dict]) -> dict[tuple[str, str, str], dict]:
 
 
 def measurements(rows: list[dict], counted: Counted, every_variant: bool = False) -> Iterator[Measured]:
-    """Return what the model can be held against, of rows of merge.py, fused.py and tune.py.
+    """Return what the model can be held against, of rows of merge.py, fused.py, attention.py and tune.py.
 
     A row of an operator has the configuration that tune.py measured as the default of the same commit, if that is among
     the rows, else today's. Rows of what is not modelled, or can't be compiled, are left out.

@@ -176,6 +176,7 @@ def test_tables_that_are_printed_as_they_come(capsys, at_the_second, stopped):
 
 COMMANDS = {
     "blocks": ["--shapes", "stop-b32-video-r8"], "fused": ["--shapes", "stop-b32-video-r2"],
+    "attention": ["--cases", "stop-b32-58"],
     "models": ["--models", "ViT-S/16", "--layers", "1"], "stop": ["--videos", "1"],
     "merge": ["--shapes", "stop-b32-video-r2"], "tune": ["--kernels", "norm_rows", "--shapes", "stop-b32-video-r2"],
 }  # fmt: skip

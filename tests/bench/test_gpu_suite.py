@@ -220,7 +220,7 @@ def test_dry_run(tmp_path, capsys):
     with tarfile.open(out / "suite.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     files = tmp_path / "suite"
-    for name in ("rows", "fused", "blocks", "tune", "stop", "models"):
+    for name in ("rows", "fused", "attention", "blocks", "tune", "stop", "models"):
         rows = json.loads((files / f"{name}.json").read_text())
         assert rows
         assert {(row["device"], row["device_kind"]) for row in rows} == {("none", "none")}, name

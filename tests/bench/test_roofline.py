@@ -24,7 +24,8 @@ LOOPS = {"match_item": 4, "score_blocks": 1, "plan_blocks": 2, "attend": 1}
 
 def counted(launch):
     """Some counts: of the real kernels no test needs to compile any."""
-    body = [[100, 10]] * LOOPS.get(launch[0].__name__, 0)
+    name, loops = launch[0].__name__, LOOPS.get(launch[0].__name__, 0)
+    body = [[100, 10]] * (loops + (name == "attend" and launch[3]["MANY"]))
     return {"outside": [500, 20], "loops": body, "resident": 4}
 
 
@@ -200,9 +201,12 @@ def test_against_finds_what_it_can(monkeypatch, tmp_path, capsys):
     left_out = (
         row(device="NVIDIA A100"), row(device="none"), row(dtype="float32"), row(direction="forward+backward"),
         row(shape="sd-512"), row(shape="tempme-b32-clip12"), row(p50_us=None), row(impl="concatenated, mask"),
-        row(op="unmerge", impl="triton"),
+        row(op="unmerge", impl="triton"), row(shape="vit-l16-577", impl="augmented"),
     )  # fmt: skip
-    (tmp_path / "fused.json").write_text(json.dumps([row(), row(**ours), *left_out]))
+    long = {"shape": "vit-l16-577", "n": 64}
+    (tmp_path / "fused.json").write_text(
+        json.dumps([row(), row(**ours), *left_out, row(**long, impl="attention"), row(**long, impl="flash, no sizes")])
+    )
     (tmp_path / "tune.json").write_text("no rows")
     files = [str(tmp_path / name) for name in ("rows.json", "fused.json", "tune.json")]
     assert roofline.main(["--against", *files, "--json", str(tmp_path / "out.json")]) == 0
@@ -210,7 +214,8 @@ def test_against_finds_what_it_can(monkeypatch, tmp_path, capsys):
     assert said.count("left out:") == 2
     found = [measurements.from_columns(r) for r in json.loads((tmp_path / "out.json").read_text())]
     assert [(m.op, m.how, len(m.works)) for m in found] == [
-        ("attention", "events", 1), ("match+merge", "graph", 2), ("match+merge", "events", 2)
+        ("attention", "events", 1), ("match+merge", "graph", 2), ("match+merge", "events", 2),
+        ("attention", "events", 1), ("attention", "events", 1),
     ]  # fmt: skip
     assert found[0].ratio == pytest.approx(1, abs=0.01)
     assert "vit-b16-r16         256    170.5    171.0  1.00  tiles, events, sdpa, no sizes" in said
@@ -242,7 +247,7 @@ def test_the_suite_ends_with_the_model():
         written = {word for other in earlier for word in other.arguments if word.endswith(".json")}
         assert {*stage.arguments[1:]} <= written
         args = roofline.arguments(list(stage.arguments))
-        assert len(args.against) == 3
+        assert len(args.against) == 4
 
 
 # -- instructions -----------------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shapes import HEAD_DIM, Inputs
+from ..verify import WrongResult
 
 SHAPES = ("stop-b32-train", "stop-b32-video-r2", "vit-b16-r16", "clip-b16")
 FRAMES, PREFIX = 12, 4  # STOP's global prompts are shared by the frames of a video
 DIRECTIONS = ("forward", "forward+backward")
-Sides = dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]]
+Side = tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]  # a call, and what its results are differentiated by
+Sides = dict[str, Side]
 
 
 def norm_sides(i: Inputs) -> Sides:
@@ -74,6 +76,25 @@ def attention_sides(i: Inputs) -> Sides:
         "concatenated, mask": (together, [packed, prefix]),
         "sdpa, no sizes": (lambda: (F.scaled_dot_product_attention(q, k, v),), [packed]),
     }
+
+
+def compare(name: str, side: Side, right: Side, dtype: torch.dtype) -> None:
+    """Compare outputs and gradients with those of the reference, element by element.
+
+    Raises:
+        WrongResult: one is further off than rounding explains.
+    """
+    found = []
+    for call, leaves in (right, side):
+        out = call()
+        grads = torch.autograd.grad(sum(t.float().sin().sum() for t in out), leaves)
+        found.append([t.detach().double() for t in (*out, *grads)])
+    unit = torch.finfo(dtype).eps / 2
+    for index, (want, got) in enumerate(zip(*found, strict=True)):
+        error, scale = (got - want).abs().max().item(), want.abs().max().item()
+        # a sum over all rows (gradients of weight and bias) or over the keys may lose some bits more
+        if not error <= 64 * unit * scale:
+            raise WrongResult(f"{name}: result {index} is off by {error:.3g} of {scale:.3g}")
 
 
 def timed(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[], object]:
