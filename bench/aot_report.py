@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # kernels that are interpreted can't b
 
 import torch
 import triton
-from stoptome_kernels._backends.triton import attention, config, conv, match, merge, norm
+from stoptome_kernels._backends.triton import attention, attention_grad, config, conv, match, merge, norm
 from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -143,7 +143,7 @@ def _attention(
     parts = [rows(n, heads, prompts, dtype=torch.float32) if ahead else None for _ in range(2)]
     inputs = AttentionInputs(q, k, v, size if sizes else None, *prefix, channels**-0.5)
     out, like = rows(n, queries, heads).transpose(1, 2), rows(n, tokens, heads).transpose(1, 2)
-    backward = attention.grad_launches(out, inputs, out, lse, (out, like, like, *parts))
+    backward = attention_grad.grad_launches(out, inputs, out, lse, (out, like, like, *parts))
     return [attention.attend_launch(inputs, out, lse), *backward]
 
 

@@ -52,10 +52,10 @@ class Gpu:
 
     def forget(self) -> None:
         """Forget every variant, as a new process has it; those on the disk stay."""
-        from stoptome_kernels._backends.triton import attention, launch, match, merge, norm
+        from stoptome_kernels._backends.triton import attention, attention_grad, launch, match, merge, norm
 
         launch.forget()
-        for module in (attention, match, merge, norm):
+        for module in (attention, attention_grad, match, merge, norm):
             for kernel in vars(module).values():
                 getattr(kernel, "device_caches", {}).clear()
 

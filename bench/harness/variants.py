@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from stoptome_kernels import reference
-from stoptome_kernels._backends.triton import attention, config, match, merge, norm
+from stoptome_kernels._backends.triton import attention, attention_grad, config, match, merge, norm
 from stoptome_kernels.layout import empty_heads_last
 from stoptome_kernels.reference import AttentionInputs, Groups, MergedRows
 from torch import Tensor
@@ -219,7 +219,7 @@ def attend_grad_job(i: shapes.Inputs) -> Job:
         return {name: 64 * _unit(q.dtype) * _most(want[name]) for name in names}  # as in fused.py: sums over keys
 
     return Job(
-        lambda: attention.grad_launches(grad, inputs, out, lse, (*rows, *parts)),
+        lambda: attention_grad.grad_launches(grad, inputs, out, lse, (*rows, *parts)),
         lambda steps: dict(zip(names, (*rows, *parts), strict=True)),
         right,
         bounds,

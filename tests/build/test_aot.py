@@ -90,8 +90,9 @@ def test_no_merge_norm_spills(triton, tmp_path):
 
 @pytest.mark.slow
 def test_no_attention_spills(triton, tmp_path):
-    """One block of keys and several, with a prefix and without, its gradient in one launch and in two."""
-    shapes = ("stop-b32-train", "clip-b16", "tempme-68", "tempme-168")
+    """One block of keys and several, with a prefix and without, few queries, wide heads; its gradient in one launch and
+    in two."""
+    shapes = ("stop-b32-train", "clip-b16", "tempme-68", "tempme-168", "vit-l16-384", "keys-577-d80")
     rows = report(
         triton,
         tmp_path,
@@ -107,11 +108,12 @@ def test_no_attention_spills(triton, tmp_path):
         "--shape",
         *shapes,
     )
-    assert {row["kernel"] for row in rows} == {"attend", "grad_queries", "grad_keys"}
+    assert {row["kernel"] for row in rows} == {"attend", "grad_queries", "grad_keys", "grad_item"}
     assert {row["what"].split(",")[0] for row in rows} == {"attention", "grad of attention"}
     for row in rows:  # also where a prefix is read in place
         assert row["loads128"] >= 6, row
-        assert row["stores128"] >= 2, row
+        assert row["stores128"] >= (1 if "prompts" in row["what"] else 2), row  # four queries are few rows
+        assert row["blocks"] >= 2 or row["dtype"] == "fp32", row
 
 
 def test_rows_move_in_128_bit_accesses(triton, tmp_path):

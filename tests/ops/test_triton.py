@@ -186,14 +186,14 @@ def test_tiles_cover_what_they_must(dtype):
 
 def test_launches_of_attention():
     """One launch forward; backward one while a block holds all queries and keys, else two, however many they are."""
-    from stoptome_kernels._backends.triton import attention
+    from stoptome_kernels._backends.triton import attention_grad
 
     half, full = torch.bfloat16, torch.float32
     for dtype, tokens, backward in ((half, 54, 1), (half, 64, 1), (half, 197, 2), (half, 4096, 2), (full, 54, 2)):
         q = torch.empty(2, 12, tokens, 64, dtype=dtype, device="meta")
         lse = torch.empty(2, 12, tokens, device="meta")
         inputs = stk.reference.AttentionInputs(q, q, q)
-        launches = attention.grad_launches(q, inputs, q, lse, (q, q, q, None, None))
+        launches = attention_grad.grad_launches(q, inputs, q, lse, (q, q, q, None, None))
         assert len(launches) == backward
 
 

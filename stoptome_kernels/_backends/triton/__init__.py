@@ -85,7 +85,7 @@ class Triton(Backend):
     merge_norm = _operation("norm", "merge_norm")
     merge_norm_backward = _operation("norm", "merge_norm_backward")
     attention = _operation("attention", "attention")
-    attention_backward = _operation("attention", "attention_backward")
+    attention_backward = _operation("attention_grad", "attention_backward")
     fft_conv3d = _operation("conv", "fft_conv3d")
     fft_conv3d_backward = _operation("conv", "fft_conv3d_backward")
 
