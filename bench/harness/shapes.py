@@ -109,6 +109,8 @@ COMPILED = {
 # and attention alone, by keys and channels of a head: (N, T, heads, channels)
 ATTENDED = {
     "keys-1568": (16, 1568, 12, 64),
+    "keys-729-d72": (64, 729, 16, 72),  # SigLIP so400m; EVA-g's heads have 88 channels: no multiples of 16
+    "keys-257-d88": (64, 257, 16, 88),
     **{f"keys-{keys}-d{d}": (n, keys, 16, d) for d in (80, 128) for keys, n in ((54, 384), (197, 256), (577, 64))},
     **{f"keys-{keys}-d{d}": (n, keys, 16, d) for d in (80, 128) for keys, n in ((1568, 16), (4096, 8))},
 }

@@ -275,8 +275,9 @@ def match_variants(c: dict) -> list[Changes]:
 def attend_variants(c: dict) -> list[Changes]:
     """With keys prefetched, other blocks, and a block of two warp groups."""
     wide = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8}
+    stages: list[Changes] = [{"STAGES": 2}, {"STAGES": 3}] if c.get("MANY") else []  # one block has no loop
     return [
-        {"STAGES": 2}, {"STAGES": 3}, {"BLOCK_K": 16}, {"BLOCK_K": 32}, {"BLOCK_K": 64}, {"BLOCK_K": 128},
+        *stages, {"BLOCK_K": 16}, {"BLOCK_K": 32}, {"BLOCK_K": 64}, {"BLOCK_K": 128},
         {"BLOCK_K": 32, "STAGES": 3}, {"BLOCK_K": 64, "STAGES": 3}, {"BLOCK_Q": 128}, {"BLOCK_Q": 128, "BLOCK_K": 32},
         {**wide, "STAGES": 2, "maxnreg": 128}, {**wide, "STAGES": 3, "maxnreg": 128}, {"num_warps": 2}, {"maxnreg": 96},
     ]  # fmt: skip

@@ -120,22 +120,69 @@ def test_float32_attention_of_a_gpu(monkeypatch, tokens):
         assert errors[0] <= 2 * errors[1] + ROUNDOFF[torch.float32] * right.abs().max().item()
 
 
-@pytest.mark.parametrize("changes", [{"BLOCK_K": 16}, {"BLOCK_Q": 32, "BLOCK_K": 32}, {"BLOCK_K": 128}])
-@pytest.mark.parametrize(("tokens", "ahead"), [(40, 0), (64, 3), (100, 4), (96, 0)])
-def test_attention_in_other_blocks(monkeypatch, changes, tokens, ahead):
-    """Tiles of other sizes, whole blocks and what is left of them, alone or with the prefix, give the same."""
-    q, k, v = torch.randn(3, 2, 2, tokens, 8)
-    prefix = torch.randn(2, 1, 2, ahead, 8) if ahead else (None, None)
+@pytest.mark.parametrize("tokens", [40, 64, 100])
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 64), (64, 32), (128, 128)])
+def test_attention_in_other_blocks(monkeypatch, tokens, ahead, blocks):
+    """Tiles of other sizes, whole blocks of keys and what is left of them, with the prefix or not, give the same, and
+    the same gradients, in one kernel or two."""
+    queries = tokens - 7
+    leaves = [torch.randn(2, 2, n, 8, requires_grad=True) for n in (queries, tokens, tokens)]
+    if ahead:
+        leaves += [torch.randn(1, 2, ahead, 8, requires_grad=True) for _ in range(2)]
     size = torch.rand(2, tokens) + 0.1
-    size[:, -7:] = 0  # a padded plan's
-    want = stk.attention(q, k, v, size, *prefix, backend="reference")
-    table = config.attention.__wrapped__
+    size[:, -9:] = 0  # a padded plan's
+    grad, table = torch.randn(2, 2, queries, 8), config.attention.__wrapped__
+
+    def results(backend):
+        out = stk.attention(*leaves[:3], size, *leaves[3:], backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    changes = dict(zip(("BLOCK_Q", "BLOCK_K"), blocks, strict=True))
 
     def chosen(*arguments):
-        return {**table(*arguments), "attend": {**table(*arguments)["attend"], **changes}}
+        return {name: part and {**part, **changes} for name, part in table(*arguments).items()}
 
-    monkeypatch.setattr(config, "attention", chosen)
-    torch.testing.assert_close(stk.attention(q, k, v, size, *prefix, backend="triton"), want)
+    def in_one(*arguments):
+        item = {name: value for name, value in table(*arguments)["queries"].items() if name != "STAGES"}
+        return {**chosen(*arguments), "item": {**item, "BLOCK_Q": 128, "BLOCK_K": 128}}
+
+    want = results("reference")
+    for use in (chosen, in_one):
+        monkeypatch.setattr(config, "attention", use)
+        for ours, right in zip(results("triton"), want, strict=True):
+            torch.testing.assert_close(ours, right)
+
+
+def test_keys_that_weigh_nothing_come_first():
+    """A whole block of them: no NaN, with sizes of 0 or scores of -inf."""
+    q = torch.randn(1, 1, 64, 8)  # a whole block: what is added to one is 0, and numpy warns of 0 · inf
+    k, v = torch.randn(2, 1, 1, 300, 8)
+    size = torch.ones(1, 300)
+    size[:, :200] = 0
+    low = k.clone()
+    low[:, :, :200] = -torch.inf
+    for keys, sizes in ((k, size), (low, None), (low, torch.ones(1, 300))):
+        got = stk.attention(q.abs(), keys, v, sizes, backend="triton")
+        torch.testing.assert_close(got, stk.attention(q.abs(), keys, v, sizes, backend="reference"))
+
+
+@pytest.mark.parametrize("far", ["k", "q"])
+def test_rows_that_are_far_apart(tmp_path, far):
+    """A block of rows spans more than 2^31 elements, as in a large batch of which the tokens come first."""
+    stride, tokens = 2**25, 150
+    with open(tmp_path / "rows", "wb") as file:  # a file of holes, which takes no space
+        file.truncate(2 * stride * tokens)
+    memory = torch.from_file(str(tmp_path / "rows"), shared=True, size=stride * tokens, dtype=torch.bfloat16)
+    rows = memory.as_strided((1, 1, tokens, 16), (16, 16, stride, 1)).copy_(torch.randn(1, 1, tokens, 16))
+    other = torch.randn(1, 1, tokens, 16).bfloat16()
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [x.detach().requires_grad_() for x in ((rows, other) if far == "q" else (other, rows))]
+        out = stk.attention(*leaves, leaves[1], torch.ones(1, tokens), backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaves, other)])
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dim", [24, 32])
@@ -169,9 +216,11 @@ def test_early_loads_change_no_bit_of_merge_norm(monkeypatch, dim, sized, affine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiles_cover_what_they_must(dtype):
     """A gradient in one launch sees all queries and keys of a head; the pieces of a row make up the row."""
-    for capability, queries, keys in itertools.product((80, 90, 100), (1, 54, 64, 65), (1, 16, 17, 58, 64, 65, 577)):
+    for architecture, queries, keys in itertools.product(
+        (80, 90, 100, 120), (1, 54, 64, 65), (1, 16, 17, 58, 64, 65, 577)
+    ):
         for channels in (16, 40, 64, 65, 128):
-            found = config.attention(queries, keys, channels, dtype, capability)
+            found = config.attention(queries, keys, channels, dtype, architecture)
             if found["item"]:
                 assert found["item"]["BLOCK_Q"] >= queries
                 assert found["item"]["BLOCK_K"] >= keys

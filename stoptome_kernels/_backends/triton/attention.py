@@ -22,12 +22,14 @@ from . import config
 from .attention_blocks import (
     LN2,
     LOG2E,
+    NOT_SPECIALIZED,
     bias_of,
     constants_of,
     dot,
+    head_of,
     heads_of,
     key_of,
-    load_last,
+    load_keys,
     load_rows,
     load_whole,
     log2,
@@ -39,6 +41,7 @@ from .attention_blocks import (
     store_rows,
     strides_of,
     where_in_grid,
+    wide,
 )
 from .launch import launch
 from .merge import _narrowed
@@ -56,8 +59,8 @@ def _attend_block(
     if not FIRST:
         higher = tl.maximum(largest, higher)
     level = higher
-    if BIASED:
-        level = tl.where(higher == float("-inf"), 0.0, higher)  # sizes of 0 alone so far: 0, not NaN
+    if BIASED or not FIRST:  # keys that weigh nothing alone so far: 0, not NaN
+        level = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - level[:, None])
     if FIRST:
         total = tl.sum(p, 1)
@@ -70,12 +73,12 @@ def _attend_block(
     return higher, total, result
 
 
-@triton.jit(do_not_specialize=["queries", "tokens", "ahead", "share", "blocks"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attend(
     q, k, v, size, prefix_k, prefix_v, out, lse, queries, tokens, ahead, share, blocks, scale,
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token,
-    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, MANY: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr, MANY: tl.constexpr,
     THIRDS: tl.constexpr, TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -85,12 +88,13 @@ def attend(
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row = tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    query = load_rows(q + item * q_item + head * q_head, q_token, i, queries, D, BLOCK_D)
-    k += item * k_item + head * k_head
-    v += item * v_item + head * v_head
+    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    query = load_rows(q, q_token, i, queries, D, BLOCK_D)
+    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
     if PREFIX:
-        prefix_k += shared * pk_item + head * pk_head
-        prefix_v += shared * pv_item + head * pv_head
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
     if SIZED:
         size += item * tokens
     factor = scale * LOG2E
@@ -104,7 +108,7 @@ def attend(
         for start in tl.range(0, whole, BLOCK_K, num_stages=STAGES):
             key = load_whole(key_places, D, BLOCK_D)
             value = load_whole(value_places, D, BLOCK_D)
-            bias = largest
+            bias = largest  # not read where there are no sizes
             if SIZED:
                 bias = log2(tl.load(size + start + row))
             largest, total, result = _attend_block(
@@ -114,8 +118,8 @@ def attend(
             value_places += BLOCK_K * v_token
     for start in tl.range(whole, keys, BLOCK_K, num_stages=1):
         j = start + row
-        key = load_last(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
-        value = load_last(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+        key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+        value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
         bias = bias_of(size, j, tokens, keys, SIZED)
         largest, total, result = _attend_block(
             query, key, value, bias, largest, total, result, factor, not MANY, True, THIRDS, TYPE
@@ -132,9 +136,9 @@ def attend_launch(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
     meta = config.attention(*sizes_of(inputs))["attend"]
     queries, tokens, ahead, _ = numbers = numbers_of(inputs)
     blocks, many = triton.cdiv(queries, meta["BLOCK_Q"]), ahead + tokens > meta["BLOCK_K"]
-    strides = strides_of(inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v)
+    unit, strides = strides_of(inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v)
     arguments = (*inputs[:6], out, lse, *numbers, blocks, scale_of(inputs), *strides)
-    return attend, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), "MANY": many, **meta}
+    return attend, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), **unit, **meta, "MANY": many}
 
 
 def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,11 @@ from . import config
 from .merge import _COMPILED, _narrowed
 from .similarity import _dot_thirds
 
+# integers that a kernel is not compiled anew for
+NOT_SPECIALIZED = [
+    "queries", "tokens", "ahead", "share", "blocks",
+    *(f"{x}_{axis}" for x in ("q", "k", "v", "pk", "pv", "grad", "out") for axis in ("item", "head", "token")),
+]  # fmt: skip
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
@@ -40,6 +45,18 @@ def where_in_grid(H: tl.constexpr, blocks, share):
 
 
 @triton.jit
+def head_of(x, item, item_stride, head, head_stride, UNIT: tl.constexpr):
+    """Return the address of a head of x; strides are in UNIT elements, so that they are known to be aligned."""
+    return x + (item * item_stride + head * head_stride) * UNIT
+
+
+@triton.jit
+def wide(stride, UNIT: tl.constexpr):
+    """Return a stride in elements, of 64 bits: a few rows of it may be more than 32 hold."""
+    return tl.full((), UNIT, tl.int64) * stride
+
+
+@triton.jit
 def inside(rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the mask of (rows, BLOCK_D)."""
     mask = (rows < count)[:, None]
@@ -57,8 +74,8 @@ def load_rows(x, stride, i, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def log2(x):
-    """Return log2 by the hardware's approximation, 2^-22 off at most, in one instruction for twenty; numbers below
-    2^-126 count as 0."""
+    """Return log2 by the hardware's approximation, in one instruction for twenty: between 0.5 and 2 off by 2^-22 at
+    most, elsewhere by a rounding of float32 or two; numbers below 2^-126 count as 0."""
     if _COMPILED:
         x = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -80,15 +97,18 @@ def load_whole(places, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_last(
+def load_keys(
     x, stride, prefix, prefix_stride, j, tokens, keys,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """Return keys or values j, those of the prefix behind the item's own, 0 past the end: (len(j), BLOCK_D)."""
-    places = x + j.to(tl.int64)[:, None] * stride
-    if PREFIX:
-        places = tl.where((j < tokens)[:, None], places, prefix + (j - tokens).to(tl.int64)[:, None] * prefix_stride)
-    return tl.load(places + tl.arange(0, BLOCK_D)[None, :], mask=inside(j, keys, D, BLOCK_D), other=0.0)
+    """Return keys or values j, 0 past the end: (len(j), BLOCK_D). Those of the prefix are behind the item's own here:
+    their order does not matter."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    places = x + j.to(tl.int64)[:, None] * stride + column
+    if PREFIX:  # whole addresses are chosen: of their beginnings alone Triton 3.9 no longer knows that they are aligned
+        there = prefix + (j - tokens).to(tl.int64)[:, None] * prefix_stride + column
+        places = tl.where((j < tokens)[:, None], places, there)
+    return tl.load(places, mask=inside(j, keys, D, BLOCK_D), other=0.0)
 
 
 @triton.jit
@@ -120,9 +140,12 @@ def scores_of(query, key, bias, factor, BIASED: tl.constexpr, THIRDS: tl.constex
 # -- launches ----------------------------------------------------------------------------------------------------------
 
 
-def strides_of(*tensors: Tensor | None) -> list[int]:
-    """Return the strides of each but the last, which is 1; zeros for None."""
-    return [stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
+def strides_of(*tensors: Tensor | None) -> tuple[dict[str, int], list[int]]:
+    """Return the constant UNIT and the strides of each tensor in UNIT elements, but the last, which is 1; zeros for
+    None. Triton knows of an integer only whether 16 divides it, and so nothing of heads of 72 or 88 channels."""
+    strides = [stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return {"UNIT": unit}, [stride // unit for stride in strides]
 
 
 def heads_of(inputs: AttentionInputs) -> int:
@@ -147,7 +170,7 @@ def _share(inputs: AttentionInputs) -> int:
 
 
 def key_of(name: str, inputs: AttentionInputs) -> tuple:
-    """Return what a launch depends on, but for addresses and for what else it is given."""
+    """Return what a launch depends on by these inputs, but for their addresses."""
     q, k, v, size, prefix_k, prefix_v, scale = inputs
     prefix = None
     if prefix_k is not None and prefix_v is not None:
@@ -157,11 +180,9 @@ def key_of(name: str, inputs: AttentionInputs) -> tuple:
 
 
 def sizes_of(inputs: AttentionInputs) -> tuple:
-    """Return what blocks are chosen by: queries, keys, channels, dtype, the device's compute capability, and whether
-    there is a prefix."""
-    q, ahead = inputs.q, prefix_length(inputs)
-    keys, capability = ahead + inputs.k.shape[2], config.capability(q.get_device())
-    return q.shape[2], keys, q.shape[3], q.dtype, capability, ahead > 0, _COMPILED.value
+    """Return the arguments of ``config.attention``."""
+    q, keys = inputs.q, prefix_length(inputs) + inputs.k.shape[2]
+    return q.shape[2], keys, q.shape[3], q.dtype, config.capability(q.get_device()), _COMPILED.value
 
 
 def readable(inputs: AttentionInputs) -> AttentionInputs:

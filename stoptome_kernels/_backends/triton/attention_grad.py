@@ -16,13 +16,15 @@ from ...reference import AttentionInputs, prefix_length, scale_of
 from . import config
 from .attention_blocks import (
     LOG2E,
+    NOT_SPECIALIZED,
     bias_of,
     constants_of,
     dot,
+    head_of,
     heads_of,
     inside,
     key_of,
-    load_last,
+    load_keys,
     load_rows,
     load_whole,
     log2,
@@ -34,6 +36,7 @@ from .attention_blocks import (
     store_rows,
     strides_of,
     where_in_grid,
+    wide,
 )
 from .launch import launch
 from .merge import _narrowed
@@ -62,43 +65,47 @@ def _level(lse, i, queries):
 
 @triton.jit
 def _grad_scores(
-    query, key, value, given, level, taken, bias, factor, BIASED: tl.constexpr, THIRDS: tl.constexpr, TYPE: tl.constexpr
+    query, key, value, given, level, delta, bias, factor, BIASED: tl.constexpr, THIRDS: tl.constexpr, TYPE: tl.constexpr
 ):
     """Return the gradient of the scores of a block of queries by a block of keys, to be multiplied by the scale."""
     p = tl.exp2(scores_of(query, key, bias, factor, BIASED, THIRDS, TYPE) - level[:, None])
     dp = dot(given, value, tl.zeros(p.shape, tl.float32), THIRDS, TYPE)
-    return _narrowed(p * (dp - taken[:, None]), query.dtype)
+    return _narrowed(p * (dp - delta[:, None]), query.dtype)
 
 
-@triton.jit(do_not_specialize=["queries", "tokens", "ahead", "share", "blocks"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def grad_queries(
-    q, k, v, size, prefix_k, prefix_v, grad, lse, out, dq, level, delta, queries, tokens, ahead, share, blocks, padded,
-    scale,
+    q, k, v, size, prefix_k, prefix_v, grad, lse, out, dq, levels, deltas,
+    queries, tokens, ahead, share, blocks, padded, scale,
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
     out_item, out_head, out_token,
-    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+    THIRDS: tl.constexpr,
     TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dq (N, queries, H, D), and for grad_keys (N, H, padded): level, lse in base 2, and delta = Σ grad · out.
+    """Write dq (N, queries, H, D), and for grad_keys (N, H, padded): levels, lse in base 2, and deltas, Σ grad · out.
     Grid (N·H·blocks,)."""
     item, shared, head, block = where_in_grid(H, blocks, share)
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row = tl.arange(0, BLOCK_K)
     keys = tokens + ahead
     line = (item * H + head) * padded
-    given = load_rows(grad + item * grad_item + head * grad_head, grad_token, i, queries, D, BLOCK_D)
-    reached = load_rows(out + item * out_item + head * out_head, out_token, i, queries, D, BLOCK_D)
-    taken = tl.sum(given.to(tl.float32) * reached.to(tl.float32), 1)
-    sums = _level(lse + (item * H + head) * queries, i, queries)
-    tl.store(level + line + i, sums)
-    tl.store(delta + line + i, taken)
-    query = load_rows(q + item * q_item + head * q_head, q_token, i, queries, D, BLOCK_D)
-    k += item * k_item + head * k_head
-    v += item * v_item + head * v_head
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
+    out, out_token = head_of(out, item, out_item, head, out_head, UNIT), wide(out_token, UNIT)
+    given = load_rows(grad, grad_token, i, queries, D, BLOCK_D)
+    reached = load_rows(out, out_token, i, queries, D, BLOCK_D)
+    delta = tl.sum(given.to(tl.float32) * reached.to(tl.float32), 1)
+    level = _level(lse + (item * H + head) * queries, i, queries)
+    tl.store(levels + line + i, level)
+    tl.store(deltas + line + i, delta)
+    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    query = load_rows(q, q_token, i, queries, D, BLOCK_D)
+    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
     if PREFIX:
-        prefix_k += shared * pk_item + head * pk_head
-        prefix_v += shared * pv_item + head * pv_head
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
     if SIZED:
         size += item * tokens
     factor = scale * LOG2E
@@ -108,30 +115,31 @@ def grad_queries(
     for start in tl.range(0, whole, BLOCK_K, num_stages=STAGES):
         key = load_whole(key_places, D, BLOCK_D)
         value = load_whole(value_places, D, BLOCK_D)
-        bias = taken
+        bias = level  # not read where there are no sizes
         if SIZED:
             bias = log2(tl.load(size + start + row))
-        ds = _grad_scores(query, key, value, given, sums, taken, bias, factor, SIZED, THIRDS, TYPE)
+        ds = _grad_scores(query, key, value, given, level, delta, bias, factor, SIZED, THIRDS, TYPE)
         dquery = dot(ds, tl.trans(key), dquery, THIRDS, TYPE)
         key_places += BLOCK_K * k_token
         value_places += BLOCK_K * v_token
     for start in tl.range(whole, keys, BLOCK_K, num_stages=1):
         j = start + row
-        key = load_last(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
-        value = load_last(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+        key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+        value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
         bias = bias_of(size, j, tokens, keys, SIZED)
-        ds = _grad_scores(query, key, value, given, sums, taken, bias, factor, True, THIRDS, TYPE)
+        ds = _grad_scores(query, key, value, given, level, delta, bias, factor, True, THIRDS, TYPE)
         dquery = dot(ds, tl.trans(key), dquery, THIRDS, TYPE)
     store_rows(dq, dquery * scale, item, head, i, queries, H, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["queries", "tokens", "ahead", "share", "blocks"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def grad_keys(
-    q, k, v, size, prefix_k, prefix_v, grad, level, delta, dk, dv, dprefix_k, dprefix_v,
+    q, k, v, size, prefix_k, prefix_v, grad, levels, deltas, dk, dv, dprefix_k, dprefix_v,
     queries, tokens, ahead, share, blocks, padded, scale,
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
-    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+    THIRDS: tl.constexpr,
     TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv (N, tokens, H, D) and an item's part of the prefix's (N, H, ahead, D) float32; grid
@@ -139,20 +147,21 @@ def grad_keys(
     item, shared, head, block = where_in_grid(H, blocks, share)
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    k += item * k_item + head * k_head
-    v += item * v_item + head * v_head
+    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
     if PREFIX:
-        prefix_k += shared * pk_item + head * pk_head
-        prefix_v += shared * pv_item + head * pv_head
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
     if SIZED:
         size += item * tokens
-    key = load_last(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
-    value = load_last(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+    key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+    value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
     bias = bias_of(size, j, tokens, keys, SIZED)
-    query_places = places_of(q + item * q_item + head * q_head, q_token, BLOCK_Q, BLOCK_D)
-    grad_places = places_of(grad + item * grad_item + head * grad_head, grad_token, BLOCK_Q, BLOCK_D)
-    level += (item * H + head) * padded
-    delta += (item * H + head) * padded
+    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
+    query_places, grad_places = places_of(q, q_token, BLOCK_Q, BLOCK_D), places_of(grad, grad_token, BLOCK_Q, BLOCK_D)
+    levels += (item * H + head) * padded
+    deltas += (item * H + head) * padded
     factor = scale * LOG2E
     dkey = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dvalue = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -162,10 +171,10 @@ def grad_keys(
         query = tl.load(query_places, mask=inside(i, queries, D, BLOCK_D), other=0.0)
         given = tl.load(grad_places, mask=inside(i, queries, D, BLOCK_D), other=0.0)
         score = dot(key, query, nothing, THIRDS, TYPE) * factor + bias[:, None]
-        p = tl.exp2(score - tl.load(level + i)[None, :])
+        p = tl.exp2(score - tl.load(levels + i)[None, :])
         dvalue = dot(_narrowed(p, query.dtype), tl.trans(given), dvalue, THIRDS, TYPE)
         dp = dot(value, given, nothing, THIRDS, TYPE)
-        ds = _narrowed(p * (dp - tl.load(delta + i)[None, :]), query.dtype)
+        ds = _narrowed(p * (dp - tl.load(deltas + i)[None, :]), query.dtype)
         dkey = dot(ds, tl.trans(query), dkey, THIRDS, TYPE)
         query_places += BLOCK_Q * q_token
         grad_places += BLOCK_Q * grad_token
@@ -173,31 +182,35 @@ def grad_keys(
     _store_keys(dv, dprefix_v, dvalue, item, head, j, ahead, tokens, H, D, BLOCK_D, PREFIX)
 
 
-@triton.jit(do_not_specialize=["queries", "tokens", "ahead", "share"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def grad_item(
     q, k, v, size, prefix_k, prefix_v, grad, lse, dq, dk, dv, dprefix_k, dprefix_v,
     queries, tokens, ahead, share, scale,
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
-    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, THIRDS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+    THIRDS: tl.constexpr,
     TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write all gradients of a head whose queries and keys are one block, as grad_queries and grad_keys do; every row
-    is read once, all of them at the beginning. Grid (N·H,)."""
+    """Write dq, dk, dv and an item's part of the prefix's, see grad_queries and grad_keys, of a head whose queries and
+    keys are one block. Every row is read once, all of them at the beginning; delta is Σ p · dp, which is as much as
+    Σ grad · out, so that out is not read. Grid (N·H,)."""
     item, shared, head, _ = where_in_grid(H, 1, share)
     i, j = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    k += item * k_item + head * k_head
-    v += item * v_item + head * v_head
+    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
     if PREFIX:
-        prefix_k += shared * pk_item + head * pk_head
-        prefix_v += shared * pv_item + head * pv_head
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
     if SIZED:
         size += item * tokens
-    query = load_rows(q + item * q_item + head * q_head, q_token, i, queries, D, BLOCK_D)
-    key = load_last(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
-    given = load_rows(grad + item * grad_item + head * grad_head, grad_token, i, queries, D, BLOCK_D)
-    value = load_last(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    query = load_rows(q, q_token, i, queries, D, BLOCK_D)
+    key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
+    given = load_rows(grad, grad_token, i, queries, D, BLOCK_D)
+    value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
     level = _level(lse + (item * H + head) * queries, i, queries)
     score = scores_of(query, key, bias_of(size, j, tokens, keys, SIZED), scale * LOG2E, True, THIRDS, TYPE)
     p = tl.exp2(score - level[:, None])
@@ -224,31 +237,34 @@ def grad_launches(
 
 
 def _item_launch(grad: Tensor, inputs: AttentionInputs, lse: Tensor, grads: tuple) -> tuple:
-    meta = config.attention(*sizes_of(inputs))["item"]
-    arguments = (*inputs[:6], grad, lse, *grads, *numbers_of(inputs), scale_of(inputs), *_grad_strides(grad, inputs))
-    return grad_item, (heads_of(inputs),), arguments, {**constants_of(inputs), **meta}
+    meta, (unit, strides) = config.attention(*sizes_of(inputs))["item"], _strides(inputs, grad)
+    arguments = (*inputs[:6], grad, lse, *grads, *numbers_of(inputs), scale_of(inputs), *strides)
+    return grad_item, (heads_of(inputs),), arguments, {**constants_of(inputs), **unit, **meta}
 
 
 def _queries_launch(
     grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor, dq: Tensor | None, sums: tuple[Tensor, Tensor]
 ) -> tuple:
-    meta, padded = config.attention(*sizes_of(inputs))["queries"], sums[0].shape[2]
+    meta, (unit, strides) = config.attention(*sizes_of(inputs))["queries"], _strides(inputs, grad, out)
+    padded = sums[0].shape[2]
     blocks = padded // meta["BLOCK_Q"]
     arguments = (
-        *inputs[:6], grad, lse, out, dq, *sums, *numbers_of(inputs), blocks, padded, scale_of(inputs),
-        *_grad_strides(grad, inputs), *strides_of(out),
+        *inputs[:6], grad, lse, out, dq, *sums, *numbers_of(inputs), blocks, padded, scale_of(inputs), *strides
     )  # fmt: skip
-    return grad_queries, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), **meta}
+    return grad_queries, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), **unit, **meta}
 
 
 def _keys_launch(grad: Tensor, inputs: AttentionInputs, sums: tuple[Tensor, Tensor], grads: tuple) -> tuple:
-    meta, padded = config.attention(*sizes_of(inputs))["keys"], sums[0].shape[2]
+    meta, (unit, strides) = config.attention(*sizes_of(inputs))["keys"], _strides(inputs, grad)
     blocks = triton.cdiv(prefix_length(inputs) + inputs.k.shape[2], meta["BLOCK_K"])
     arguments = (
-        *inputs[:6], grad, *sums, *grads, *numbers_of(inputs), blocks, padded, scale_of(inputs),
-        *_grad_strides(grad, inputs),
+        *inputs[:6], grad, *sums, *grads, *numbers_of(inputs), blocks, sums[0].shape[2], scale_of(inputs), *strides
     )  # fmt: skip
-    return grad_keys, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), **meta}
+    return grad_keys, (heads_of(inputs) * blocks,), arguments, {**constants_of(inputs), **unit, **meta}
+
+
+def _strides(inputs: AttentionInputs, *others: Tensor) -> tuple[dict[str, int], list[int]]:
+    return strides_of(inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, *others)
 
 
 def _sums(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -257,10 +273,6 @@ def _sums(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     step = max(table["queries"]["BLOCK_Q"], table["keys"]["BLOCK_Q"])
     shape = n, heads, triton.cdiv(queries, step) * step
     return inputs.q.new_empty(shape, dtype=torch.float32), inputs.q.new_empty(shape, dtype=torch.float32)
-
-
-def _grad_strides(grad: Tensor, inputs: AttentionInputs) -> list[int]:
-    return strides_of(inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, grad)
 
 
 def attention_backward(

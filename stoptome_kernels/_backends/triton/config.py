@@ -153,7 +153,7 @@ ONE_BLOCK = 64  # queries and keys of a head whose gradient is one program, of 1
 
 @cache
 def capability(device: int) -> int:
-    """Return the compute capability of a device as 80, 90…; 90 for what is no GPU (-1)."""
+    """Return the major number of a device's compute capability times ten (8.6 → 80); 90 for what is no GPU (-1)."""
     return 90 if device < 0 else 10 * torch.cuda.get_device_capability(device)[0]
 
 
@@ -163,17 +163,16 @@ def attention(
     keys: int,
     channels: int,
     dtype: torch.dtype,
-    capability: int,
-    prefix: bool = False,
+    architecture: int,
     compiled: bool = True,
 ) -> dict:
     """Return the constants of each kernel of attention; ``item``, if not None, is what replaces ``queries`` and
     ``keys``."""
     full, few = dtype == torch.float32, channels <= 64
-    parts = full and few and capability == 90  # in the gradients; forward always
+    gradients_in_parts = full and few and architecture == 90
     blocks = next(
         blocks
-        for bits, widest, most, blocks in (_ATTENTION_90 if capability == 90 else _ATTENTION)
+        for bits, widest, most, blocks in (_ATTENTION_90 if architecture == 90 else _ATTENTION)
         if bits == (32 if full else 16) and channels <= (widest or channels) and keys <= (most or keys)
     )
 
@@ -192,11 +191,10 @@ def attention(
         }
 
     attend, by_queries, by_keys = (
-        constants(*block, parts=full if forward else parts)
+        constants(*block, parts=full if forward else gradients_in_parts)
         for block, forward in zip(blocks, (True, False, False), strict=True)
     )
-    if prefix and keys <= attend["BLOCK_K"] == 128:  # one block with a prefix in it takes too many registers
-        attend["BLOCK_K"] = 32
+    attend["MANY"] = keys > attend["BLOCK_K"]
     item = None
     if max(queries, keys) <= ONE_BLOCK and few and not full:
         item = constants(ONE_BLOCK, ONE_BLOCK, 4, 1, parts=False)
