@@ -316,8 +316,8 @@ def attention(
             ``(N, T, 3, H, d)``, say).
         k: ``(N, H, T, d)``, q's dtype; T may differ from Tq.
         v: ``(N, H, T, d)``, q's dtype.
-        size: ``(N, T)`` float32, number of tokens that each key represents; None means all ones. A key of size 0 is
-            never attended to (a query with no other key gets 0). No gradient flows into it.
+        size: ``(N, T)`` float32, number of tokens that each key represents; None means all ones. A key of size 0 (on a
+            GPU: below 2^-126) is never attended to (a query with no other key gets 0). No gradient flows into it.
         prefix_k: ``(M, H, G, d)``, keys in front of those of the item, each counted once; or None. M divides N, and
             item n has the prefix ``n // (N / M)``: the frames of a video share one.
         prefix_v: ``(M, H, G, d)``, values of these keys; None if and only if ``prefix_k`` is.
