@@ -18,32 +18,33 @@ def head_mean(
     metric, token, inside, head_stride, token_stride, first,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Return channels first.. of the mean over heads, times a power of two: (ROWS, BLOCK_C) float32."""
+    """Return channels first.. of the mean over heads, times a power of two: (ROWS, BLOCK_C) float32; of all rows if
+    inside is None."""
     channel = first + tl.arange(0, BLOCK_C)
-    mask = inside[:, None]
+    mask = None if inside is None else inside[:, None]
     if C % BLOCK_C:
-        mask = mask & (channel < C)[None, :]
+        mask = (channel < C)[None, :] if inside is None else mask & (channel < C)[None, :]
+    nothing = None if mask is None else 0.0
     place = metric + token.to(tl.int64)[:, None] * token_stride + channel[None, :]
-    total = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(place, mask=mask, other=nothing).to(tl.float32)
     # SHRINK is a power of two ≤ 1/H: exact, and the sum of finite heads stays finite
     if H > 1:
         total = total * SHRINK
         if H <= 16:
             for _ in tl.static_range(1, H):  # unrolled: all heads' loads are in flight together
                 place += head_stride
-                total += tl.load(place, mask=mask, other=0.0).to(tl.float32) * SHRINK
+                total = tl.fma(tl.load(place, mask=mask, other=nothing).to(tl.float32), SHRINK, total)
         else:
             for _ in range(1, H):
                 place += head_stride
-                total += tl.load(place, mask=mask, other=0.0).to(tl.float32) * SHRINK
+                total = tl.fma(tl.load(place, mask=mask, other=nothing).to(tl.float32), SHRINK, total)
     return total
 
 
 @triton.jit
-def _peak(m):
-    """Return the bits of the largest magnitude of each row: (ROWS,) int32; at least INFINITE if the row is not
-    finite."""
-    return tl.max(m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+def _magnitude(m):
+    """Return the bits of |m| as int32, which are in its order; at least INFINITE if it is not finite."""
+    return m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -146,11 +147,11 @@ def _row_peak(
 ):  # fmt: skip
     """Return the peaks of rows that are longer than BLOCK_C, in a pass before; the second reading comes from the
     cache."""
-    peak = tl.zeros(token.shape, tl.int32)
+    peaks = tl.zeros((token.shape[0], BLOCK_C // 4), tl.int32)  # of neighbours, which share a thread
     for first in range(0, C, BLOCK_C):
         m = head_mean(metric, token, inside, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
-        peak = tl.maximum(peak, _peak(m))
-    return peak
+        peaks = tl.maximum(peaks, tl.max(tl.reshape(_magnitude(m), (token.shape[0], BLOCK_C // 4, 4)), 2))
+    return tl.max(peaks, 1)
 
 
 @triton.jit
@@ -170,35 +171,40 @@ def nearest(
     tie."""
     WHOLE: tl.constexpr = BLOCK_C >= C
     inside_a = a < sources
-    token_a = token_of(order, first_a, a, inside_a)
+    # What is past the end of a set repeats its last token, so that loads need no masks; no set of a matching is empty.
+    # Small tiles keep them: without, ptxas has more loads in flight than fit the registers of three programs.
+    MASKED: tl.constexpr = a.shape[0] < 64
+    mask_a = inside_a if MASKED else None
+    token_a = token_of(order, first_a, tl.minimum(a, sources - 1), inside_a)
     if WHOLE:
-        u = head_mean(metric, token_a, inside_a, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
-        peak_a = _peak(u)
+        u = head_mean(metric, token_a, mask_a, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
+        peak_a = tl.max(_magnitude(u), 1)
         u = _scaled(u, peak_a, SHIFT)
         square_a = tl.sum(u * u, 1)
     else:
-        peak_a = _row_peak(metric, token_a, inside_a, head_stride, token_stride, C, H, SHRINK, BLOCK_C)
+        peak_a = _row_peak(metric, token_a, mask_a, head_stride, token_stride, C, H, SHRINK, BLOCK_C)
 
     best = tl.full(a.shape, float("-inf"), tl.float32)
     partner = tl.zeros(a.shape, tl.int32)
     for start in range(0, targets, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         inside_b = b < targets
-        token_b = token_of(order, first_b, b, inside_b)
+        token_b = token_of(order, first_b, tl.minimum(b, targets - 1), inside_b)
+        mask_b = inside_b if MASKED else None
         if WHOLE:
-            v = head_mean(metric, token_b, inside_b, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
-            peak_b = _peak(v)
+            v = head_mean(metric, token_b, mask_b, head_stride, token_stride, 0, C, H, SHRINK, BLOCK_C)
+            peak_b = tl.max(_magnitude(v), 1)
             v = _scaled(v, peak_b, SHIFT)
             square_b = tl.sum(v * v, 1)
             score = _dot(u, v, tl.zeros((a.shape[0], BLOCK_B), tl.float32), PRODUCT, TYPE)
         else:
-            peak_b = _row_peak(metric, token_b, inside_b, head_stride, token_stride, C, H, SHRINK, BLOCK_C)
+            peak_b = _row_peak(metric, token_b, mask_b, head_stride, token_stride, C, H, SHRINK, BLOCK_C)
             square_a = tl.zeros(a.shape, tl.float32)
             square_b = tl.zeros(b.shape, tl.float32)
             score = tl.zeros((a.shape[0], BLOCK_B), tl.float32)
             for first in range(0, C, BLOCK_C):
-                u = head_mean(metric, token_a, inside_a, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
-                v = head_mean(metric, token_b, inside_b, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
+                u = head_mean(metric, token_a, mask_a, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
+                v = head_mean(metric, token_b, mask_b, head_stride, token_stride, first, C, H, SHRINK, BLOCK_C)
                 u = _scaled(u, peak_a, SHIFT)
                 v = _scaled(v, peak_b, SHIFT)
                 square_a += tl.sum(u * u, 1)
