@@ -26,6 +26,7 @@ from .roofline import MATCH_INTERVAL, MATCH_ISSUE, Work
 DTYPE = torch.bfloat16
 Launch = tuple  # (kernel, grid, arguments, constants and options), as the launchers return it
 ALL_LOOPS = ("attend", "match_item", "score_blocks", "plan_blocks")  # the others' loops are for groups of many tokens
+HALVINGS = 18  # of the range of similarities, to find the r-th best: 15 to 22 for the tokens of harness/shapes.py
 
 
 class NotCounted(Exception):
@@ -172,17 +173,17 @@ def match_work(s: Sizes, counted: Counted) -> list[Work]:
     sources, targets = s.sets
     unread = s.n * s.protected * s.dim * DTYPE.itemsize  # keys of protected tokens
     found = []
-    for launch in match.launches(keys, s.tokens - s.out, s.protected, _plan(s)):
+    r = s.tokens - s.out
+    for launch in match.launches(keys, r, s.protected, _plan(s)):
         name, meta = launch[0].__name__, launch[3]
-        if name == "plan_blocks":  # 31 bits of the r-th best score; then all sources
-            chunks = ceil(sources / meta["CHUNK"])
-            trips, rounds = _expected([31, 1, chunks, 1], [chunks, 1]), 4.0
+        if name == "plan_blocks":  # halvings until r sources are left; then all sources, and the merges
+            spans, chunks = ceil(sources / meta["SPAN"]), ceil(r / meta["CHUNK"])
+            trips, rounds = _expected([HALVINGS, spans, chunks, 1]), 5.0
         else:
             blocks = ceil(targets / meta["BLOCK_B"])
             trips, rounds = _expected([blocks]), 2.0 + blocks
-            if name == "match_item":  # what the counting loops read is in the cache
-                chunks = ceil(sources / meta["CHUNK"])
-                trips = _expected([blocks, chunks, chunks, ceil(s.protected / meta["BLOCK_A"])])
+            if name == "match_item":  # what the counting loop reads is in the cache
+                trips = _expected([blocks, ceil(r / meta["CHUNK"]), ceil(s.protected / meta["BLOCK_A"])])
         nbytes = moved(launch) - (0 if name == "plan_blocks" else unread)
         own = {"rounds": rounds, "interval": MATCH_INTERVAL, "issue": MATCH_ISSUE}
         found.append(_work(launch, counted, nbytes, trips, **own))

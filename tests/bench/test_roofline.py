@@ -19,7 +19,7 @@ from harness.measurements import error_of
 from harness.roofline import DEVICES, LAUNCH_US, Work, bound, bounds, flash, product, time_us
 
 H200 = DEVICES["H200"]
-LOOPS = {"match_item": 4, "score_blocks": 1, "plan_blocks": 2, "attend": 1}
+LOOPS = {"match_item": 3, "score_blocks": 1, "plan_blocks": 4, "attend": 1}
 
 
 def counted(launch):

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(GPU, reason="on a GPU the kernels choose these p
 def configure(monkeypatch):
     """Changes the table of configurations for one test."""
 
-    def use(one_launch: int = config.ONE_LAUNCH, dots: bool = False, span: int | None = None) -> None:
+    def use(
+        one_launch: int = config.ONE_LAUNCH, dots: bool = False, span: int | None = None, bits: int | None = None
+    ) -> None:
         table = config.match.__wrapped__
 
         def match(heads, channels, larger, dtype, compiled=False):
@@ -32,6 +34,8 @@ def configure(monkeypatch):
                     found[kernel] |= {"PRODUCT": table(heads, channels, larger, dtype, True)[kernel]["PRODUCT"]}
             if span and found["plan"]:
                 found["plan"] |= {"SPAN": span, "ONE": larger <= span}
+            if bits and found["plan"]:
+                found["plan"] |= {"BITS": bits}
             return found
 
         monkeypatch.setattr(config, "ONE_LAUNCH", one_launch)
@@ -86,6 +90,18 @@ def test_more_sources_than_a_span(configure, span):
     metric[2] = metric[2, :, :1]
     metric[0, :, 31] = torch.nan
     plan, reference = (stk.match(metric, 70, 1, b) for b in ("triton", "reference"))
+    assert torch.equal(plan.members, reference.members)
+    assert torch.equal(plan.offsets, reference.offsets)
+
+
+def test_merges_as_long_numbers(configure):
+    """Beyond 32767 tokens of a set a merge takes 64 bits."""
+    for larger, wide in ((32767, False), (32768, True)):
+        assert (config.match(1, 8, larger, torch.float32)["plan"]["BITS"] >= 16) == wide
+    configure(one_launch=0, bits=17)
+    metric = torch.randn(2, 1, 75, 8)
+    metric[1, :, ::3] = metric[1, :, :1]
+    plan, reference = (stk.match(metric, 30, 2, b) for b in ("triton", "reference"))
     assert torch.equal(plan.members, reference.members)
     assert torch.equal(plan.offsets, reference.offsets)
 

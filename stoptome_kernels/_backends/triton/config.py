@@ -23,23 +23,24 @@ def _pow2(n: int) -> int:
 
 
 # What a program of matching works on, by the metric and by the sources of a tile (BLOCK_A): targets (BLOCK_B), channels
-# of a row longer than 64 (BLOCK_C), sources at a time when counting (CHUNK), warps, and the most registers a thread may
-# have (None: as many as the compiler likes). Heads are read 16 or 32 targets at a time because the loads of all heads
-# are in flight together; rows in three parts (float32) take three times the registers. With 8 warps 128 registers leave
-# two programs to a multiprocessor, 80 three; with 4 warps 96 leave five. Without limits Triton 3.6 takes up to 186
-# registers on sm_90 (one program) and spills some on sm_100; with them, nothing under 3.6 and 3.9 (bench/results/aot).
+# of a row longer than 64 (BLOCK_C), merges at a time when counting (CHUNK: about as many as there usually are), warps,
+# and the most registers a thread may have (None: as many as the compiler likes). Heads are read 16 or 32 targets at a
+# time because the loads of all heads are in flight together; rows in three parts (float32) take three times the
+# registers. With 8 warps 128 registers leave two programs to a multiprocessor, 80 three; with 4 warps 96 leave five.
+# Without limits Triton 3.6 takes up to 186 registers on sm_90 (one program) and spills some on sm_100; with them,
+# nothing under 3.6 and 3.9 (bench/results/aot).
 _MATCH: dict[str, dict[int, tuple[int, int, int, int, int | None]]] = {
     "heads, 16 bits": {
-        16: (16, 32, 16, 4, 96), 32: (16, 32, 32, 8, None), 64: (16, 32, 32, 8, 128), 128: (32, 32, 32, 8, None),
+        16: (16, 32, 8, 4, 96), 32: (16, 32, 8, 8, 80), 64: (16, 32, 16, 8, 128), 128: (32, 32, 16, 8, None),
     },
     "heads, 32 bits": {
-        16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (16, 32, 32, 8, None), 128: (32, 32, 32, 8, None),
+        16: (16, 32, 8, 4, None), 32: (16, 32, 8, 4, None), 64: (16, 32, 16, 4, None), 128: (32, 32, 16, 8, None),
     },
     "rows, 16 bits": {
-        16: (16, 64, 16, 4, 96), 32: (32, 64, 8, 8, 80), 64: (64, 32, 32, 8, 128), 128: (64, 64, 16, 16, None),
+        16: (16, 64, 16, 4, 96), 32: (32, 64, 16, 8, 80), 64: (64, 32, 32, 8, 128), 128: (64, 64, 32, 16, None),
     },
     "rows, 32 bits": {
-        16: (16, 32, 16, 4, None), 32: (16, 32, 32, 4, None), 64: (64, 16, 32, 8, 128), 128: (64, 16, 16, 8, 128),
+        16: (16, 32, 16, 4, None), 32: (16, 32, 16, 4, None), 64: (64, 16, 32, 8, 128), 128: (64, 16, 32, 8, 128),
     },
 }  # fmt: skip
 
@@ -74,9 +75,12 @@ def match(heads: int, channels: int, larger: int, dtype: torch.dtype, compiled: 
         **common,
     }
     if whole:
-        return {"item": {**score, "CHUNK": chunk}, "score": None, "plan": None}
+        return {"item": {**score, "BITS": tile.bit_length(), "CHUNK": chunk}, "score": None, "plan": None}
     span = min(_pow2(larger), 4096)
-    plan = {"ONE": larger <= span, "SPAN": span, "BLOCK": 64, "CHUNK": 32, "num_warps": 8, **common}
+    plan = {
+        "ONE": larger <= span, "SPAN": span, "BITS": larger.bit_length(), "BLOCK": 64, "CHUNK": 32, "num_warps": 8,
+        "maxnreg": 128 if span > 1024 else None, **common,
+    }  # fmt: skip
     return {"item": None, "score": score, "plan": plan}
 
 

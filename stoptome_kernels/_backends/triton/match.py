@@ -23,9 +23,9 @@ from . import config
 from .launch import launch
 from .similarity import nearest, token_of
 
-# the choice of a source that is not merged: above every target, so that comparisons of choices need no mask
-_UNMERGED = tl.constexpr(1 << 30)
-_LOWEST = tl.constexpr(-(1 << 31))
+_LOWEST = tl.constexpr(-(1 << 31))  # below all similarities as integers
+# A merge is one number: its target, then its source in BITS, in which the number of sources fits, too; of 32 bits while
+# BITS are fewer than 16, else of 64. Merges that are ordered as numbers are in order of destination, then of token.
 
 
 @triton.jit
@@ -53,39 +53,49 @@ def _sources_before(before, b, even, inside):
 
 
 @triton.jit
-def _count(mask):
-    return tl.sum(mask.to(tl.int32), 1)
+def _sorted_bits(score):
+    """Return float32 numbers, no -0 and no NaN among them, as integers of the same order."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _count_sources(a, choice, other, other_choice):
-    """Return how many of the other sources are merged and come before a: in token order, and in order of
-    destination."""
-    earlier = other[None, :] < a[:, None]
-    removed = _count((other_choice[None, :] < _UNMERGED) & earlier)
-    ahead = (other_choice[None, :] < choice[:, None]) | ((other_choice[None, :] == choice[:, None]) & earlier)
-    return removed, _count(ahead)
-
-
-@triton.jit
-def _count_targets(b, before_b, other, other_choice):
-    """Return how many sources merge into a target before b, and how many into b itself that come before it in token
-    order."""
-    same = (other_choice[None, :] == b[:, None]) & (other[None, :] < before_b[:, None])
-    return _count(other_choice[None, :] < b[:, None]), _count(same)
+def _count_merges(merges, r, own, merge, before_own, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Return what decides the places of the sources ``own``, whose merges these are or would be: how many sources that
+    come before it in token order are merged, and how many merges come before its own; and of the targets ``own``: how
+    many merge into targets before it, and with those that merge into it and come before it in token order."""
+    # after all merges, of a source after all others
+    LAST: tl.constexpr = 0x7FFFFFFF if BITS < 16 else 0x7FFFFFFFFFFFFFFF
+    HALF: tl.constexpr = 16 if BITS < 16 else 32  # two counts travel in a number, through one reduction
+    MASK: tl.constexpr = 0xFFFF if BITS < 16 else 0xFFFFFFFF
+    first = own.to(merge.dtype) << BITS  # before all merges into own
+    next = first + before_own
+    of_sources = tl.zeros(own.shape, merge.dtype)
+    of_targets = tl.zeros(own.shape, merge.dtype)
+    for start in range(0, r, CHUNK):
+        # the pointer advances, so that addresses of a thread differ by constants; merges are rows, so that a thread
+        # counts for itself first
+        place = tl.arange(0, CHUNK)
+        other = tl.load(merges + place, mask=place < r - start, other=LAST)[:, None]
+        merges += CHUNK
+        removed = ((other & ((1 << BITS) - 1)) < own[None, :]).to(merge.dtype)
+        of_sources += tl.sum(removed + ((other < merge[None, :]).to(merge.dtype) << HALF), 0)
+        below = (other < first[None, :]).to(merge.dtype)
+        of_targets += tl.sum(below + ((other < next[None, :]).to(merge.dtype) << HALF), 0)
+    return of_sources & MASK, of_sources >> HALF, of_targets & MASK, of_targets >> HALF
 
 
 @triton.jit
 def _write_sources(
-    dest, members, offsets, order, before, a, choice, best, removed, ahead, first_a, sources, protected, base, even
+    dest, members, offsets, order, before, a, merged, partner, best, removed, ahead, first_a, sources, protected, base,
+    even,
 ):  # fmt: skip
     inside = a < sources
     token = token_of(order, first_a, a, inside)
-    merged = choice < _UNMERGED
-    out = tl.where(merged, base + choice, protected + a - removed)
+    out = tl.where(merged, base + partner, protected + a - removed)
     # a target comes before its source if its token does
-    behind = (a >= _sources_before(before, choice, even, merged)).to(tl.int32)
-    place = tl.where(merged, out + ahead + behind, out)
+    after = (a >= _sources_before(before, partner, even, merged)).to(tl.int32)
+    place = tl.where(merged, out + ahead + after, out)
     weightless = merged & (best == float("-inf"))
     tl.store(dest + token, out, mask=inside)
     tl.store(members + place, tl.where(weightless, ~token, token), mask=inside)
@@ -93,13 +103,13 @@ def _write_sources(
 
 
 @triton.jit
-def _write_targets(dest, members, offsets, order, b, below, same, first_b, targets, base):
+def _write_targets(dest, members, offsets, order, b, below, behind, first_b, targets, base):
     inside = b < targets
     token = token_of(order, first_b, b, inside)
     out = base + b
     tl.store(dest + token, out, mask=inside)
     tl.store(offsets + out, out + below, mask=inside)
-    tl.store(members + out + below + same, token, mask=inside)
+    tl.store(members + out + behind, token, mask=inside)
 
 
 @triton.jit
@@ -121,7 +131,7 @@ def match_item(
     item_stride, head_stride, token_stride,
     C: tl.constexpr, H: tl.constexpr, SHRINK: tl.constexpr, SHIFT: tl.constexpr,
     PRODUCT: tl.constexpr, TYPE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Match an item whose sources and targets fit one tile; grid (N,)."""
     item = tl.program_id(0).to(tl.int64)
@@ -137,40 +147,24 @@ def match_item(
         metric, order, a, first_a, first_b, sources, targets, head_stride, token_stride,
         C, H, SHRINK, SHIFT, PRODUCT, TYPE, BLOCK_B, BLOCK_C,
     )  # fmt: skip
-    # Counting goes over the others in chunks, or it would take more registers than there are. The lists travel between
-    # threads through what the plan overwrites in the end: no memory of their own, and they never leave the cache.
-    scores = members.to(tl.pointer_type(tl.float32))
-    tl.store(scores + a, best, mask=a < sources)
+    # rank: how many are better; of two that are as good the first is
+    key = _sorted_bits(best)
+    limit = key[:, None] - (a[None, :] < a[:, None]).to(tl.int32)
+    rank = tl.sum((key[None, :] > limit).to(tl.int32), 1)
+    merged = (rank < r) & (a < sources)
+    merge = (partner << BITS) | a
+    # Merges travel between threads through what the plan overwrites in the end, by rank, of which there is one each: no
+    # memory of their own, and they never leave the cache.
+    tl.store(dest + rank, merge, mask=merged)
     tl.debug_barrier()
-    rank = tl.zeros((BLOCK_A,), tl.int32)
-    for start in range(0, sources, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        score = tl.load(scores + other, mask=other < sources, other=float("-inf"))  # past the end: after all others
-        tied = (score[None, :] == best[:, None]) & (other[None, :] < a[:, None])
-        rank += _count((score[None, :] > best[:, None]) | tied)
-    choice = tl.where((rank < r) & (a < sources), partner, _UNMERGED)
-    tl.store(dest + a, choice, mask=a < sources)
-    tl.debug_barrier()
-
-    removed = tl.zeros((BLOCK_A,), tl.int32)
-    ahead = tl.zeros((BLOCK_A,), tl.int32)
-    below = tl.zeros((BLOCK_A,), tl.int32)
-    same = tl.zeros((BLOCK_A,), tl.int32)
     before_a = _sources_before(before, a, even, a < targets)  # a counts targets too
-    for start in range(0, sources, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        other_choice = tl.load(dest + other, mask=other < sources, other=_UNMERGED)
-        more_removed, more_ahead = _count_sources(a, choice, other, other_choice)
-        more_below, more_same = _count_targets(a, before_a, other, other_choice)
-        removed += more_removed
-        ahead += more_ahead
-        below += more_below
-        same += more_same
+    removed, ahead, below, behind = _count_merges(dest, r, a, merge, before_a, BITS, CHUNK)
     tl.debug_barrier()
     _write_sources(
-        dest, members, offsets, order, before, a, choice, best, removed, ahead, first_a, sources, protected, base, even
+        dest, members, offsets, order, before, a, merged, partner, best, removed, ahead, first_a, sources, protected,
+        base, even,
     )  # fmt: skip
-    _write_targets(dest, members, offsets, order, a, below, same, first_b, targets, base)
+    _write_targets(dest, members, offsets, order, a, below, behind, first_b, targets, base)
     _write_protected(dest, members, offsets, order, 0, BLOCK_A, protected, BLOCK_A)
     tl.store(offsets + tokens - r, tokens)
 
@@ -197,8 +191,7 @@ def score_blocks(
 @triton.jit
 def _load_keys(best, a, sources):
     """Return similarities as integers of the same order; _LOWEST, below all of them, past the end."""
-    bits = tl.load(best + a, mask=a < sources, other=0.0).to(tl.int32, bitcast=True)
-    return tl.where(a < sources, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
+    return tl.where(a < sources, _sorted_bits(tl.load(best + a, mask=a < sources, other=0.0)), _LOWEST)
 
 
 @triton.jit
@@ -214,14 +207,23 @@ def _at_least(best, keys, limit, sources, ONE: tl.constexpr, SPAN: tl.constexpr)
 
 @triton.jit
 def _select(best, sources, r, ONE: tl.constexpr, SPAN: tl.constexpr):
-    """Return the r-th best source: its key, found bit by bit, and its index. Those of a higher key, and those of the
-    same key up to that index, are merged."""
+    """Return the r-th best source: a key, and its index. Those of a higher key, and those of the same key up to that
+    index, are merged."""
     span = tl.arange(0, SPAN)
     keys = _load_keys(best, span, sources)
-    limit = tl.where(_at_least(best, keys, 0, sources, ONE, SPAN) >= r, 0, _LOWEST)
-    for bit in range(31):
-        higher = limit + (1 << (30 - bit))
-        limit = tl.where(_at_least(best, keys, higher, sources, ONE, SPAN) >= r, higher, limit)
+    most = tl.max(keys, 0)
+    limit = tl.min(tl.where(span < sources, keys, most), 0)
+    if not ONE:
+        for start in range(SPAN, sources, SPAN):
+            more = _load_keys(best, start + span, sources)
+            most = tl.maximum(most, tl.max(more, 0))
+            limit = tl.minimum(limit, tl.min(tl.where(start + span < sources, more, most), 0))
+    # at least r sources reach limit, fewer than r are above most
+    while limit < most:
+        middle = (limit | most) - ((limit ^ most) >> 1)  # of the sum the half, rounded up
+        count = _at_least(best, keys, middle, sources, ONE, SPAN)
+        limit = tl.where(count >= r, middle, limit)
+        most = tl.where(count > r, most, tl.where(count == r, middle, middle - 1))  # exactly r: found
     need = r - _at_least(best, keys, limit + 1, sources, ONE, SPAN)
     tied = (keys == limit).to(tl.int32)
     cut = tl.max(tl.where((tied > 0) & (tl.cumsum(tied, 0) <= need), span, -1), 0)
@@ -235,52 +237,57 @@ def _select(best, sources, r, ONE: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _choices(best, partner, a, sources, limit, cut):
-    """Return the target of each source a that is merged, _UNMERGED for the others."""
+def _merged(best, a, sources, limit, cut):
+    """Return which sources are merged."""
     key = _load_keys(best, a, sources)
-    merged = (a < sources) & ((key > limit) | ((key == limit) & (a <= cut)))
-    return tl.where(merged, tl.load(partner + a, mask=a < sources, other=0), _UNMERGED)
+    return (a < sources) & ((key > limit) | ((key == limit) & (a <= cut)))
+
+
+@triton.jit
+def _list_merges(merges, best, partner, sources, limit, cut, BITS: tl.constexpr, SPAN: tl.constexpr):
+    """Write all merges, in order of their sources."""
+    for start in range(0, sources, SPAN):
+        a = start + tl.arange(0, SPAN)
+        merged = _merged(best, a, sources, limit, cut)
+        target = tl.load(partner + a, mask=merged, other=0).to(merges.dtype.element_ty)
+        place = tl.cumsum(merged.to(tl.int32), 0)
+        tl.store(merges + place - 1, (target << BITS) | a, mask=merged)
+        merges += tl.max(place, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "r", "protected", "sources", "blocks"])
 def plan_blocks(
-    best, partner, dest, members, offsets, order, before, tokens, r, protected, sources, blocks,
-    ONE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    best, partner, merges, dest, members, offsets, order, before, tokens, r, protected, sources, blocks,
+    ONE: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the plan's lines for a block of sources and a block of targets; grid (N·blocks,)."""
+    """Write the plan's lines for a block of sources and a block of targets; grid (N·blocks,). Every program lists all
+    merges of its item: all of them write the same numbers to the same (N, r) places."""
     block = tl.program_id(0) % blocks
     item = (tl.program_id(0) // blocks).to(tl.int64)
     even, first_a, first_b, sources, targets = _sets(order, tokens, protected, sources)
     base = protected + sources - r
     best += item * sources
     partner += item * sources
+    merges += item * r
     dest += item * tokens
     members += item * tokens
     offsets += item * (tokens - r + 1)
 
     limit, cut = _select(best, sources, r, ONE, SPAN)
+    _list_merges(merges, best, partner, sources, limit, cut, BITS, SPAN)
+    tl.debug_barrier()
     own = block * BLOCK + tl.arange(0, BLOCK)  # as sources and as targets
-    choice = _choices(best, partner, own, sources, limit, cut)
-    removed = tl.zeros((BLOCK,), tl.int32)
-    ahead = tl.zeros((BLOCK,), tl.int32)
-    below = tl.zeros((BLOCK,), tl.int32)
-    same = tl.zeros((BLOCK,), tl.int32)
-    before_own = _sources_before(before, own, even, own < targets)
-    for start in range(0, sources, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        other_choice = _choices(best, partner, other, sources, limit, cut)
-        more_removed, more_ahead = _count_sources(own, choice, other, other_choice)
-        more_below, more_same = _count_targets(own, before_own, other, other_choice)
-        removed += more_removed
-        ahead += more_ahead
-        below += more_below
-        same += more_same
+    merged = _merged(best, own, sources, limit, cut)
     score = tl.load(best + own, mask=own < sources, other=0.0)
+    target = tl.load(partner + own, mask=own < sources, other=0)
+    merge = (target.to(merges.dtype.element_ty) << BITS) | own
+    before_own = _sources_before(before, own, even, own < targets)
+    removed, ahead, below, behind = _count_merges(merges, r, own, merge, before_own, BITS, CHUNK)
     _write_sources(
-        dest, members, offsets, order, before, own, choice, score, removed, ahead, first_a, sources, protected, base,
-        even,
+        dest, members, offsets, order, before, own, merged, target, score, removed, ahead, first_a, sources, protected,
+        base, even,
     )  # fmt: skip
-    _write_targets(dest, members, offsets, order, own, below, same, first_b, targets, base)
+    _write_targets(dest, members, offsets, order, own, below, behind, first_b, targets, base)
     _write_protected(dest, members, offsets, order, block * BLOCK, blocks * BLOCK, protected, BLOCK)
     if block == 0:
         tl.store(offsets + tokens - r, tokens)
@@ -329,7 +336,8 @@ def launches(
     arguments = (metric, best, partner, order, tokens, protected, given, blocks, *strides)
     steps = [(score_blocks, (n * blocks,), arguments, meta["score"])]
     blocks = triton.cdiv(larger, meta["plan"]["BLOCK"])
-    arguments = (best, partner, *plan, order, before, tokens, r, protected, given, blocks)
+    merges = metric.new_empty(n, r, dtype=torch.int32 if meta["plan"]["BITS"] < 16 else torch.int64)
+    arguments = (best, partner, merges, *plan, order, before, tokens, r, protected, given, blocks)
     steps.append((plan_blocks, (n * blocks,), arguments, meta["plan"]))
     return steps
 
