@@ -266,9 +266,10 @@ def match_variants(c: dict) -> list[Changes]:
         {"BLOCK_C": max(16, block_c // 2)}, {"BLOCK_C": min(64, block_c * 2)},
     ]  # fmt: skip
     if "CHUNK" in c:
-        found += [{"CHUNK": 32, "maxnreg": None}, {"CHUNK": max(8, c["CHUNK"] // 2)}]
+        found += [{"CHUNK": 32}, {"CHUNK": max(8, c["CHUNK"] // 2)}]
     if c["BLOCK_A"] == 128:
-        found += [{"maxnreg": 128}]  # two programs of 256 threads a multiprocessor
+        # two programs of 256 threads a multiprocessor; twice the targets spill on sm_80 and sm_100
+        found += [{"maxnreg": 128}, {"BLOCK_B": min(c["BLOCK_A"], block_b * 2), "maxnreg": 128}]
     return found
 
 
