@@ -136,21 +136,20 @@ def norm_programs(tiles: int, meta: dict) -> int:
 
 
 # Queries and keys of a block, warps, and how far loads are ahead (stages): forward, gradient by queries, gradient by
-# keys; by bits of a number, by the most channels of a head and the most keys (None: any number). On sm_90 tensor cores
-# take products of 64 rows as they lie in shared memory (wgmma), float32 in three parts; elsewhere such blocks would
-# spill registers. More stages cost instructions, and pay where registers leave few warps to wait for loads.
+# keys; by bits of a number and the most channels of a head (None: any number). On sm_90 tensor cores take products of
+# 64 rows as they lie in shared memory (wgmma), float32 in three parts; elsewhere such blocks would spill registers.
+# More stages cost instructions, and pay where registers leave few warps to wait for loads.
 _ATTENTION_90 = (
-    (16, 64, None, ((64, 128, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))),
-    (16, None, None, ((64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 4, 1))),
-    (32, 64, None, ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 4, 1))),
-    (32, None, None, ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
+    (16, 64, ((64, 128, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))),
+    (16, None, ((64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 4, 1))),
+    (32, 64, ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 4, 1))),
+    (32, None, ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
 )
 _ATTENTION = (
-    (16, 64, 64, ((64, 64, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
-    (16, 64, None, ((64, 32, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
-    (16, None, None, ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))),
-    (32, 64, None, ((32, 32, 4, 1), (32, 16, 8, 1), (32, 32, 8, 1))),
-    (32, None, None, ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
+    (16, 64, ((64, 32, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
+    (16, None, ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))),
+    (32, 64, ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
+    (32, None, ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
 )
 ONE_BLOCK = 64  # queries and keys of a head whose gradient is one program, of 16 bits and as many channels
 
@@ -176,8 +175,8 @@ def attention(
     gradients_in_parts = full and few and architecture == 90
     blocks = next(
         blocks
-        for bits, widest, most, blocks in (_ATTENTION_90 if architecture == 90 else _ATTENTION)
-        if bits == (32 if full else 16) and channels <= (widest or channels) and keys <= (most or keys)
+        for bits, widest, blocks in (_ATTENTION_90 if architecture == 90 else _ATTENTION)
+        if bits == (32 if full else 16) and channels <= (widest or channels)
     )
 
     def constants(rows: int, columns: int, warps: int, stages: int, parts: bool) -> dict:
