@@ -21,6 +21,11 @@ from .workloads import fused, operators, stop
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ALONE = ("stop-b32-train", "stop-b32-video", "clip-b16", "tempme-68", "tempme-88", "tempme-168", "vit-l16-384", "long")
+ATTENDED = (  # tokens, prefix, heads, channels of a head
+    *((54, g, 12, 64) for g in (0, 4)), (101, 0, 12, 64), (168, 4, 12, 64), (197, 0, 12, 64), (257, 0, 16, 80),
+    (577, 0, 16, 64), (577, 4, 8, 64), (577, 4, 8, 128), (1568, 0, 12, 64), (4096, 0, 4, 64),
+    (4096, 0, 8, 64), (4096, 0, 4, 128),
+)  # fmt: skip
 ITEMS = 12  # one video
 RESULTS = ("stop", "model")  # jobs in which torch's own operations read plans: these must be plans
 
@@ -49,6 +54,15 @@ def alone(name: str, dtype: str, few: bool) -> None:
     for weights in ((row, row), (row.detach(), row.detach())):
         outputs = stk.merge_norm(leaf, x, plan, size, *weights)[:2]
         torch.autograd.backward(outputs, [torch.zeros_like(t) for t in outputs])
+
+
+def attended(tokens: str, ahead: str, heads: str, channels: str, dtype: str, few: bool) -> None:
+    """Attention with sizes and its gradient, as in tests/ops/test_gpu.py and bench/attention.py."""
+    t, g, h, d = map(int, (tokens, ahead, heads, channels))
+    leaf = torch.zeros(ITEMS, t, 3, h, d, dtype=DTYPES[dtype], requires_grad=True)
+    prefix = torch.zeros(2, 1, h, g, d, dtype=leaf.dtype, requires_grad=True) if g else (None, None)
+    q, k, v = (part.transpose(1, 2) for part in leaf.unbind(2))
+    stk.attention(q, k, v, torch.ones(ITEMS, t), *prefix).sum().backward()
 
 
 def image(side: str, dtype: str, few: bool) -> None:
@@ -135,8 +149,8 @@ def model(dtype: str, few: bool) -> None:
 
 
 KINDS: dict[str, Callable] = {
-    "alone": alone, "image": image, "sets": sets, "large": large, "merge": bench_merge, "fused": bench_fused,
-    "tune": bench_tune, "stop": bench_stop, "model": model,
+    "alone": alone, "attended": attended, "image": image, "sets": sets, "large": large, "merge": bench_merge,
+    "fused": bench_fused, "tune": bench_tune, "stop": bench_stop, "model": model,
 }  # fmt: skip
 
 
@@ -146,6 +160,7 @@ def jobs() -> list[str]:
         "stop",
         *(f"tune {kernel} {shape}" for kernel, shape in variants.ORDER),
         *(f"alone {shape} {dtype}" for dtype in DTYPES for shape in ALONE),
+        *(f"attended {' '.join(map(str, sizes))} {dtype}" for sizes in ATTENDED for dtype in DTYPES),
         *(f"model {dtype}" for dtype in DTYPES),
         *(f"merge {shape.name}" for shape in shapes.SHAPES.values() if shape.default),
         *(f"fused {shape}" for shape in fused.SHAPES),

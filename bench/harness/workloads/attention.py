@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import stoptome_kernels as stk
 import torch
@@ -96,8 +96,3 @@ def attention_sides(case: Case, device: str, dtype: torch.dtype, items: int | No
     else:
         sides["sdpa, no sizes"] = (plain(None), [packed])
     return sides
-
-
-def small(case: Case) -> Case:
-    """Return the same with two heads, for a comparison in float64, whose scores are all in memory at once."""
-    return replace(case, heads=2)
