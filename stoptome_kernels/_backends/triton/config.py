@@ -34,7 +34,7 @@ _MATCH: dict[str, dict[int, tuple[int, int, int, int, int | None]]] = {
         16: (16, 32, 8, 4, 96), 32: (16, 32, 8, 8, 80), 64: (16, 32, 16, 8, 128), 128: (32, 32, 16, 8, None),
     },
     "heads, 32 bits": {
-        16: (16, 32, 8, 4, None), 32: (16, 32, 8, 4, None), 64: (16, 32, 16, 4, None), 128: (32, 32, 16, 8, None),
+        16: (16, 32, 8, 4, 104), 32: (16, 32, 8, 4, None), 64: (16, 32, 16, 4, None), 128: (32, 32, 16, 8, None),
     },
     "rows, 16 bits": {
         16: (16, 64, 16, 4, 96), 32: (32, 64, 16, 8, 80), 64: (64, 32, 32, 8, 128), 128: (64, 64, 32, 16, None),
@@ -135,10 +135,11 @@ def norm_programs(tiles: int, meta: dict) -> int:
     return min(-(-tiles // 4), 132 * norm_resident(meta))
 
 
-# Queries and keys of a block, warps, and how far loads are ahead (stages): forward, gradient by queries, gradient by
-# keys; by bits of a number and the most channels of a head (None: any number). On sm_90 tensor cores take products of
-# 64 rows as they lie in shared memory (wgmma), float32 in three parts; elsewhere such blocks would spill registers.
-# More stages cost instructions, and pay where registers leave few warps to wait for loads.
+# Queries and keys of a block, warps, how far loads are ahead (stages), and the most registers a thread may have, where
+# that is limited: forward, gradient by queries, gradient by keys; by bits of a number and the most channels of a head
+# (None: any number). On sm_90 tensor cores take products of 64 rows as they lie in shared memory (wgmma), float32 in
+# three parts; elsewhere such blocks would spill registers. More stages cost instructions, and pay where registers leave
+# few warps to wait for loads.
 _ATTENTION_90 = (
     (16, 64, ((64, 128, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))),
     (16, None, ((64, 32, 4, 3), (64, 32, 4, 1), (32, 64, 4, 1))),
@@ -148,7 +149,7 @@ _ATTENTION_90 = (
 _ATTENTION = (
     (16, 64, ((64, 32, 4, 1), (64, 16, 4, 1), (32, 64, 4, 1))),
     (16, None, ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))),
-    (32, 64, ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
+    (32, 64, ((32, 32, 4, 1), (16, 16, 8, 1, 96), (16, 16, 8, 1))),
     (32, None, ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1))),
 )
 ONE_BLOCK = 64  # queries and keys of a head whose gradient is one program, of 16 bits and as many channels
@@ -179,7 +180,7 @@ def attention(
         if bits == (32 if full else 16) and channels <= (widest or channels)
     )
 
-    def constants(rows: int, columns: int, warps: int, stages: int, parts: bool) -> dict:
+    def constants(rows: int, columns: int, warps: int, stages: int, *limit: int, parts: bool) -> dict:
         return {
             "THIRDS": parts and compiled,
             # the interpreter takes bfloat16 for integers
@@ -191,6 +192,7 @@ def attention(
             "num_warps": warps,
             "num_stages": 1,
             "enable_fp_fusion": True,
+            **({"maxnreg": limit[0]} if limit else {}),
         }
 
     attend, by_queries, by_keys = (
