@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package's own launches do, for the model of their time: bytes from their arguments, instructions from their
-machine code.
+"""The work of the package's own launches, for the model of their time: bytes from their arguments, instructions from
+their machine code.
 
 Launches come from the launchers themselves, called with tensors on the meta device.
 """

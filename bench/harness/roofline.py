@@ -70,7 +70,7 @@ SPLITS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch does. Of torch's kernels most is unknown, and 0."""
+    """The work of a launch. Of torch's kernels most is unknown, and 0."""
 
     name: str
     nbytes: int

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of attention and of its gradient have in common: blocks of queries and keys, loaded, scored, stored;
-and the arguments of their launches.
+"""Blocks of queries and keys, loaded, scored and stored, for the kernels of attention and of its gradient; and the
+arguments of their launches.
 
 Scores are kept in base 2, as exp2 is what the hardware has.
 """
