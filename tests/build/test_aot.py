@@ -111,8 +111,10 @@ def test_no_attention_spills(triton, tmp_path):
     assert {row["kernel"] for row in rows} == {"attend", "grad_queries", "grad_keys", "grad_item"}
     assert {row["what"].split(",")[0] for row in rows} == {"attention", "grad of attention"}
     for row in rows:  # also where a prefix is read in place
-        assert row["loads128"] >= 6, row
-        assert row["stores128"] >= (1 if "prompts" in row["what"] else 2), row  # four queries are few rows
+        # a tile of four queries, or of 16 rows of float32 on 8 warps, is one access of a thread
+        small = row["warps"] == 8
+        assert row["loads128"] >= (4 if small else 6), row
+        assert row["stores128"] >= (1 if small or "prompts" in row["what"] else 2), row
         assert row["blocks"] >= 2 or row["dtype"] == "fp32", row
 
 
@@ -136,7 +138,7 @@ def test_committed_tables_hold(triton, tmp_path):
     table = TABLES / f"triton-{installed}.md"
     if not table.exists():
         pytest.skip(f"bench/results/aot has no table of Triton {installed}")
-    assert len(table.read_text().splitlines()) <= 400
+    assert len(table.read_text().splitlines()) <= 450
     report(
         triton, tmp_path, "--arch", "90", "--dtype", "bf16", "--shape", "stop-b32-train", "--check", str(table)
     )  # fmt: skip
