@@ -226,7 +226,7 @@ def test_no_gradient_for_size():
 
 
 def kernel(q, k, v, size, scale=None):
-    """What users of a kernel write."""
+    """Attend as users of a kernel write it."""
     channels = v.shape[3]
     q, k, scale = stk.augment_qk(q, k, size, scale)
     return F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[3] - channels)), scale=scale)[..., :channels]

@@ -76,7 +76,7 @@ def test_as_sdpa(make, mode):
 
 
 def test_without_a_mask_of_ours_padding_would_be_attended_to():
-    """What transformers does with a name for which no masks are registered; then that the mask counts."""
+    """For a name without masks of its own transformers makes none; with ours the mask counts."""
     hf.AttentionInterface.register("stk_no_mask", attention_forward)
     made = bert()
     made[0].eval()

@@ -41,7 +41,6 @@ from .attention_blocks import (
     store_rows,
     strides_of,
     where_in_grid,
-    wide,
 )
 from .launch import launch
 from .merge import _narrowed
@@ -58,9 +57,7 @@ def _attend_block(
     higher = tl.max(score, 1)
     if not FIRST:
         higher = tl.maximum(largest, higher)
-    level = higher
-    if BIASED or not FIRST:  # keys that weigh nothing alone so far: 0, not NaN
-        level = tl.where(higher == float("-inf"), 0.0, higher)
+    level = tl.where(higher == float("-inf"), 0.0, higher)  # keys that weigh nothing alone so far: 0, not NaN
     p = tl.exp2(score - level[:, None])
     if FIRST:
         total = tl.sum(p, 1)
@@ -88,13 +85,13 @@ def attend(
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row = tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    q, q_token = head_of(q, item, q_item, head, q_head, q_token, UNIT)
     query = load_rows(q, q_token, i, queries, D, BLOCK_D)
-    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
-    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
+    k, k_token = head_of(k, item, k_item, head, k_head, k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, v_token, UNIT)
     if PREFIX:
-        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
-        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, pv_token, UNIT)
     if SIZED:
         size += item * tokens
     factor = scale * LOG2E

@@ -45,15 +45,11 @@ def where_in_grid(H: tl.constexpr, blocks, share):
 
 
 @triton.jit
-def head_of(x, item, item_stride, head, head_stride, UNIT: tl.constexpr):
-    """Return the address of a head of x; strides are in UNIT elements, so that they are known to be aligned."""
-    return x + (item * item_stride + head * head_stride) * UNIT
-
-
-@triton.jit
-def wide(stride, UNIT: tl.constexpr):
-    """Return a stride in elements, of 64 bits: a few rows of it may be more than 32 hold."""
-    return tl.full((), UNIT, tl.int64) * stride
+def head_of(x, item, item_stride, head, head_stride, token_stride, UNIT: tl.constexpr):
+    """Return the address of a head of x, and the stride of its tokens in elements. Strides are given in UNIT elements,
+    so that they are known to be aligned; the result has 64 bits, since a few tokens may be further apart than 32
+    hold."""
+    return x + (item * item_stride + head * head_stride) * UNIT, tl.full((), UNIT, tl.int64) * token_stride
 
 
 @triton.jit

@@ -36,7 +36,6 @@ from .attention_blocks import (
     store_rows,
     strides_of,
     where_in_grid,
-    wide,
 )
 from .launch import launch
 from .merge import _narrowed
@@ -81,8 +80,8 @@ def grad_queries(
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
     out_item, out_head, out_token,
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
-    THIRDS: tl.constexpr,
-    TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    THIRDS: tl.constexpr, TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dq (N, queries, H, D), and for grad_keys (N, H, padded): levels, lse in base 2, and deltas, Σ grad · out.
     Grid (N·H·blocks,)."""
@@ -91,21 +90,21 @@ def grad_queries(
     row = tl.arange(0, BLOCK_K)
     keys = tokens + ahead
     line = (item * H + head) * padded
-    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
-    out, out_token = head_of(out, item, out_item, head, out_head, UNIT), wide(out_token, UNIT)
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, grad_token, UNIT)
+    out, out_token = head_of(out, item, out_item, head, out_head, out_token, UNIT)
     given = load_rows(grad, grad_token, i, queries, D, BLOCK_D)
     reached = load_rows(out, out_token, i, queries, D, BLOCK_D)
     delta = tl.sum(given.to(tl.float32) * reached.to(tl.float32), 1)
     level = _level(lse + (item * H + head) * queries, i, queries)
     tl.store(levels + line + i, level)
     tl.store(deltas + line + i, delta)
-    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    q, q_token = head_of(q, item, q_item, head, q_head, q_token, UNIT)
     query = load_rows(q, q_token, i, queries, D, BLOCK_D)
-    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
-    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
+    k, k_token = head_of(k, item, k_item, head, k_head, k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, v_token, UNIT)
     if PREFIX:
-        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
-        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, pv_token, UNIT)
     if SIZED:
         size += item * tokens
     factor = scale * LOG2E
@@ -139,26 +138,26 @@ def grad_keys(
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
-    THIRDS: tl.constexpr,
-    TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    THIRDS: tl.constexpr, TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv (N, tokens, H, D) and an item's part of the prefix's (N, H, ahead, D) float32; grid
     (N·H·blocks,). Scores are (keys, queries) here: as they come out of one product they go into the next."""
     item, shared, head, block = where_in_grid(H, blocks, share)
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
-    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
+    k, k_token = head_of(k, item, k_item, head, k_head, k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, v_token, UNIT)
     if PREFIX:
-        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
-        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, pv_token, UNIT)
     if SIZED:
         size += item * tokens
     key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
     value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
     bias = bias_of(size, j, tokens, keys, SIZED)
-    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
-    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
+    q, q_token = head_of(q, item, q_item, head, q_head, q_token, UNIT)
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, grad_token, UNIT)
     query_places, grad_places = places_of(q, q_token, BLOCK_Q, BLOCK_D), places_of(grad, grad_token, BLOCK_Q, BLOCK_D)
     levels += (item * H + head) * padded
     deltas += (item * H + head) * padded
@@ -189,8 +188,7 @@ def grad_item(
     q_item, q_head, q_token, k_item, k_head, k_token, v_item, v_head, v_token,
     pk_item, pk_head, pk_token, pv_item, pv_head, pv_token, grad_item, grad_head, grad_token,
     D: tl.constexpr, H: tl.constexpr, SIZED: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
-    THIRDS: tl.constexpr,
-    TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    THIRDS: tl.constexpr, TYPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write dq, dk, dv and an item's part of the prefix's, see grad_queries and grad_keys, of a head whose queries and
     keys are one block. Every row is read once, all of them at the beginning; delta is Σ p · dp, which is as much as
@@ -198,17 +196,17 @@ def grad_item(
     item, shared, head, _ = where_in_grid(H, 1, share)
     i, j = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     keys = tokens + ahead
-    k, k_token = head_of(k, item, k_item, head, k_head, UNIT), wide(k_token, UNIT)
-    v, v_token = head_of(v, item, v_item, head, v_head, UNIT), wide(v_token, UNIT)
+    k, k_token = head_of(k, item, k_item, head, k_head, k_token, UNIT)
+    v, v_token = head_of(v, item, v_item, head, v_head, v_token, UNIT)
     if PREFIX:
-        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, UNIT), wide(pk_token, UNIT)
-        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, UNIT), wide(pv_token, UNIT)
+        prefix_k, pk_token = head_of(prefix_k, shared, pk_item, head, pk_head, pk_token, UNIT)
+        prefix_v, pv_token = head_of(prefix_v, shared, pv_item, head, pv_head, pv_token, UNIT)
     if SIZED:
         size += item * tokens
-    q, q_token = head_of(q, item, q_item, head, q_head, UNIT), wide(q_token, UNIT)
+    q, q_token = head_of(q, item, q_item, head, q_head, q_token, UNIT)
     query = load_rows(q, q_token, i, queries, D, BLOCK_D)
     key = load_keys(k, k_token, prefix_k, pk_token, j, tokens, keys, D, BLOCK_D, PREFIX)
-    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, UNIT), wide(grad_token, UNIT)
+    grad, grad_token = head_of(grad, item, grad_item, head, grad_head, grad_token, UNIT)
     given = load_rows(grad, grad_token, i, queries, D, BLOCK_D)
     value = load_keys(v, v_token, prefix_v, pv_token, j, tokens, keys, D, BLOCK_D, PREFIX)
     level = _level(lse + (item * H + head) * queries, i, queries)

@@ -199,7 +199,7 @@ def attention(
         constants(*block, parts=full if forward else gradients_in_parts)
         for block, forward in zip(blocks, (True, False, False), strict=True)
     )
-    attend["MANY"] = keys > attend["BLOCK_K"]
+    attend["MANY"] = keys > attend["BLOCK_K"]  # for tune.py: a launch asks its own blocks
     item = None
     if max(queries, keys) <= ONE_BLOCK and few and not full:
         item = constants(ONE_BLOCK, ONE_BLOCK, 4, 1, parts=False)
