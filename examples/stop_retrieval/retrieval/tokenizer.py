@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
-import importlib.util
 import os
 import zlib
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from .errors import UsageError
 
-FILE = "bpe_simple_vocab_16e6.txt.gz"
+FILE = "bpe_simple_vocab_16e6.txt.gz"  # as CLIP's and STOP's checkouts have it
+OWN = Path(__file__).with_name("clip_vocabulary.txt.gz")  # what CLIP reads of it, see NOTICE
 MERGES = 48894  # of the lines in the file CLIP takes the first ones, which have this SHA-256
 DIGEST = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 _LONGEST = 4 << 20  # bytes of the file once unpacked, which has 3.2 million
@@ -39,8 +39,7 @@ class Tokenizer:
     the end of the caption.
 
     Args:
-        vocabulary: path of ``bpe_simple_vocab_16e6.txt.gz``; None: the one in the package open_clip, which is found
-            and not imported.
+        vocabulary: path of CLIP's ``bpe_simple_vocab_16e6.txt.gz``; None: the part of it beside this module.
 
     Raises:
         UsageError: the file isn't there or isn't CLIP's.
@@ -51,7 +50,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: str | os.PathLike[str] | None = None):
-        merges = _read_merges(_find() if vocabulary is None else Path(vocabulary))
+        merges = _read_merges(Path(vocabulary or OWN))
         alphabet = _byte_letters()
         words = alphabet + [letter + SUFFIX for letter in alphabet] + [a + b for a, b in merges]
         numbers = {word: number for number, word in enumerate(words)}
@@ -87,13 +86,6 @@ def clean(text: str) -> str:
     if "&" in text or not (text.isascii() and text.isprintable()):  # neither step can change another, and ftfy is slow
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
-
-
-def _find() -> Path:
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"CLIP's vocabulary is missing: pip install open_clip_torch, or pass the path of {FILE}")
-    return Path(spec.submodule_search_locations[0]) / FILE
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
