@@ -29,13 +29,32 @@ HEAD = [
 
 
 def mean_and_deviation(mean: float, deviation: float | None) -> str:
-    mean = round(mean, 1) + 0.0  # no minus before a zero
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    return _tenths(mean) if deviation is None else f"{_tenths(mean)} ± {deviation:.1f}"
 
 
 def points_lost(row: dict | None) -> str:
-    """Return the points of R@1 that a row lost; an empty cell for what lost none by definition, or was not measured."""
-    return "" if row is None or row["shape"] == "r=0" else mean_and_deviation(row["lost_mean"], row["lost_spread"])
+    """Return the points of R@1 that a row lost, with their 95 % interval; an empty cell for what lost none by
+    definition, or was not measured."""
+    if row is None or row["shape"] == "r=0":
+        return ""
+    if row["lost_interval"] is None:
+        return _tenths(row["lost_mean"])
+    low, high = map(_tenths, row["lost_interval"])
+    return f"{_tenths(row['lost_mean'])} ({low} to {high})"
+
+
+def _tenths(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # no minus before a zero
+
+
+def _beside_merging(row: dict | None) -> str:
+    """Return what a baseline lost, with a star where that is more than merging lost, by the interval of the paired
+    differences, and a dagger where it is less."""
+    text = points_lost(row)
+    apart = row["over_merging_interval"] if row else None
+    if not text or apart is None:
+        return text
+    return text + ("*" if apart[0] > 0 else "†" if apart[1] < 0 else "")
 
 
 def table(rows: list[dict]) -> str:
@@ -46,7 +65,7 @@ def table(rows: list[dict]) -> str:
         if row := cells[0]:
             lines.append([
                 setting, WHEN[direction], mean_and_deviation(row["r1_mean"], row["r1_spread"]), points_lost(row),
-                row["guide"] or "", *map(points_lost, cells[1:]), *_gains(row, find(rows, shape="r=0")),
+                row["guide"] or "", *map(_beside_merging, cells[1:]), *_gains(row, find(rows, shape="r=0")),
             ])  # fmt: skip
     return common.columns([HEAD, *lines]).replace("**", "")
 
@@ -90,7 +109,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
             continue
         if setting == "r=0":
             mean = mean_and_deviation(row["r1_mean"], row["r1_spread"])
-            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {mean}", "", *map(points_lost, others)])
+            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {mean}", "", *map(_beside_merging, others)])
             continue
         faults = []
         if any(other and other["lost_mean"] < row["lost_mean"] for other in others):
@@ -100,7 +119,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
         mine = points_lost(row)
         if faults:
             mine = f"**{mine} ({', '.join(faults)})**"
-        lines.append([f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *map(points_lost, others)])
+        lines.append([f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *map(_beside_merging, others)])
     return lines
 
 
@@ -113,7 +132,7 @@ def chart(rows: list[dict], colours: dict[str, str]) -> Any:
         for axis, (direction, words) in zip(line, WHEN.items(), strict=True):
             _differences(axis, [row for row in own if row["direction"] == direction], settings, colours)
             common.title(axis, f"merging {words}", own, len(found) > 1)
-        line[0].set_ylabel("R@1 against r = 0, points\n(mean ± deviation over seeds)")
+        line[0].set_ylabel("R@1 against r = 0, points\n(mean and 95 % interval)")
     common.legend(figure, axes, 4)
     common.caption(figure, [f"{common.machine(own[0])}, {own[0]['n']} synthetic videos" for own in found])
     return figure
@@ -123,8 +142,9 @@ def _differences(axis: Any, rows: list[dict], settings: list[str], colours: dict
     for place, (method, name) in enumerate(METHODS.items()):
         own = [row for row in rows if row["impl"] == method and row["shape"] in settings]
         at = [settings.index(row["shape"]) + (place - (len(METHODS) - 1) / 2) * 0.17 for row in own]
-        axis.errorbar(at, [-row["lost_mean"] for row in own], [row["lost_spread"] or 0 for row in own], fmt="o", ms=5,
-                      capsize=3, color=colours[COLOURS[method]], label=name)  # fmt: skip
+        halves = [row["lost_mean"] - row["lost_interval"][0] if row["lost_interval"] else 0 for row in own]
+        axis.errorbar(at, [-row["lost_mean"] for row in own], halves, fmt="o", ms=5, capsize=3,
+                      color=colours[COLOURS[method]], label=name)  # fmt: skip
     axis.axhline(0, color=colours["ink"], lw=1)
     axis.set_xticks(range(len(settings)), settings)
     axis.set_xlim(-0.5, len(settings) - 0.5)

@@ -112,11 +112,12 @@ brackets: what the ToMe guide for STOP promises its users. η: speed-up divided 
     "accuracy": """## Accuracy
 
 **A synthetic set of videos and a small model, not MSR-VTT and CLIP.** R@1 in per cent, text to video. *Lost*: points
-of R@1 against r = 0 of the same seed, mean ± deviation over seeds; with merging in training, against a model trained
-as long without. *Sizes off*: merging without proportional attention. *Dropped* and *pooled*: as many tokens fewer in
-every layer, chosen blindly. The guide speaks of per cent of accuracy. Differences smaller than their deviation say
-nothing. A model this small gains less time than its FLOPs promise, since most of a call is overhead; STOP's own size
-is [above](#stop).""",
+of R@1 against r = 0 of the same seed on the same videos, mean over seeds and its 95 % interval (Student's t); with
+merging in training, against a model trained as long without. A loss whose interval contains 0 is not significant.
+*Sizes off*: merging without proportional attention. *Dropped* and *pooled*: as many tokens fewer in every layer,
+chosen blindly; a star: lost more than merging, by the interval of the paired differences, a dagger: lost less. The
+guide speaks of per cent of accuracy. A model this small gains less time than its FLOPs promise, since most of a call
+is overhead; STOP's own size is [above](#stop).""",
     "host": """## The host's time
 
 The cost of a call on tiny tensors, where overhead dominates: two items of 9 tokens and 32 channels (blocks: one video

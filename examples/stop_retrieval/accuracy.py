@@ -5,9 +5,10 @@
 For each seed a small STOP learns the synthetic videos without merging. Then, at every setting: merging put into it as
 it is (inference only), and trained a little further with it (training). Each against fewer tokens without looking for
 similar ones: as many dropped at random, or pooled with their neighbour. Everything is done by the command
-line of main.py on mp4 files; every figure of a table is a row of the JSON file.
+line of main.py on mp4 files; every figure of a table is a row of the JSON file. Losses are paired: each is against the
+same seed's model at r = 0 on the same videos, and told with a 95 % interval of their mean over seeds (Student's t).
 
-python accuracy.py                       three seeds, under an hour on two cores; goes on where it was stopped
+python accuracy.py                       six seeds, an hour on two cores; goes on where it was stopped
 python accuracy.py --quick               one seed, a few settings, under three minutes
 """
 
@@ -15,20 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import stoptome_kernels as stk
 import torch
 
-from retrieval import baselines, model, options, recipes, run, sealed, synthetic
+from retrieval import baselines, interrupt, loader, model, options, recipes, results, run, synthetic
 from retrieval.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,6 +60,7 @@ BY: dict[str, Callable[[int], Any]] = {
 }
 WHEN = ("inference", "training")
 FIGURES = ("r1", "r5", "r10", "median_rank", "mean_rank")
+SEEDS = 6
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,8 @@ class Study:
         if found is None or not done.exists() or done.read_bytes() != made_by.encode():
             shutil.rmtree(out, ignore_errors=True)
             begun = time.perf_counter()
-            if run.main(argv):
-                raise SystemExit(f"stopped: {' '.join(argv)}")
+            if code := run.main(argv):
+                raise interrupt.Stopped() if code == 130 else SystemExit(f"stopped: {' '.join(argv)}")
             print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
             done.write_text(made_by)
             found = _results(out)
@@ -137,11 +143,35 @@ class Study:
 
 
 def _results(out: Path) -> dict[str, Any] | None:
-    """Return what a run has measured; None: nothing yet, or its file is damaged."""
+    """Return what a run has measured last; None: nothing yet, or its file is damaged."""
     try:
-        return sealed.read_json(out / "results.json", dict[str, Any])
-    except (sealed.Damaged, OSError):
+        found = results.read(out)
+    except UsageError:
         return None
+    return found[-1] if found else None
+
+
+def of_seed(work: Path, quick: bool, lines: Sequence[Case], seed: int) -> list[dict]:
+    """Return the results of all cases with one seed."""
+    with loader.sharing_frames():
+        study = Study(work, quick)
+        return [study.result(case, seed) for case in lines]
+
+
+def of_seeds(work: Path, quick: bool, lines: Sequence[Case], seeds: Sequence[int], processes: int) -> list[list[dict]]:
+    """Return the results of all cases, seed by seed. Seeds run side by side, a thread each: these models are so small
+    that two threads take as long as one."""
+    each = partial(of_seed, work, quick, lines)
+    if processes == 1:
+        return [each(seed) for seed in seeds]
+    Study(work, quick)  # the videos, before anybody needs them
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(each, seeds))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise interrupt.Stopped("stopped; the same call goes on after the last run that is done") from None
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -182,29 +212,46 @@ def costs(settings: list[str], device: str, seconds: float, videos: int) -> dict
     return found
 
 
-def row(case: Case, figures: list[dict], control: list[dict], seeds: list[int], cost: dict, where: dict) -> dict:
-    """A line of the results file; what the tower costs is measured, and told, for merging as it is meant."""
+def row(case: Case, found: dict[Case, list[dict]], seeds: list[int], cost: dict, where: dict) -> dict:
+    """Return a line of the results file; the cost of the tower is measured, and told, for merging as it is meant."""
+    figures = found[case]
     told = {name: [figure[name] for figure in figures] for name in FIGURES}
-    lost = [before["r1"] - after["r1"] for before, after in zip(control, figures, strict=True)]
+    lost = _lost(found, case)
+    merging = _lost(found, Case(case.setting, case.when, "merge"))
     return where | (cost if case.by == "merge" else {}) | told | {
         "pages": "reused", "shape": case.setting, "n": figures[0]["candidates"], "dtype": "float32", "op": "retrieval",
         "direction": case.when, "impl": case.by, "seeds": seeds,
-        "r1_mean": statistics.mean(told["r1"]), "r1_spread": _spread(told["r1"]),
-        "lost_mean": statistics.mean(lost), "lost_spread": _spread(lost),
+        "r1_mean": statistics.mean(told["r1"]),
+        "r1_spread": statistics.stdev(told["r1"]) if len(seeds) > 1 else None,
+        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": interval(lost),
+        "over_merging_interval": interval([a - b for a, b in zip(lost, merging, strict=True)]),
         "guide": page.GUIDE.get(case.setting),
     }  # fmt: skip
 
 
-def _spread(values: list[float]) -> float | None:
-    """The deviation of a sample."""
-    return statistics.stdev(values) if len(values) > 1 else None
+def _lost(found: dict[Case, list[dict]], case: Case) -> list[float]:
+    """Return the points of R@1 that a case lost against r = 0, seed by seed."""
+    control = found[Case("r=0", case.when, "merge")]
+    return [before["r1"] - after["r1"] for before, after in zip(control, found[case], strict=True)]
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """Return a 95 % interval of the mean of what values are drawn from, by Student's t; None of one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # which scikit-image needs, whose photographs the videos show
+
+    mean = statistics.mean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="one seed, r = 0 and 4, few steps")
     p.add_argument("--when", choices=WHEN, nargs="+", default=WHEN, help="merging at inference alone, in training too")
-    p.add_argument("--seeds", type=int, help="models trained (default: 3, quick: 1)")
+    p.add_argument("--seeds", type=int, help=f"models trained (default: {SEEDS}, quick: 1)")
+    p.add_argument("--processes", type=int, help="seeds side by side (default: one for each core)")
     p.add_argument("--work", type=Path, default=Path("output/accuracy"), help="folder of videos and runs")
     p.add_argument(
         "--json", type=Path, metavar="PATH", help="add the rows to this file, or to this machine's in a folder"
@@ -220,25 +267,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seeds = list(range(args.seeds or (1 if args.quick else 3)))
+    seeds = list(range(args.seeds or (1 if args.quick else SEEDS)))
+    lines = list(cases(args.quick, args.when))
+    cores = 1 if device == "cuda" else os.cpu_count() or 1
+    work = args.work / ("quick" if args.quick else "full")
     try:
         where = environment(device, args.commit)
         file = rows_file(args.json, where)
-        study = Study(args.work / ("quick" if args.quick else "full"), args.quick)
+        by_seed = of_seeds(work, args.quick, lines, seeds, min(args.processes or cores, len(seeds)))
     except (ValueError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lines = list(cases(args.quick, args.when))
-    found: dict[Case, list[dict]] = {case: [] for case in lines}
-    for seed in seeds:
-        for case in lines:
-            found[case].append(study.result(case, seed))
+    except KeyboardInterrupt as stop:
+        print(f"note: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    found = dict(zip(lines, map(list, zip(*by_seed, strict=True)), strict=True))
     used = list(dict.fromkeys(case.setting for case in lines))
     cost = costs(used, device, args.seconds or (5 if args.quick else 30), 16)
-    rows = [
-        row(case, found[case], found[Case("r=0", case.when, "merge")], seeds, cost[case.setting], where)
-        for case in lines
-    ]
+    rows = [row(case, found, seeds, cost[case.setting], where) for case in lines]
     print(page.table(rows))
     if file:
         write_rows(file, rows)

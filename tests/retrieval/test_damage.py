@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from retrieval import checkpoint, features, sealed, search, state, synthetic
+from retrieval import checkpoint, features, search, state, synthetic
+from retrieval import results as evaluations
 from retrieval.annotations import load
 from retrieval.corpus import Video
 from retrieval.errors import UsageError
 from retrieval.features import FeatureStore
-from retrieval.tokenizer import FILE, Tokenizer, _find
+from retrieval.tokenizer import OWN, Tokenizer
 from retrieval.video import BrokenVideo, read_video
 from support import damage
 from support.fuzz import rounds
@@ -64,16 +65,8 @@ def settings(folder: Path) -> Kind:
 
 
 def results(folder: Path) -> Kind:
-    state.Folder(str(folder)).write_json(state.RESULTS, {"text_to_video": {"r1": 12.5}})
-    return Kind(folder / state.RESULTS, lambda: usage(sealed.read_json, folder / state.RESULTS, dict[str, Any]))
-
-
-def usage(read, path, *more):
-    """Read as accuracy.py does, for whom a damaged file is one that isn't there."""
-    try:
-        return read(path, *more)
-    except sealed.Damaged as error:
-        raise UsageError(f"{path} {error}") from error
+    evaluations.append(folder, [{"kind": "evaluation", "text_to_video": {"r1": 12.5}, "name": "x\x1b"}])
+    return Kind(folder / evaluations.NAME, lambda: evaluations.read(folder))
 
 
 def trained(folder: Path) -> Kind:
@@ -228,8 +221,8 @@ def test_fuzz_damaged_annotations_are_read_as_what_they_say_or_refused(tmp_path,
 
 
 def test_fuzz_a_damaged_vocabulary(tmp_path):
-    kind = Kind(tmp_path / FILE, lambda: Tokenizer(tmp_path / FILE)(["a man's dog, isn't it"], 12))
-    whole = _find().read_bytes()
+    kind = Kind(tmp_path / OWN.name, lambda: Tokenizer(tmp_path / OWN.name)(["a man's dog, isn't it"], 12))
+    whole = OWN.read_bytes()
     kind.path.write_bytes(whole)
     expected = kind.read()
     for copy in drawn_damage(whole, 4):
@@ -239,11 +232,11 @@ def test_fuzz_a_damaged_vocabulary(tmp_path):
 
 
 def test_a_vocabulary_with_two_merges_swapped(tmp_path):
-    lines = gzip.decompress(_find().read_bytes()).decode().split("\n")
+    lines = gzip.decompress(OWN.read_bytes()).decode().split("\n")
     lines[7], lines[8] = lines[8], lines[7]
-    (tmp_path / FILE).write_bytes(gzip.compress("\n".join(lines).encode(), 1))
+    (tmp_path / OWN.name).write_bytes(gzip.compress("\n".join(lines).encode(), 1))
     with pytest.raises(UsageError, match="some of its merges are others"):
-        Tokenizer(tmp_path / FILE)
+        Tokenizer(tmp_path / OWN.name)
 
 
 def test_fuzz_a_damaged_video(tmp_path):

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import stoptome_kernels as stk
 
-from retrieval import options
+from retrieval import flags, options
 from retrieval.errors import UsageError
 
 ISSUED = shlex.split("""
@@ -68,7 +68,7 @@ def test_every_flag_of_stops_parser_is_known():
         text_prompt_length local_each_frame_prompt_length global_visual_prompt_length unified_transformer_layers
         visual_output_type temporal_prompt unified_prompt_layers
     """)
-    known = options.parser()._option_string_actions
+    known = flags.parser()._option_string_actions
     assert [name for name in upstream if f"--{name}" not in known] == []
 
 
@@ -77,7 +77,7 @@ def test_nothing_but_a_folder_means_synthetic_videos():
     assert args.datatype == "synthetic"
     assert args.do_train
     assert args.pretrained_clip_name == "tiny"
-    assert all(getattr(args, name) is not None for name in options.DEFAULTS)
+    assert all(getattr(args, name) is not None for name in flags.DEFAULTS)
     assert options.tome_config(args).prop_attn is not False
     assert options.tome_config(args).off
 

@@ -18,6 +18,7 @@ import torch
 from stoptome_kernels.stop import StopModel
 
 from retrieval import checkpoint, options, run
+from retrieval import train as training
 from retrieval.errors import UsageError
 from retrieval.model import Retrieval, build
 from retrieval.tokenizer import Tokenizer
@@ -55,7 +56,10 @@ def test_a_run_leaves_what_stop_leaves(trained, data):
     assert "Text-to-Video: R@1" in log
     assert "step 2 of 2: loss" in log
     told = results(trained)
-    assert (told["videos"], told["captions"], told["skipped"]) == (6, 6, 0)
+    assert told["videos"] == {"listed": 6, "missing": 0, "unreadable": 0, "evaluated": 6}
+    assert told["captions"]["evaluated"] == 6
+    assert (told["kind"], told["tome"]["tome_r"], told["weights"]["epoch"]) == ("training", 2, 1)
+    assert told["data"]["data_path"] == str(data / "MSRVTT_data.json")
     assert found["best_acc1"] == told["text_to_video"]["r1"]
 
 
@@ -84,7 +88,7 @@ def test_stop_proper_learns_its_dynamic_prompts(tmp_path):
     assert run.main(msrvtt(videos, clip, tmp_path / "out", *more)) == 0
     found = torch.load(tmp_path / "out/ckpt.pth.tar", weights_only=True)
     names = {name for name in found["state_dict"] if "TemporalPrompt" in name}
-    assert results(tmp_path / "out")["videos"] == 2
+    assert results(tmp_path / "out")["videos"]["evaluated"] == 2
     again = StopModel.from_checkpoint(os.fspath(tmp_path / "out/ckpt.pth.tar"))
     assert again.config.temporal_prompt == "group2-2"
     moments = found["optimizer"]["state"]
@@ -109,6 +113,9 @@ def test_the_best_checkpoint_is_evaluated_with_its_own_settings(trained, data, t
     assert run.main([*argv[:1], str(copy), "--do_eval", *argv[5:], "--qb_norm", "--camoe_dsl"]) == 0
     told = results(copy)
     assert told["text_to_video"] == first["text_to_video"]
+    assert told["weights"]["fingerprint"] == again["weights"]["fingerprint"]
+    history = json.loads((copy / "results.json").read_text())["evaluations"]
+    assert history == [first, told], "an evaluation is added, and replaces none"
     assert told["qb_norm"]["text_to_video"]["queries"] == told["dsl"]["video_to_text"]["queries"] == 6
 
 
@@ -232,6 +239,101 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(data, clip, tmp_pat
     assert all(torch.equal(value, theirs[name]) for name, value in weights(killed).items())
 
 
+def interrupted(argv: list[str], when, **options) -> tuple[int, str]:
+    """Start the program, send Ctrl-C to it and its workers as soon as ``when()``, and return exit code and stderr."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(MAIN), *argv]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        while process.poll() is None and not when():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_a_run_goes_on_to_the_same_bits(data, clip, tmp_path):
+    more = ["--epochs", "200", "--eval_epochs", "400", "--save_steps", "0", "--num_thread_reader", "1"]
+    log = tmp_path / "out/log.txt"
+
+    def begun():
+        return log.exists() and "step 2 of 2" in log.read_text()
+
+    code, said = interrupted(msrvtt(data, clip, tmp_path / "out", *more), begun)
+    assert code == 130
+    assert "Traceback" not in said
+    assert f"--output_dir {tmp_path / 'out'} --resume auto" in said
+    found = torch.load(tmp_path / "out/ckpt.pth.tar", weights_only=True)
+    steps = found["global_step"]
+    assert 2 <= steps < 400
+    # as many epochs as it did, and half a one more, on the schedule of 200
+    whole, epochs = tmp_path / "whole", steps // 2 + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "steps", 400)
+        assert run.main(msrvtt(data, clip, whole, *more, "--epochs", str(epochs), "--save_steps", "1")) == 0
+        shutil.copytree(tmp_path / "out", tmp_path / "again")
+        found["hparams"]["epochs"] = epochs
+        torch.save(found, tmp_path / "again/ckpt.pth.tar")
+        assert run.main(["--output_dir", str(tmp_path / "again"), "--resume", "auto"]) == 0
+    theirs = weights(whole)
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "again").items())
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_an_evaluation_keeps_the_epoch(data, clip, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run.main(msrvtt(data, clip, whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", stop)
+        assert run.main(msrvtt(data, clip, out)) == 130
+    assert "in the evaluation after epoch 1" in capsys.readouterr().err
+    assert not (out / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", stop)  # no step is done twice
+        assert run.main(["--output_dir", str(out), "--resume", "auto"]) == 0
+    assert results(out)["text_to_video"] == results(whole)["text_to_video"]
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_videos_are_made_leaves_nothing(tmp_path):
+    out = tmp_path / "a/b"
+    many = ["--output_dir", str(out), "--datatype", "synthetic", "--synthetic_train", "2000"]
+    code, said = interrupted(many, lambda: any(out.glob(".synthetic-*/videos/*")))
+    assert code == 130
+    assert "Traceback" not in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_going_on_where_there_is_no_run(data, clip, tmp_path, capsys):
+    """Nobody who mistypes a folder shall wait for 2000 videos."""
+    said = refused(capsys, "--output_dir", str(tmp_path / "no/run"), "--resume", "auto")
+    assert f"no run in --output_dir {tmp_path / 'no/run'}" in said
+    assert not (tmp_path / "no").exists()
+    assert run.main(msrvtt(data, clip, tmp_path / "new", "--resume", "auto")) == 0
+    assert "A NEW ONE BEGINS" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_have_more_epochs(trained, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    assert "--epochs is 0" not in refused(capsys, "--output_dir", str(out), "--resume", "auto", "--epochs", "0")
+    assert run.main(["--output_dir", str(out), "--resume", "auto"]) == 0
+    assert "all 1 epochs are done" in capsys.readouterr().out
+    assert run.main(["--output_dir", str(out), "--resume", "auto", "--epochs", "3"]) == 0
+    assert "--epochs 3 in place of 1" in capsys.readouterr().out
+    found = torch.load(out / "ckpt.pth.tar", weights_only=True)
+    assert (found["epoch"], found["global_step"], found["hparams"]["epochs"]) == (3, 6, 3)
+    history = json.loads((out / "results.json").read_text())["evaluations"]
+    assert [each["weights"]["epoch"] for each in history] == [1, 2, 3]
+    assert "--epochs is 2, but" in refused(capsys, "--output_dir", str(out), "--resume", "auto", "--epochs", "2")
+
+
 EPOCHS = ["--epochs", "2", "--tome_r", "2", "--eps", "1e-3"]  # eps: rounding of tiny gradients isn't blown up to lr
 
 
@@ -334,8 +436,7 @@ def test_an_output_folder_that_can_not_be_made(data, clip, tmp_path, capsys):
 def test_bad_settings_are_refused_before_training(data, clip, tmp_path, capsys, more, said):
     out = tmp_path / "out"
     assert said in refused(capsys, *msrvtt(data, clip, out, *more))
-    assert not list(out.glob("ckpt*"))
-    assert not (out / "hparams_train.json").exists(), "a new try must not find the folder taken"
+    assert not out.exists(), "a refused call leaves nothing"
 
 
 def test_settings_that_weights_do_not_fit_name_their_file(data, clip, tmp_path, capsys):
@@ -406,16 +507,20 @@ def test_broken_and_missing_videos_are_named_and_skipped(data, clip, tmp_path, c
     shutil.copytree(data, copy)
     (copy / "videos/video2.mp4").write_bytes(b"no video")  # of training
     (copy / "videos/video3.mp4").unlink()
+    (copy / "videos/video10.mp4").unlink()
     (copy / "videos/video9.mp4").write_bytes((data / "videos/video9.mp4").read_bytes()[:300])  # of evaluation
     out = tmp_path / "out"
     assert run.main(msrvtt(copy, clip, out, "--batch_size", "7")) == 0
     said = capsys.readouterr().out
-    for name in ("video2", "video3", "video9"):
+    for name in ("video2", "video3", "video9", "video10"):
         assert f"{name}.mp4" in said
-    assert results(out)["skipped"] == 1
-    assert results(out)["videos"] == 5
-    assert results(out)["captions"] == 5
-    assert "1 videos could not be read" in said
+    told = results(out)
+    assert told["videos"] == {"listed": 6, "missing": 1, "unreadable": 1, "evaluated": 4}
+    assert told["captions"] == {
+        "listed": 6, "of missing videos": 1, "of unreadable videos": 1, "evaluated": 4
+    }  # fmt: skip
+    assert "videos: 6 listed, 1 missing, 1 unreadable, 4 evaluated" in said
+    assert "1 video could not be read and was skipped" in said
 
 
 def test_nothing_but_broken_videos(data, clip, tmp_path, capsys):

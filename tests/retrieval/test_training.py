@@ -173,7 +173,7 @@ def test_a_broken_file_is_said_once(monkeypatch):
     broken.note(batch)
     broken.note(batch)
     assert broken.say(Processes()) == 1
-    assert said == ["skipped v0.mp4: no frames", "1 videos could not be read and were skipped"]
+    assert said == ["skipped v0.mp4: no frames", "1 video could not be read and was skipped"]
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():

@@ -67,7 +67,8 @@ def refused(capsys, *argv: str) -> str:
 
 
 def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
+    """Return the newest evaluation."""
+    return json.loads((out / "results.json").read_text())["evaluations"][-1]
 
 
 def weights(out: Path, name: str = "ckpt.pth.tar") -> dict[str, torch.Tensor]:

@@ -30,9 +30,11 @@ class Split:
         videos: each once, only those whose file is there.
         captions: (index into ``videos``, text), those of one video side by side, in the order of ``videos``.
         missing: paths of the videos that the annotations name and that are not there.
+        captions_of_missing: how many captions these have.
     """
 
     name: str
     videos: tuple[Video, ...]
     captions: tuple[tuple[int, str], ...]
     missing: tuple[str, ...] = ()
+    captions_of_missing: int = 0

@@ -7,13 +7,15 @@ import argparse
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import metrics, rerank
+from . import metrics, rerank, results
 from .corpus import Split, Video
 from .errors import UsageError
 from .loader import Broken, tokens, video_loader
@@ -21,6 +23,36 @@ from .parallel import Processes
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("stop_retrieval")
+
+
+@dataclass
+class Seen:
+    """What one model makes of some videos.
+
+    Attributes:
+        features: ``(B, E)`` float32 on the CPU, of those that could be read.
+        seconds: of each batch, for one video, with frames on the device.
+    """
+
+    features: Tensor
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Retrieval both ways by one model.
+
+    Attributes:
+        results: ``videos`` and ``captions`` (see ``results.count``), ``text_to_video`` and ``video_to_text`` with the
+            fields of ``metrics.Retrieval``, the same again under ``qb_norm`` and ``dsl`` where asked for,
+            ``videos_per_second`` of encoding alone, and ``seconds`` of everything.
+        ranks: ``(captions,)`` int64, the rank of each caption's video, see ``metrics.ranks``.
+        owners: ``(captions,)`` int64, the video of each caption.
+    """
+
+    results: dict[str, Any]
+    ranks: Tensor
+    owners: Tensor
 
 
 def _share(count: int, processes: Processes) -> list[int]:
@@ -45,99 +77,138 @@ def encode_texts(model: nn.Module, ids: Tensor, batch: int, processes: Processes
 
 @torch.inference_mode()
 def encode_videos(
-    model: nn.Module, args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes, broken: Broken
-) -> tuple[Tensor, list[int]]:
-    """``(B, E)`` float32 on the CPU of those ``videos`` that could be read, and which these are: this process alone."""
-    model.eval()
-    features, readable = [], []
-    with tqdm(total=len(videos), unit="video", disable=processes.silent, leave=False) as bar:
-        for batch in video_loader(args, videos, size, processes):
+    models: Sequence[nn.Module], args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes,
+    broken: Broken,
+) -> tuple[list[Seen], list[int]]:  # fmt: skip
+    """Return what each of the models makes of those ``videos`` that could be read, and which these are: the share of
+    this process. A video is decoded once for all models, which take turns at going first."""
+    for model in models:
+        model.eval()
+    parts: list[list[Tensor]] = [[] for _ in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    readable = []
+    with tqdm(total=len(videos), desc="videos", unit="video", disable=processes.silent, leave=False) as bar:
+        for turn, batch in enumerate(video_loader(args, videos, size, processes)):
             broken.note(batch)
             _, video, mask = batch.to(processes.device)
-            features.append(model.encode_video(video, mask).cpu())  # type: ignore[operator]
+            if processes.device.type == "cuda":
+                torch.cuda.synchronize()  # frames that are still on their way are no time of the model's
+            for place in range(len(models)):
+                number = (place + turn) % len(models)
+                begun = time.perf_counter()
+                parts[number].append(models[number].encode_video(video, mask).cpu())  # type: ignore[operator]
+                seconds[number].append((time.perf_counter() - begun) / len(video))
             readable.append(batch.readable)
             bar.update(len(video))
     good = torch.cat(readable)
-    return torch.cat(features)[good], good.nonzero().flatten().tolist()
+    seen = [Seen(torch.cat(part)[good], each) for part, each in zip(parts, seconds, strict=True)]
+    return seen, good.nonzero().flatten().tolist()
 
 
 def _everyones(
-    model: nn.Module, args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes, broken: Broken
-) -> tuple[Tensor, list[int]]:
-    """Features of all videos that could be read, in their order, the same in all processes."""
+    models: Sequence[nn.Module], args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes,
+    broken: Broken,
+) -> tuple[list[Seen], list[int]]:  # fmt: skip
+    """Return what each of the models makes of all videos that could be read, in their order, and which these are: the
+    same in all processes, but for the seconds, which are each one's own."""
     mine = _share(len(videos), processes)
-    features, numbers = encode_videos(model, args, [videos[i] for i in mine], size, processes, broken)
-    found: dict[int, Tensor] = {}
-    for share, indices in processes.all_know((features, [mine[n] for n in numbers])):
-        found.update(zip(indices, share, strict=True))
+    seen, numbers = encode_videos(models, args, [videos[i] for i in mine], size, processes, broken)
+    found: dict[int, list[Tensor]] = {}
+    for shares, indices in processes.all_know(([each.features for each in seen], [mine[n] for n in numbers])):
+        found.update(zip(indices, zip(*shares, strict=True), strict=True))  # type: ignore[arg-type]
     if not found:
         raise UsageError("none of the videos to evaluate could be read")
     order = sorted(found)
-    return torch.stack([found[i] for i in order]), order
+    for number, each in enumerate(seen):
+        each.features = torch.stack([found[i][number] for i in order])
+    return seen, order
 
 
 def evaluate(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     args: argparse.Namespace,
     split: Split,
     tokenizer: Tokenizer,
     size: int,
     processes: Processes,
     train: Split | None = None,
-) -> dict:
-    """Retrieval both ways.
+) -> list[Evaluation]:
+    """Return how well each of the models finds videos by their captions, and captions by their videos.
 
     Args:
-        model: with ``encode_text`` and ``encode_video``.
+        models: with ``encode_text`` and ``encode_video``.
         split: to evaluate on.
         train: for the query bank of QB-Norm.
-
-    Returns:
-        ``text_to_video`` and ``video_to_text`` with the fields of ``metrics.Retrieval``, the same again under
-        ``qb_norm`` and ``dsl`` where asked for, ``videos``, ``captions``, ``skipped`` and ``seconds``.
     """
     begun, broken = time.perf_counter(), Broken()
-    seen, order = _everyones(model, args, split.videos, size, processes, broken)
+    seen, order = _everyones(models, args, split.videos, size, processes, broken)
     place = {video: n for n, video in enumerate(order)}
     kept = [n for n, (owner, _) in enumerate(split.captions) if owner in place]
     truth = torch.tensor([place[split.captions[n][0]] for n in kept])
-    text = encode_texts(model, tokens(split, tokenizer, args.max_words)[kept], 4 * args.batch_size_val, processes)
-    similarity = text @ seen.t()
-    found: dict = {"plain": (similarity, similarity)}
+    ids = tokens(split, tokenizer, args.max_words)[kept]
+    banks: list[tuple[Tensor, Tensor] | None] = [None] * len(models)
     if args.qb_norm:
         assert train is not None
-        bank_text, bank_video = _bank(model, args, train, tokenizer, size, processes)
+        banks = [*_banks(models, args, train, tokenizer, size, processes)]
+    broken.say(processes)
+    counts = results.count(split, len(order), len(kept))
+    if processes.first:
+        log.info("videos: %s", ", ".join(f"{number} {what}" for what, number in counts["videos"].items()))
+    evaluations = []
+    for model, each, bank in zip(models, seen, banks, strict=True):
+        text = encode_texts(model, ids, 4 * args.batch_size_val, processes)
+        found = _ways(text, each.features, bank, args.camoe_dsl)
+        told: dict[str, Any] = dict(counts)
+        for name, (forth, back) in found.items():
+            both = {
+                "text_to_video": metrics.text_to_video(forth, truth),
+                "video_to_text": metrics.video_to_text(back, truth),
+            }
+            if processes.first:
+                for way, retrieval in both.items():
+                    log.info("%s%s", "" if name == "plain" else f"{name} ", retrieval.line(way))
+            figures = {way: asdict(retrieval) for way, retrieval in both.items()}
+            told |= figures if name == "plain" else {name: figures}
+        told["videos_per_second"] = round(1 / median(each.seconds), 2)
+        told["seconds"] = round(time.perf_counter() - begun, 2)
+        evaluations.append(Evaluation(told, metrics.ranks(found["plain"][0], truth), truth))
+    return evaluations
+
+
+def _ways(
+    text: Tensor, seen: Tensor, bank: tuple[Tensor, Tensor] | None, dsl: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the similarities ``(captions, videos)`` by which texts find videos and videos find texts: plain ones, and
+    the two ways to normalise them where asked for."""
+    similarity = text @ seen.t()
+    found = {"plain": (similarity, similarity)}
+    if bank is not None:
+        bank_text, bank_video = bank
         found["qb_norm"] = (
             rerank.qb_norm(similarity, bank_text @ seen.t()),
             rerank.qb_norm(similarity.t(), bank_video @ text.t()).t(),
         )
-    if args.camoe_dsl:
+    if dsl:
         found["dsl"] = (rerank.dual_softmax(similarity), rerank.dual_softmax(similarity.t()).t())
-    skipped = broken.say(processes)
-    results: dict = {"videos": len(order), "captions": len(kept), "skipped": skipped}
-    for name, (forth, back) in found.items():
-        both = {
-            "text_to_video": metrics.text_to_video(forth, truth), "video_to_text": metrics.video_to_text(back, truth)
-        }  # fmt: skip
-        if processes.first:
-            for way, retrieval in both.items():
-                log.info("%s%s", "" if name == "plain" else f"{name} ", retrieval.line(way))
-        told = {way: asdict(retrieval) for way, retrieval in both.items()}
-        results |= told if name == "plain" else {name: told}
-    results["seconds"] = round(time.perf_counter() - begun, 2)
-    return results
+    return found
 
 
-def _bank(
-    model: nn.Module, args: argparse.Namespace, train: Split, tokenizer: Tokenizer, size: int, processes: Processes
-) -> tuple[Tensor, Tensor]:
-    """Features of training captions and videos, spread over the split, as queries to normalise by."""
+def _banks(
+    models: Sequence[nn.Module], args: argparse.Namespace, train: Split, tokenizer: Tokenizer, size: int,
+    processes: Processes,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return each model's features of training captions and videos, spread over the split, as queries to normalise
+    by."""
 
     def spread(count: int) -> list[int]:
         wanted = min(args.qb_norm, count)
         return [i * count // wanted for i in range(wanted)]
 
     chosen = Split(train.name, train.videos, tuple(train.captions[i] for i in spread(len(train.captions))))
-    text = encode_texts(model, tokens(chosen, tokenizer, args.max_words), 4 * args.batch_size_val, processes)
+    ids = tokens(chosen, tokenizer, args.max_words)
     videos = [train.videos[i] for i in spread(len(train.videos))]
-    return text, _everyones(model, args, videos, size, processes, Broken())[0]
+    seen, _ = _everyones(models, args, videos, size, processes, Broken())
+    return [
+        (encode_texts(model, ids, 4 * args.batch_size_val, processes), each.features)
+        for model, each in zip(models, seen, strict=True)
+    ]

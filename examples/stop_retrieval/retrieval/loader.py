@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from . import interrupt
 from .corpus import Split, Video
 from .errors import UsageError
 from .parallel import Processes
+from .terminal import counted
 from .tokenizer import Tokenizer
 from .video import BrokenVideo, read_video, sample_indices
 
@@ -77,9 +80,11 @@ class _Cached(_Reader):
     """A reader that decodes a video once: it keeps ``KEPT`` times as many frames as are taken, spread over the video,
     and takes from these as a reader does from the file."""
 
+    shared: dict[Video, tuple[Tensor, int]] | None = None
+
     def __init__(self, args: argparse.Namespace, size: int, order: int):
         super().__init__(args, size, order)
-        self.kept: dict[Video, tuple[Tensor, int]] = {}
+        self.kept: dict[Video, tuple[Tensor, int]] = {} if self.shared is None else self.shared
 
     def __call__(self, video: Video, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         wanted = self.options["frames"]
@@ -88,6 +93,17 @@ class _Cached(_Reader):
             self.kept[video] = read_video(video.path, span=video.span, **more)
         frames, real = self.kept[video]
         return frames[torch.from_numpy(sample_indices(real, wanted, rng))], min(real, wanted)
+
+
+@contextmanager
+def sharing_frames() -> Iterator[None]:
+    """Let all readers of this process that are made meanwhile decode a video once for all of them; they must take as
+    many frames of the same size, of files that don't change."""
+    _Cached.shared = {}
+    try:
+        yield
+    finally:
+        _Cached.shared = None
 
 
 def _reader(args: argparse.Namespace, size: int, order: int) -> _Reader:
@@ -203,7 +219,8 @@ class Broken:
         """How many there were in all processes; the first one says it."""
         files = {path for each in processes.all_know(sorted(self.files)) for path in each}
         if files and processes.first:
-            log.warning("%d videos could not be read and were skipped", len(files))
+            log.warning("%s could not be read and %s skipped", counted(len(files), "video"),
+                        "was" if len(files) == 1 else "were")  # fmt: skip
         return len(files)
 
 
@@ -259,5 +276,5 @@ def _loader(args: argparse.Namespace, data: Dataset, processes: Processes, **opt
     workers = args.num_thread_reader
     return DataLoader(
         data, num_workers=workers, collate_fn=collate, pin_memory=processes.device.type == "cuda",
-        persistent_workers=workers > 0 and "batch_sampler" in options, **options,
+        persistent_workers=workers > 0 and "batch_sampler" in options, worker_init_fn=interrupt.ignore, **options,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import recipes
 from .errors import UsageError
-from .options import TINY, WEIGHTS
+from .flags import TINY, WEIGHTS
 from .parallel import gather
 
 # what STOP adds to CLIP: parameters with one of these in their name learn at lr, all others at lr · coef_lr

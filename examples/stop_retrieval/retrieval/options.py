@@ -1,33 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: STOP's flags with STOP's meaning, and what this program adds to them."""
+"""The settings of a run: from its flags, from the run that a checkpoint is of, and by the kind of data."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import stoptome_kernels as stk
-from stoptome_kernels.stop.config import LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
 
-from . import ignored, recipes, video
+from . import recipes
 from .errors import UsageError
+from .flags import DEFAULTS, parser
 
-DATATYPES = ("msrvtt", "msvd", "didemo", "activity", "lsmdc", "vatex", "synthetic")
-WEIGHTS = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}  # names as OpenAI's files
-TINY = "tiny"
-
-# what STOP's scripts for MSR-VTT give, where its parser's own defaults are no useful ones (max_frames 100, say)
-DEFAULTS: dict[str, Any] = {
-    "max_words": 32, "max_frames": 12, "batch_size": 32, "batch_size_val": 16, "epochs": 5, "lr": 1e-4, "coef_lr": 1.0,
-    "wd": 0.2, "warmup_proportion": 0.1, "pretrained_clip_name": "ViT-B/32", "temporal_prompt": "DGL",
-    "shared_latent_space": "transformer", "visual_output_type": "global_prompt0", "text_prompt_length": 8,
-    "local_each_frame_prompt_length": 4, "global_visual_prompt_length": 4, "lora": True, "slice_framepos": 2,
-    "temperature_new": 1.0, "num_thread_reader": 1, "cache_frames": False,
-}  # fmt: skip
 # what a checkpoint of a run must be read with; the run's folder tells it to --do_eval, --index and --query
 OF_THE_MODEL = (
     "datatype", "max_words", "max_frames", "pretrained_clip_name", "temporal_prompt", "shared_latent_space",
@@ -37,7 +23,9 @@ OF_THE_MODEL = (
 _DATA = ("data_path", "features_path", "train_csv", "val_csv")
 # one setting in several flags: whoever gives one of them gives it anew
 _MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportions", "frame_pos")
-_OF_THE_CALL = ("resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query")
+_OF_THE_CALL = (
+    "resume", "init_model", "output_dir", "do_train", "do_eval", "index", "query", "max_loss", "draw_trace",
+)  # fmt: skip
 # what may differ when a run goes on: it changes no weight
 FREE_TO_CHANGE = (
     *_OF_THE_CALL, "num_thread_reader", "n_display", "save_steps", "batch_size_val", "qb_norm", "camoe_dsl", "top_k",
@@ -48,157 +36,6 @@ FREE_TO_CHANGE = (
 # of the values that a flag takes those that a complete run has, see _check
 _NORMAL = {"sim_header": ("meanP",), "optim": ("AdamW",), "precision": ("fp32", "amp", "bf16")}
 _PLAIN = (str, int, float, bool, type(None))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and which flag was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message = f"{unknown[1]} is no flag of this program" + (f"; did you mean {near[0]}?" if near else "")
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
-class _Ignored(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        note = f"{option_string} is ignored: {self.help_text}"
-        if note not in namespace.notes:
-            namespace.notes.append(note)
-
-    def __init__(self, *args, help_text: str, **options):
-        super().__init__(*args, **options)
-        self.help_text = help_text
-
-
-def _at_least(least: int, most: int = 2**31 - 1):
-    def read(text: str) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,20}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text[:40]!r}")
-        if int(text) > most:
-            raise argparse.ArgumentTypeError(f"must be an integer of at most {most}, got {text}")
-        return int(text)
-
-    return read
-
-
-def _number(low: float, high: float = float("inf")):
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            what = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"must be a number, {what}, got {text!r}")
-        return value
-
-    return read
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("0", "1", "true", "false"):
-        raise argparse.ArgumentTypeError(f"must be 0 or 1, got {text!r}")
-    return text.lower() in ("1", "true")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All flags. Those without a default have one that depends on the data (see DEFAULTS and recipes.py)."""
-    p = _Parser(
-        description="Text-video retrieval with STOP and token merging: training, evaluation, search. With --output_dir "
-        "alone: a small model on synthetic videos.",
-        allow_abbrev=False,
-    )
-    switch: dict[str, Any] = {"nargs": "?", "const": True, "type": _switch, "default": False, "metavar": "0|1"}
-
-    add = p.add_argument_group("what to do").add_argument
-    add("--output_dir", required=True, help="folder of the run: log, checkpoints, results, index")
-    add("--do_train", nargs="?", const=True, type=_switch, metavar="0|1", help="train (default: unless --do_eval, …)")
-    add("--do_eval", **switch, help="evaluate a checkpoint: --init_model, or the best one in --output_dir")
-    add("--index", nargs="?", const="", metavar="FOLDER", help="write the features of the evaluation videos, or of all "
-        "videos in FOLDER, and an index for --query")  # fmt: skip
-    add("--query", nargs="+", default=[], metavar="TEXT", help="search the index in --output_dir")
-    add("--top_k", type=_at_least(1), default=5, help="videos to show for a query")
-    add("--shard_size", type=_at_least(1), default=256, help="videos in one file of features")
-    add("--resume", metavar="auto|FILE", help="go on from a checkpoint; auto: from the newest in --output_dir, if any")
-    add("--init_model", metavar="FILE", help="weights to begin with: STOP's or this program's checkpoint, or CLIP's")
-    add("--seed", type=_at_least(0, 2**63 - 1), default=42)
-
-    add = p.add_argument_group("data").add_argument
-    add("--datatype", choices=DATATYPES, help="default: msrvtt if a path is given, else synthetic")
-    add("--data_path", help="annotations: MSRVTT_data.json, or the folder of the other data sets")
-    add("--features_path", help="folder of the videos")
-    add("--train_csv", help="MSR-VTT: training videos (9k, 7k split); without: the JSON's own split")
-    add("--val_csv", help="MSR-VTT: pairs to evaluate (1k-A); without: the JSON's own split")
-    add("--expand_msrvtt_sentences", action="store_true", help="every caption is a training sample of its own")
-    add("--max_words", type=_at_least(2), help="tokens of a caption; longer ones are cut")
-    add("--max_frames", type=_at_least(1), help="frames of a video")
-    add("--feature_framerate", type=_number(1e-3), default=1.0, help="frames a second with --slice_framepos 0 and 1")
-    add("--slice_framepos", type=int, choices=(0, 1, 2), help="0: first frames, 1: last, 2: spread (STOP's, default)")
-    add("--train_frame_order", type=int, choices=(0, 1, 2), default=0, help="0: ordinary, 1: reversed, 2: shuffled")
-    add("--eval_frame_order", type=int, choices=(0, 1, 2), default=0)
-    add("--num_thread_reader", type=_at_least(0), help="processes that decode videos (0: the one that trains)")
-    add("--max_pixels", type=_at_least(1), default=video.MAX_PIXELS, help="of a frame; a video of larger ones is "
-        "skipped before they take any memory (default: %(default)s, 8192 × 8192)")  # fmt: skip
-    add("--cache_frames", nargs="?", const=True, type=_switch, metavar="0|1", help="keep frames of small videos in "
-        "memory, three times as many as are taken; in each process that decodes")  # fmt: skip
-    add("--synthetic_train", type=_at_least(1), help="synthetic: videos to train on")
-    add("--synthetic_val", type=_at_least(1), help="synthetic: videos to evaluate on")
-    add("--synthetic_seed", type=_at_least(0, 2**63 - 1), default=0, help="synthetic: other videos")
-
-    add = p.add_argument_group("model").add_argument
-    add("--pretrained_clip_name", choices=(*WEIGHTS, TINY), help=f"{TINY}: a small model with random weights")
-    add("--pretrained_dir", default=os.path.expanduser("~/models/pretrained"), help="folder of CLIP's weights")
-    add("--temporal_prompt", choices=TEMPORAL_PROMPTS, help="group2-2 is STOP proper")
-    add("--shared_latent_space", choices=LATENT_SPACES)
-    add("--visual_output_type", choices=VISUAL_OUTPUTS, help="what stands for a video")
-    add("--lora", nargs="?", const=True, type=_switch, metavar="0|1", help="low-rank branch beside the MLPs (on)")
-    add("--sim_header", choices=("meanP", "seqLSTM", "seqTransf", "tightTransf"), default="meanP")
-    add("--text_prompt_length", type=_at_least(0))
-    add("--local_each_frame_prompt_length", type=_at_least(1))
-    add("--global_visual_prompt_length", type=_at_least(1))
-    add("--temperature_new", type=_number(0), help="above 1: value of logit_scale to begin with")
-    add("--freeze_clip", **switch, help="train only what STOP adds to CLIP")
-
-    stk.add_tome_args(p)
-    p.add_argument("--tome_preset", choices=("training", "inference", "prototyping", "accuracy", "memory"),
-                   help="settings of token merging by name, in place of the flags above")  # fmt: skip
-
-    add = p.add_argument_group("training").add_argument
-    add("--epochs", type=_at_least(1))
-    add("--eval_epochs", type=_at_least(1), default=1, help="epochs between two evaluations")
-    add("--batch_size", type=_at_least(1), help="videos of one process in one step")
-    add("--gradient_accumulation_steps", type=_at_least(1), default=1, help="parts that a batch is computed in")
-    add("--lr", type=_number(0), help="of what STOP adds to CLIP")
-    add("--coef_lr", type=_number(0), help="times lr: the rate of CLIP's own weights")
-    add("--wd", type=_number(0), help="weight decay")
-    add("--beta1", type=_number(0, 1), default=0.9)
-    add("--beta2", type=_number(0, 1), default=0.98)
-    add("--eps", type=_number(0), default=1e-6)
-    add("--optim", choices=("AdamW", "BertAdam"), default="AdamW")
-    add("--warmup_proportion", type=_number(0, 1), help="share of the steps in which lr rises")
-    add("--clip_grad_norm", type=_number(0), default=1.0, help="largest norm of the gradient (0: any)")
-    add("--precision", choices=("fp32", "amp", "bf16", "fp16"), default="fp32", help="amp: float16 on a GPU, bfloat16 "
-        "on a CPU")  # fmt: skip
-    add("--gradient_checkpointing", **switch, help="keep only what stands between the visual blocks for backward")
-    add("--compile", **switch, help="torch.compile the towers")
-    add("--fsdp", **switch, help="shard the model over the processes (torchrun)")
-    add("--n_display", type=_at_least(1), default=50, help="steps between two lines of the log")
-    add("--save_steps", type=_at_least(0), default=200, help="steps between two checkpoints (0: at epochs alone)")
-
-    add = p.add_argument_group("evaluation").add_argument
-    add("--batch_size_val", type=_at_least(1))
-    add("--qb_norm", nargs="?", const=2000, default=0, type=_at_least(0), metavar="N",
-        help="also with QB-Norm, by a bank of N training captions and videos")  # fmt: skip
-    add("--camoe_dsl", "--dsl", dest="camoe_dsl", **switch, help="also with the dual softmax of CAMoE")
-
-    for name, why in ignored.SWITCHES.items():
-        p.add_argument(f"--{name}", nargs=0, action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
-    for name, why in ignored.VALUED.items():
-        p.add_argument(f"--{name}", action=_Ignored, dest="notes", help=argparse.SUPPRESS, help_text=why)
-    p.set_defaults(notes=[])
-    return p
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:
@@ -247,10 +84,20 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--query after a training needs --index: the index that is there is not of the new weights")
     if args.qb_norm and not (args.do_train or args.do_eval):
         args.notes.append("--qb_norm is ignored: nothing is evaluated")
-    if args.tome_trace_source:
-        args.notes.append(
-            "--tome_trace_source keeps the last batch's trace for stk.tome_trace, and nothing here draws it"
-        )
+    args.sweep = args.tome_r if isinstance(args.tome_r, tuple) else ()
+    if args.sweep:
+        args.tome_r = 0
+        if args.do_train or not args.do_eval or args.index is not None or args.query:
+            raise UsageError(
+                "--tome_r with several numbers compares them by an evaluation: give it with --do_eval alone"
+            )
+    elif "max_loss" in args.given:
+        args.notes.append("--max_loss is ignored: it chooses among several --tome_r, such as --tome_r 0,2,4,8")
+    if args.draw_trace and (args.do_train or not args.do_eval):
+        raise UsageError("--draw_trace draws videos of an evaluation: give it with --do_eval, after the training")
+    if args.tome_trace_source and not args.draw_trace:
+        args.notes.append("--tome_trace_source alone shows nothing here: --do_eval --draw_trace N draws N videos")
+    args.tome_trace_source = args.tome_trace_source or bool(args.draw_trace)
     tome = [name for name in args.given if name in (*_MERGING, "tome_prop_attn")]
     if args.tome_preset and tome:
         raise UsageError(f"--tome_preset {args.tome_preset} and --{tome[0]} both set token merging; give one of them")
@@ -323,6 +170,10 @@ def adopt(args: argparse.Namespace, run: Any, path: str) -> dict[str, Any]:
         if name not in args.given:
             if name not in _OF_THE_CALL:
                 setattr(args, name, value)
+        elif name == "epochs" and args.epochs > value:
+            args.notes.append(
+                f"--epochs {args.epochs} in place of {value}: from here on the learning rate is that of {args.epochs}"
+            )
         elif name not in FREE_TO_CHANGE and getattr(args, name) != value:
             raise UsageError(
                 f"--{name} is {getattr(args, name)}, but {path} was trained with {value}: leave it out to go on, or "
@@ -421,5 +272,5 @@ def tome_config(args: argparse.Namespace) -> stk.ToMeConfig:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what is written down of a run, as JSON keeps it."""
-    skip = ("notes", "given", "tome", "hparams")
+    skip = ("notes", "given", "tome", "hparams", "sweep", "max_loss", "draw_trace")
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in skip}

@@ -34,7 +34,7 @@ _BASE: dict[str, Any] = {"batch_size": 64, "lr": 2e-3, "wd": 0.05, "temperature_
 
 # defaults of the command line with --datatype synthetic
 SYNTHETIC: dict[str, Any] = {
-    **SETTING, **_BASE, "synthetic_train": 2000, "synthetic_val": 400, "epochs": 10, "lora": False,
+    **SETTING, **_BASE, "synthetic_train": 640, "synthetic_val": 200, "epochs": 15, "lora": False,
     "cache_frames": True,
 }  # fmt: skip
 

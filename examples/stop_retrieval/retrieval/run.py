@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from stoptome_kernels._backends import choose
 
-from . import checkpoint, indexing, options, recipes, search, state, synthetic, terminal
+from . import checkpoint, indexing, options, recipes, results, search, state, synthetic, terminal
 from .annotations import load
 from .corpus import Split, Video
 from .errors import UsageError
@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .loader import tokens, train_loader
 from .model import Retrieval, build, count
 from .parallel import Processes, Together
+from .terminal import counted
 from .tokenizer import Tokenizer
 from .train import Training
 
@@ -30,10 +31,12 @@ OUT_OF_MEMORY = (
     "--gradient_checkpointing, or a larger --tome_r; when evaluating a smaller --batch_size_val; fewer "
     "--num_thread_reader"
 )
+_WORTH_PROCESSES = 200  # videos to make; starting processes takes some seconds
+STOPPED = "stopped; what was saved before stays: a training goes on by --resume auto, --index by the same call"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 for what the user can put right, said in one line; 1 out of memory."""
+    """Return the exit code: 0; 2 for what the user can put right, said in one line; 1 out of memory; 130 on Ctrl-C."""
     processes = None
     terminal.configure()
     try:
@@ -46,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if alone or processes.first:  # type: ignore[union-attr]
             terminal.complain(str(error))
         return 2
+    except KeyboardInterrupt as stop:
+        if processes is None or processes.first:
+            terminal.complain(str(stop) or STOPPED, kind="note")
+        return 130
     except (torch.OutOfMemoryError, MemoryError):
         terminal.complain(OUT_OF_MEMORY)
         return 1
@@ -68,12 +75,14 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
     log.setLevel(logging.INFO if processes.first and works else logging.WARNING)
     log.propagate = False
     terminal.log_to_terminal("" if processes.first else f"process {processes.rank}: ")
+    done = False
     try:
         if works:
             processes.first_does(lambda: folder.open(alone=args.do_train or args.index is not None))
         _work(args, folder, processes)
+        done = True
     finally:
-        folder.close()
+        folder.close(refused=not done)
 
 
 def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
@@ -88,6 +97,8 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
         if resume is not None:
             resume.progress.best = -1.0  # of another folder's run
     corpus = _searchable(args, folder)
+    if args.do_train or args.do_eval:
+        processes.first_does(lambda: results.read(folder.path))  # a damaged file is found before the work
     args.tome = options.tome_config(args)
     for note in args.notes if processes.first else ():
         log.info(note)
@@ -107,8 +118,10 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
         if args.index is not None:  # a later call searches with the best weights, too
             checkpoint.load_weights(folder.weights(), model)
     elif args.do_eval:
-        results = evaluate(model, args, splits["val"], tokenizer, size, processes, splits.get("train"))
-        processes.first_does(lambda: folder.write_json(state.RESULTS, results))
+        (found,) = evaluate([model], args, splits["val"], tokenizer, size, processes, splits.get("train"))
+        of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(model)}
+        told = results.describe(args, args.tome, "evaluation", **of) | found.results
+        processes.first_does(lambda: results.append(folder.path, [told]))
     if args.index is not None:
         videos = corpus or splits["val"].videos
         indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
@@ -140,6 +153,13 @@ def _origin(args: argparse.Namespace, folder: state.Folder) -> tuple[checkpoint.
             begun = folder.settings()
         if begun is not None:
             begun = options.adopt(args, begun, path)
+        elif found is None:
+            if not {"datatype", "data_path", "features_path"} & {*args.given}:
+                raise UsageError(
+                    f"--resume auto: no run in --output_dir {folder.path}; give the folder of one, or begin one on "
+                    "synthetic videos by --datatype synthetic"
+                )
+            args.notes.append(f"no run in --output_dir {folder.path} to go on with: A NEW ONE BEGINS")
         if found is None and begun is not None:
             args.init_model = args.init_model or begun.get("init_model")
         options.complete(args)
@@ -165,19 +185,23 @@ def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes
     datatype, paths = args.datatype, (args.data_path, args.features_path, args.train_csv, args.val_csv)
     if datatype == "synthetic":
         datatype = "msrvtt"  # in whose file layout it is written
+        where, many = folder.path / "synthetic", args.synthetic_train + args.synthetic_val
+        if processes.first and not where.exists():
+            log.info("making %s in %s", counted(many, "synthetic video"), where)
         paths = processes.first_does(
             lambda: synthetic.write(
-                folder.path / "synthetic", train=args.synthetic_train, val=args.synthetic_val, seed=args.synthetic_seed,
-                **recipes.VIDEOS,
+                where, train=args.synthetic_train, val=args.synthetic_val, seed=args.synthetic_seed, silent=None,
+                processes=1 if many < _WORTH_PROCESSES else min(os.cpu_count() or 1, 8), **recipes.VIDEOS,
             )
         )  # fmt: skip
     splits = load(datatype, *paths, want=tuple(want))
     for split in splits.values() if processes.first else ():
-        log.info("%s: %d videos, %d captions", split.name, len(split.videos), len(split.captions))
+        videos, captions = counted(len(split.videos), "video"), counted(len(split.captions), "caption")
+        log.info("%s: %s, %s", split.name, videos, captions)
         for path in split.missing:
             log.warning("skipped %s: not there", path)
         if split.missing:
-            log.warning("%s: %d videos are missing and were skipped", split.name, len(split.missing))
+            log.warning("%s: left out %s, missing", split.name, counted(len(split.missing), "more video"))
     return splits
 
 
@@ -197,11 +221,14 @@ def _train(
     args.hparams = options.settings(args)
     training = Training(
         args, wrapped, loader, sampler, folder, processes,
-        evaluate=lambda: evaluate(model, args, val, tokenizer, size, processes, train),
+        evaluate=lambda: evaluate([model], args, val, tokenizer, size, processes, train)[0].results,
     )  # fmt: skip
     processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
     if resume is not None and processes.first:
-        log.info("going on after epoch %d, step %d", resume.progress.epoch, resume.progress.step)
+        done = resume.progress
+        log.info("going on after epoch %d, step %d", done.epoch, done.step)
+        if done.epoch == args.epochs:
+            log.info("all %d epochs are done; a larger --epochs trains on", args.epochs)
     training.run(resume)
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +16,6 @@ from . import atomic, lock, sealed, terminal
 from .errors import UsageError
 
 SETTINGS, LAST, BEST, LOG, INDEX = "hparams_train.json", "ckpt.pth.tar", "ckpt.best.pth.tar", "log.txt", "index"
-RESULTS = "results.json"
 _ANEW = "remove it to begin anew, or give another --output_dir"
 
 
@@ -24,6 +25,7 @@ class Folder:
     def __init__(self, path: str):
         self.path = Path(path)
         self._lock: filelock.BaseFileLock | None = None
+        self._made: list[Path] = []
 
     def open(self, alone: bool) -> None:
         """Make it, be sure that files can be written there, and log into it; ``alone``: lock others out until
@@ -32,6 +34,8 @@ class Folder:
         Raises:
             UsageError: it can't be written to, or is locked.
         """
+        here = (self.path / LOG, self.path / lock.NAME, self.path, *self.path.parents)
+        self._made = [path for path in here if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -44,10 +48,19 @@ class Folder:
         probe.unlink(missing_ok=True)
         terminal.log_to_file(self.path / LOG)
 
-    def close(self) -> None:
+    def close(self, refused: bool = False) -> None:
+        """Unlock it. ``refused``: nothing came of the call, and what ``open`` made is removed, unless it holds more."""
+        if refused and self.path.is_dir() and not any(self._others()):
+            for path in self._made:
+                with contextlib.suppress(OSError):  # a folder that holds more stays
+                    path.rmdir() if path.is_dir() else path.unlink()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def _others(self) -> Iterator[Path]:
+        """What is in the folder besides log and lock."""
+        return (path for path in self.path.iterdir() if path.name not in (LOG, lock.NAME))
 
     def must_be_new(self) -> None:
         """Raises UsageError where there is a run already."""
@@ -69,7 +82,7 @@ class Folder:
             raise UsageError(f"{path} can't be read: {error.strerror or error}; {_ANEW}") from error
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write settings or results; see ``sealed``."""
+        """Write settings; see ``sealed``."""
         sealed.write_json(self.path / name, value)
 
     def save(self, checkpoint: dict[str, Any], best: bool) -> None:

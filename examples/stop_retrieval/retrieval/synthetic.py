@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import av
 import msgspec
 import numpy as np
+from tqdm import tqdm
 
-from . import drawing, scenes, sealed
+from . import drawing, interrupt, scenes, sealed
 from .errors import UsageError
 
 VERSION = 2  # to be raised when the same settings give other videos or captions
@@ -72,6 +73,7 @@ def write(
     frames: int = 24,
     fps: int = 8,
     processes: int = 1,
+    silent: bool | None = True,
 ) -> Paths:
     """Make a set, or find it made: what is there by the same settings is used as it is, if no bit of it has changed.
 
@@ -84,6 +86,7 @@ def write(
         size: pixels a side, even.
         frames: of a video, 4 or more; fps: of them in a second.
         processes: that draw and encode.
+        silent: without a progress bar; None: with one if a terminal shows it.
 
     Raises:
         UsageError: the folder holds something else or can't be written, a file in it is damaged, there aren't so many
@@ -95,7 +98,7 @@ def write(
     folder = Path(folder)
     try:
         if not _found(folder, settings):
-            _make(folder, settings, processes)
+            _make(folder, settings, processes, silent)
     except OSError as error:
         raise UsageError(f"no synthetic videos can be written to {folder}: {error.strerror or error}") from error
     names = ("MSRVTT_data.json", "videos", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
@@ -178,7 +181,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _make(folder: Path, settings: dict[str, int], processes: int) -> None:
+def _make(folder: Path, settings: dict[str, int], processes: int, silent: bool | None) -> None:
     """Write the set beside its place, then put it there in one step."""
     data, train, val = draw(settings["train"], settings["val"], settings["seed"])
     drawing.photographs()  # whatever is missing, better now than in a process of its own
@@ -187,14 +190,9 @@ def _make(folder: Path, settings: dict[str, int], processes: int) -> None:
     try:
         (made / "videos").mkdir(parents=True)
         save = partial(_save, made / "videos", settings["size"], settings["frames"], settings["fps"])
-        if processes == 1:
-            for clip in [*train, *val]:
-                save(clip)
-        else:
-            # spawned, not forked: whoever calls may have threads, torch's for one
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-                for _ in pool.map(save, [*train, *val], chunksize=16):
-                    pass
+        with tqdm(total=len(train) + len(val), desc="making videos", unit="video", disable=silent, leave=False) as bar:
+            for _ in _each(save, [*train, *val], processes):
+                bar.update()
         (made / "MSRVTT_data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         _write_csv(made / "MSRVTT_train.9k.csv", ["video_id"], ([clip.id] for clip in train))
         captions = {sentence["video_id"]: sentence["caption"] for sentence in data["sentences"]}
@@ -209,6 +207,20 @@ def _make(folder: Path, settings: dict[str, int], processes: int) -> None:
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _each(save: Callable[[Clip], None], clips: list[Clip], processes: int) -> Iterator[None]:
+    """Call ``save`` for every clip, in so many processes; spawned, not forked: whoever calls may have threads."""
+    if processes == 1:
+        yield from map(save, clips)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=interrupt.ignore) as pool:
+        try:
+            yield from pool.map(save, clips, chunksize=16)
+        except BaseException:  # Ctrl-C above all: what is not begun is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _save(folder: Path, size: int, frames: int, fps: int, clip: Clip) -> None:

@@ -55,10 +55,15 @@ def say(text: str) -> None:
         _give_up(_STDOUT, error)
 
 
-def complain(text: str) -> None:
-    """Print a line to standard error, if there is one."""
+def complain(text: str, kind: str = "error") -> None:
+    """Print a line to standard error, if there is one; ``kind`` stands before it."""
     with contextlib.suppress(OSError):  # whoever closed it doesn't want to know
-        print(f"error: {escape(text)}", file=sys.stderr, flush=True)
+        print(f"{kind}: {escape(text)}", file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, of which the plural ends in s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class _Formatter(logging.Formatter):

@@ -13,6 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import checkpoint, state
+from . import checkpoint, interrupt, results, state
 from .curves import Curves
 from .errors import UsageError
 from .loader import Batch, Broken, TrainSampler
@@ -61,7 +63,7 @@ class Training:
         model: as ``Processes.wrap`` gives it.
         loader, sampler: of ``loader.train_loader``.
         folder: for checkpoints and TensorBoard.
-        evaluate: called after each epoch in all processes; gives the results.
+        evaluate: called after each epoch in all processes; gives the results, see ``evaluate.Evaluation``.
     """
 
     def __init__(
@@ -94,10 +96,13 @@ class Training:
 
         Raises:
             UsageError: videos can't be read, the loss is no number any more, or the checkpoint is of another training.
+            Stopped: Ctrl-C, with everything saved.
         """
         if resume is not None:
             self._must_be_ours(resume)
             self.progress = checkpoint.restore(resume, self.model, self.optimizer, self.scaler)
+            if resume.hparams.get("epochs") != self.args.epochs:
+                self._save()  # whoever goes on from here by --resume auto has the new number
         done = self.progress
         writer: Curves | None = None
         if self.processes.first:
@@ -105,11 +110,12 @@ class Training:
         try:
             while done.epoch < self.args.epochs:
                 self._epoch(writer)
-                done.epoch, done.step = done.epoch + 1, 0
-                if done.epoch % self.args.eval_epochs == 0 or done.epoch == self.args.epochs:
-                    self._evaluate(writer)
-                else:
-                    self._save()
+                number = done.epoch + 1
+                found = None
+                if number % self.args.eval_epochs == 0 or number == self.args.epochs:
+                    found = self._evaluate()
+                done.epoch, done.step = number, 0
+                self._keep(found, writer)
         finally:
             if writer is not None:
                 writer.close()
@@ -117,7 +123,7 @@ class Training:
 
     def _must_be_ours(self, found: checkpoint.Checkpoint) -> None:
         done, steps = found.progress, self.sampler.steps
-        if done.global_step != done.epoch * steps + done.step or done.step >= steps or done.epoch > self.args.epochs:
+        if done.global_step != done.epoch * steps + done.step or done.step > steps or done.epoch > self.args.epochs:
             raise UsageError(
                 f"{found.path} is at step {done.step} after epoch {done.epoch}, {done.global_step} steps in all; "
                 f"epochs of these data have {steps}: go on with those it was trained on, or begin anew by --init_model"
@@ -134,7 +140,9 @@ class Training:
             desc=f"epoch {done.epoch + 1} of {args.epochs}", disable=self.processes.silent, leave=False,
         )  # fmt: skip
         begun, since = time.perf_counter(), 0
-        with bar:
+        # of several processes each would stop at a step of its own
+        deferred = interrupt.deferred() if self.processes.world == 1 else nullcontext(interrupt.Request())
+        with bar, deferred as asked:
             while done.step < self.sampler.steps:
                 loss, norm = self._step(batches)
                 since += each
@@ -145,6 +153,8 @@ class Training:
                     seconds = time.perf_counter() - begun
                     self._tell(writer, bar, value, float(norm), since / seconds)
                     begun, since = time.perf_counter(), 0
+                if asked.made:
+                    self._stop(loss)
                 if args.save_steps and done.global_step % args.save_steps == 0 and done.step < self.sampler.steps:
                     self._finite(loss)
                     self._save()
@@ -200,10 +210,12 @@ class Training:
         if writer is None:
             return
         done, lr = self.progress, max(group["lr"] for group in self.optimizer.param_groups)
+        videos = self.sampler.batch * self.sampler.parts * self.processes.world  # of a step
+        left = round((self.steps - done.global_step) * videos / speed)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         log.info(
-            "epoch %d, step %d of %d: loss %.4f, gradient %.2f, lr %.1e, %.3g videos/s",
-            done.epoch + 1, done.step, self.sampler.steps, loss, norm, lr, speed,
+            "epoch %d, step %d of %d: loss %.4f, gradient %.2f, lr %.1e, %.3g videos/s, %s to go",
+            done.epoch + 1, done.step, self.sampler.steps, loss, norm, lr, speed, timedelta(seconds=left),
         )  # fmt: skip
         told = {"loss": loss, "gradient_norm": norm, "lr": lr, "videos_per_second": speed}
         told["logit_scale"] = float(self._clip().clip.logit_scale.detach())
@@ -215,17 +227,44 @@ class Training:
         found = checkpoint.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
         self.processes.first_does(lambda: self.folder.save(found, best))
 
-    def _evaluate(self, writer: Curves | None) -> None:
+    def _stop(self, loss: Tensor) -> None:
+        """Save, and end a training that somebody stopped."""
+        self._finite(loss)
+        self._save()
         done = self.progress
-        results = self.evaluate() | {"epoch": done.epoch}
-        r1 = results["text_to_video"]["r1"]
+        raise interrupt.Stopped(
+            f"stopped in epoch {done.epoch + 1} after step {done.step} of {self.sampler.steps}, and saved; go on with "
+            f"--output_dir {self.args.output_dir} --resume auto"
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        try:
+            return self.evaluate()
+        except KeyboardInterrupt:
+            if self.processes.world > 1:
+                raise
+            self._save()
+            raise interrupt.Stopped(
+                f"stopped in the evaluation after epoch {self.progress.epoch + 1}, which is saved; go on with "
+                f"--output_dir {self.args.output_dir} --resume auto"
+            ) from None
+
+    def _keep(self, found: dict[str, Any] | None, writer: Curves | None) -> None:
+        """Save what an epoch made, and the results if it was evaluated."""
+        done = self.progress
+        if found is None:
+            self._save()
+            return
+        r1 = found["text_to_video"]["r1"]
         best = r1 > done.best
         done.best = max(r1, done.best)
         if writer is not None:  # before the checkpoint: a run that is killed between them writes the same again
-            self.folder.write_json(state.RESULTS, results)
+            of = {"checkpoint": str(self.folder.path / state.LAST), "epoch": done.epoch, "step": done.global_step}
+            told = results.describe(self.args, self.args.tome, "training", **of)
+            results.append(self.folder.path, [told | found])
         self._save(best)
         if writer is None:
             return
         for way in ("text_to_video", "video_to_text"):
             for name in ("r1", "r5", "r10", "median_rank", "mean_rank"):
-                writer.add(f"{way}/{name}", results[way][name], done.global_step)
+                writer.add(f"{way}/{name}", found[way][name], done.global_step)

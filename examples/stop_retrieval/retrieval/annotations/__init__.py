@@ -63,10 +63,12 @@ def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
     videos: list[Video] = []
     captions: list[tuple[int, str]] = []
     missing: list[str] = []
+    captions_of_missing = 0
     for entry in entries:
         path = files.find(entry.files)
         if path is None:
             missing.append(os.path.join(files.folder, _file_name(entry)))
+            captions_of_missing += len(entry.captions)
             continue
         captions += [(len(videos), caption) for caption in entry.captions]
         videos.append(Video(entry.id, path, entry.span))
@@ -76,7 +78,7 @@ def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
             f"{files.folder} (--features_path), with the folders inside, has none of the {len(entries)} {name} videos "
             f"that {annotated.source} names, such as {_file_name(entries[0])} (or {' '.join(SUFFIXES[1:5])} …); {there}"
         )
-    return Split(name, tuple(videos), tuple(captions), tuple(missing))
+    return Split(name, tuple(videos), tuple(captions), tuple(missing), captions_of_missing)
 
 
 def _once(entries: list[Entry]) -> list[Entry]:

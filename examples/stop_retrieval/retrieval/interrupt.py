@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C: a training saves what it has and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+from . import terminal
+
+
+class Stopped(KeyboardInterrupt):
+    """An end that a user asked for. The message is one line that says how to go on."""
+
+
+class Request:
+    """Whether somebody asked for an end."""
+
+    made = False
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Request]:
+    """Note the first Ctrl-C in place of raising KeyboardInterrupt; the second one raises it.
+
+    A step of the optimizer is done or not done: what is saved between two steps is what a run that was never stopped
+    had there.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():  # where signals can't be handled
+        yield request
+        return
+
+    def note(*_: object) -> None:
+        if request.made:
+            raise KeyboardInterrupt
+        request.made = True
+        terminal.complain("Ctrl-C: stopping after this step; once more stops at once, and loses it", kind="note")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ignore(*_: object) -> None:
+    """Leave Ctrl-C to the process that started this one; to be called in its workers, which a terminal tells too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
