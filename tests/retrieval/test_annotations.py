@@ -193,6 +193,19 @@ def test_msvd(msvd):
         Video("a_1_5", str(msvd[1] / "a_1_5.avi")),
     )
     assert splits["val"].captions == ((0, "a cat"), (1, "a man sings"), (1, "someone sings"))
+    assert splits["val"].silent == ("not_there",), "named, not lost"
+
+
+@pytest.mark.parametrize("listed", ["a_1_5", "a_1_5.avi", "a_1_5.AVI"])
+@pytest.mark.parametrize("captioned", ["a_1_5", "a_1_5.avi"])
+@pytest.mark.parametrize("there", ["a_1_5.avi", "a_1_5.mp4"])
+def test_msvd_names_with_and_without_the_suffix(tmp_path, listed, captioned, there):
+    put(tmp_path / "data", train_list_DOT_txt="c_2_3\n", test_list_DOT_txt=f"{listed}\n")
+    (tmp_path / "data/raw-captions.pkl").write_bytes(pickle.dumps({captioned: [["a", "man"]], "c_2_3": [["a", "cat"]]}))
+    folder = videos(tmp_path / "v", there, "c_2_3.avi")
+    val = load("msvd", str(tmp_path / "data"), str(folder), want=("val",))["val"]
+    assert val.captions == ((0, "a man"),)
+    assert val.videos == (Video(listed, str(folder / there)),)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

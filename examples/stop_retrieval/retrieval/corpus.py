@@ -31,6 +31,7 @@ class Split:
         captions: (index into ``videos``, text), those of one video side by side, in the order of ``videos``.
         missing: paths of the videos that the annotations name and that are not there.
         captions_of_missing: how many captions these have.
+        silent: names of the videos of the split that have no captions.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Split:
     captions: tuple[tuple[int, str], ...]
     missing: tuple[str, ...] = ()
     captions_of_missing: int = 0
+    silent: tuple[str, ...] = ()

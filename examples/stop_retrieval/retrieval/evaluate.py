@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -93,6 +93,9 @@ def encode_videos(
             _, video, mask = batch.to(processes.device)
             if processes.device.type == "cuda":
                 torch.cuda.synchronize()  # frames that are still on their way are no time of the model's
+            if turn == 0 and len(models) > 1:  # whatever is done once is no time of a batch's
+                for model in models:
+                    model.encode_video(video, mask)  # type: ignore[operator]
             for place in range(len(models)):
                 number = (place + turn) % len(models)
                 begun = time.perf_counter()
@@ -125,7 +128,7 @@ def _everyones(
 
 
 def evaluate(
-    models: Sequence[nn.Module],
+    models: Mapping[str, nn.Module],
     args: argparse.Namespace,
     split: Split,
     tokenizer: Tokenizer,
@@ -136,12 +139,13 @@ def evaluate(
     """Return how well each of the models finds videos by their captions, and captions by their videos.
 
     Args:
-        models: with ``encode_text`` and ``encode_video``.
+        models: with ``encode_text`` and ``encode_video``, by the names that the log tells them by.
         split: to evaluate on.
         train: for the query bank of QB-Norm.
     """
     begun, broken = time.perf_counter(), Broken()
-    seen, order = _everyones(models, args, split.videos, size, processes, broken)
+    all_models = [*models.values()]
+    seen, order = _everyones(all_models, args, split.videos, size, processes, broken)
     place = {video: n for n, video in enumerate(order)}
     kept = [n for n, (owner, _) in enumerate(split.captions) if owner in place]
     truth = torch.tensor([place[split.captions[n][0]] for n in kept])
@@ -149,13 +153,13 @@ def evaluate(
     banks: list[tuple[Tensor, Tensor] | None] = [None] * len(models)
     if args.qb_norm:
         assert train is not None
-        banks = [*_banks(models, args, train, tokenizer, size, processes)]
+        banks = [*_banks(all_models, args, train, tokenizer, size, processes)]
     broken.say(processes)
     counts = results.count(split, len(order), len(kept))
     if processes.first:
         log.info("videos: %s", ", ".join(f"{number} {what}" for what, number in counts["videos"].items()))
     evaluations = []
-    for model, each, bank in zip(models, seen, banks, strict=True):
+    for (title, model), each, bank in zip(models.items(), seen, banks, strict=True):
         text = encode_texts(model, ids, 4 * args.batch_size_val, processes)
         found = _ways(text, each.features, bank, args.camoe_dsl)
         told: dict[str, Any] = dict(counts)
@@ -166,7 +170,8 @@ def evaluate(
             }
             if processes.first:
                 for way, retrieval in both.items():
-                    log.info("%s%s", "" if name == "plain" else f"{name} ", retrieval.line(way))
+                    said = [title and f"{title}:", "" if name == "plain" else name, retrieval.line(way)]
+                    log.info("%s", " ".join(filter(None, said)))
             figures = {way: asdict(retrieval) for way, retrieval in both.items()}
             told |= figures if name == "plain" else {name: figures}
         told["videos_per_second"] = round(1 / median(each.seconds), 2)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import terminal
 
@@ -18,7 +18,16 @@ class Stopped(KeyboardInterrupt):
 class Request:
     """Whether somebody asked for an end."""
 
-    made = False
+    def __init__(self) -> None:
+        self.made = False
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt at once where nothing is half done, and now if an end was asked for already."""
+        if self.made:
+            raise KeyboardInterrupt
+        with _handling(signal.default_int_handler):
+            yield
 
 
 @contextlib.contextmanager
@@ -29,9 +38,6 @@ def deferred() -> Iterator[Request]:
     had there.
     """
     request = Request()
-    if threading.current_thread() is not threading.main_thread():  # where signals can't be handled
-        yield request
-        return
 
     def note(*_: object) -> None:
         if request.made:
@@ -39,9 +45,19 @@ def deferred() -> Iterator[Request]:
         request.made = True
         terminal.complain("Ctrl-C: stopping after this step; once more stops at once, and loses it", kind="note")
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with _handling(note):
         yield request
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[..., object]) -> Iterator[None]:
+    """Handle Ctrl-C in another way; only the main thread can, and elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

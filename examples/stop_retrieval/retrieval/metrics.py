@@ -103,6 +103,22 @@ def video_to_text(similarity: Tensor, video_of_caption: Tensor) -> Retrieval:
     return _retrieval(found, len(queries), lower_median=False)
 
 
+def paired_interval(differences: Tensor, owners: Tensor) -> tuple[float, float]:
+    """Return a 95 % interval of a mean of paired differences, by the normal approximation.
+
+    Args:
+        differences: ``(queries,)`` floats, of the same queries by two models.
+        owners: ``(queries,)`` integers; queries with the same one, the captions of one video, are not independent of
+            each other, and vary together (a cluster-robust deviation).
+    """
+    count = len(differences)
+    mean = differences.double().mean()
+    clusters = torch.zeros(int(owners.max()) + 1, dtype=torch.float64)
+    clusters.index_add_(0, owners, differences.double() - mean)
+    half = 1.96 * float(clusters.square().sum().sqrt()) / count
+    return float(mean) - half, float(mean) + half
+
+
 def _parts(similarity: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows at a time of a matrix and of what belongs to its rows."""
     rows = max(1, CHUNK // max(1, similarity.shape[1]))

@@ -97,7 +97,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--draw_trace draws videos of an evaluation: give it with --do_eval, after the training")
     if args.tome_trace_source and not args.draw_trace:
         args.notes.append("--tome_trace_source alone shows nothing here: --do_eval --draw_trace N draws N videos")
-    args.tome_trace_source = args.tome_trace_source or bool(args.draw_trace)
     tome = [name for name in args.given if name in (*_MERGING, "tome_prop_attn")]
     if args.tome_preset and tome:
         raise UsageError(f"--tome_preset {args.tome_preset} and --{tome[0]} both set token merging; give one of them")

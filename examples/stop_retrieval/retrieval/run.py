@@ -8,12 +8,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from stoptome_kernels._backends import choose
 
-from . import checkpoint, indexing, options, recipes, results, search, state, synthetic, terminal
+from . import checkpoint, compare, indexing, options, pictures, recipes, results, search, state, synthetic, terminal
 from .annotations import load
 from .corpus import Split, Video
 from .errors import UsageError
@@ -105,6 +106,9 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
     tokenizer = Tokenizer()
     splits = _splits(args, folder, processes)
     torch.manual_seed(args.seed)  # all processes begin with the same weights
+    if args.sweep:
+        _compare(args, splits, tokenizer, folder, processes, weights_from)
+        return
     model, notes = build(args, args.tome, weights_from)
     model.to(processes.device)
     size = model.clip.config.image_size
@@ -118,15 +122,40 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
         if args.index is not None:  # a later call searches with the best weights, too
             checkpoint.load_weights(folder.weights(), model)
     elif args.do_eval:
-        (found,) = evaluate([model], args, splits["val"], tokenizer, size, processes, splits.get("train"))
+        (found,) = evaluate({"": model}, args, splits["val"], tokenizer, size, processes, splits.get("train"))
         of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(model)}
         told = results.describe(args, args.tome, "evaluation", **of) | found.results
         processes.first_does(lambda: results.append(folder.path, [told]))
+        if args.draw_trace:
+            processes.first_does(
+                lambda: pictures.draw(model, args, args.tome, splits["val"].videos, folder.path, processes)
+            )
     if args.index is not None:
         videos = corpus or splits["val"].videos
         indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
     if args.query:
         indexing.query(model, args.query, folder.path / state.INDEX, args, tokenizer, processes)
+
+
+def _compare(
+    args: argparse.Namespace, splits: dict[str, Split], tokenizer: Tokenizer, folder: state.Folder,
+    processes: Processes, weights_from: str | None,
+) -> None:  # fmt: skip
+    """Evaluate several settings of token merging, side by side."""
+    configs = compare.settings(args)
+    models, notes = compare.models(args, configs, weights_from, processes.device)
+    for note in notes if processes.first else ():
+        log.info(note)
+    processes.working = True
+    first = next(iter(models.values()))
+    size, val = first.clip.config.image_size, splits["val"]
+    found = evaluate(models, args, val, tokenizer, size, processes, splits.get("train"))
+    of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(first)}
+    compare.report(args, configs, models, found, folder.path, processes, **of)
+    for name, config in configs.items() if args.draw_trace else ():
+        if not config.off:
+            drawn = partial(pictures.draw, models[name], args, config, val.videos, folder.path, processes, name)
+            processes.first_does(drawn)
 
 
 def _searchable(args: argparse.Namespace, folder: state.Folder) -> list[Video]:
@@ -202,6 +231,9 @@ def _splits(args: argparse.Namespace, folder: state.Folder, processes: Processes
             log.warning("skipped %s: not there", path)
         if split.missing:
             log.warning("%s: left out %s, missing", split.name, counted(len(split.missing), "more video"))
+        if split.silent:
+            silent = counted(len(split.silent), "video")
+            log.warning("%s: left out %s without captions, such as %s", split.name, silent, split.silent[0])
     return splits
 
 
@@ -221,7 +253,7 @@ def _train(
     args.hparams = options.settings(args)
     training = Training(
         args, wrapped, loader, sampler, folder, processes,
-        evaluate=lambda: evaluate([model], args, val, tokenizer, size, processes, train)[0].results,
+        evaluate=lambda: evaluate({"": model}, args, val, tokenizer, size, processes, train)[0].results,
     )  # fmt: skip
     processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
     if resume is not None and processes.first:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ class Training:
         device = processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "amp" and device == "cuda")
         self.progress = checkpoint.Progress()
+        self.asked = interrupt.Request()
         self.broken = Broken()
 
     @property
@@ -107,19 +108,26 @@ class Training:
         writer: Curves | None = None
         if self.processes.first:
             writer = Curves(self.folder.path / "tensorboard", done.global_step + 1 if resume else None)
+        # of several processes each would stop at a step of its own
+        deferred = interrupt.deferred() if self.processes.world == 1 else nullcontext(self.asked)
         try:
-            while done.epoch < self.args.epochs:
-                self._epoch(writer)
-                number = done.epoch + 1
-                found = None
-                if number % self.args.eval_epochs == 0 or number == self.args.epochs:
-                    found = self._evaluate()
-                done.epoch, done.step = number, 0
-                self._keep(found, writer)
+            with deferred as self.asked:
+                self._epochs(writer)
         finally:
             if writer is not None:
                 writer.close()
         self.broken.say(self.processes)
+
+    def _epochs(self, writer: Curves | None) -> None:
+        done = self.progress
+        while done.epoch < self.args.epochs:
+            self._epoch(writer)
+            number = done.epoch + 1
+            found = None
+            if number % self.args.eval_epochs == 0 or number == self.args.epochs:
+                found = self._evaluate()
+            done.epoch, done.step = number, 0
+            self._keep(found, writer)
 
     def _must_be_ours(self, found: checkpoint.Checkpoint) -> None:
         done, steps = found.progress, self.sampler.steps
@@ -140,9 +148,7 @@ class Training:
             desc=f"epoch {done.epoch + 1} of {args.epochs}", disable=self.processes.silent, leave=False,
         )  # fmt: skip
         begun, since = time.perf_counter(), 0
-        # of several processes each would stop at a step of its own
-        deferred = interrupt.deferred() if self.processes.world == 1 else nullcontext(interrupt.Request())
-        with bar, deferred as asked:
+        with bar:
             while done.step < self.sampler.steps:
                 loss, norm = self._step(batches)
                 since += each
@@ -153,8 +159,9 @@ class Training:
                     seconds = time.perf_counter() - begun
                     self._tell(writer, bar, value, float(norm), since / seconds)
                     begun, since = time.perf_counter(), 0
-                if asked.made:
-                    self._stop(loss)
+                if self.asked.made:
+                    self._finite(loss)
+                    self._stop(f"in epoch {done.epoch + 1} after step {done.step} of {self.sampler.steps}")
                 if args.save_steps and done.global_step % args.save_steps == 0 and done.step < self.sampler.steps:
                     self._finite(loss)
                     self._save()
@@ -227,27 +234,21 @@ class Training:
         found = checkpoint.capture(self.model, self.optimizer, self.scaler, self.progress, hparams)
         self.processes.first_does(lambda: self.folder.save(found, best))
 
-    def _stop(self, loss: Tensor) -> None:
-        """Save, and end a training that somebody stopped."""
-        self._finite(loss)
-        self._save()
-        done = self.progress
-        raise interrupt.Stopped(
-            f"stopped in epoch {done.epoch + 1} after step {done.step} of {self.sampler.steps}, and saved; go on with "
-            f"--output_dir {self.args.output_dir} --resume auto"
-        )
-
     def _evaluate(self) -> dict[str, Any]:
         try:
-            return self.evaluate()
+            with self.asked.raised():
+                return self.evaluate()
         except KeyboardInterrupt:
             if self.processes.world > 1:
                 raise
-            self._save()
-            raise interrupt.Stopped(
-                f"stopped in the evaluation after epoch {self.progress.epoch + 1}, which is saved; go on with "
-                f"--output_dir {self.args.output_dir} --resume auto"
-            ) from None
+            self._stop(f"in the evaluation after epoch {self.progress.epoch + 1}")
+
+    def _stop(self, where: str) -> NoReturn:
+        """Save, and end a training that somebody stopped."""
+        self._save()
+        raise interrupt.Stopped(
+            f"stopped {where}, and saved; go on with --output_dir {self.args.output_dir} --resume auto"
+        )
 
     def _keep(self, found: dict[str, Any] | None, writer: Curves | None) -> None:
         """Save what an epoch made, and the results if it was evaluated."""

@@ -28,8 +28,8 @@ def load(
 ) -> dict[str, Split]:
     """The wanted splits of a data set, by name.
 
-    A video whose file isn't there is left out and named in ``Split.missing``; so is, without a word, one that has no
-    captions, and a caption that is empty or of no video of the split.
+    A video whose file isn't there is left out and named in ``Split.missing``, one that has no captions in
+    ``Split.silent``; a caption that is empty or of no video of the split is left out without a word.
 
     Args:
         datatype: msrvtt, msvd, didemo, activity, lsmdc or vatex.
@@ -57,7 +57,8 @@ def load(
 
 
 def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
-    entries = _once(annotated.entries)
+    every = _once(annotated.entries)
+    entries = [entry for entry in every if entry.captions]
     if not entries:
         raise UsageError(f"{annotated.source} has no captions for the {name} split")
     videos: list[Video] = []
@@ -78,7 +79,8 @@ def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
             f"{files.folder} (--features_path), with the folders inside, has none of the {len(entries)} {name} videos "
             f"that {annotated.source} names, such as {_file_name(entries[0])} (or {' '.join(SUFFIXES[1:5])} …); {there}"
         )
-    return Split(name, tuple(videos), tuple(captions), tuple(missing), captions_of_missing)
+    silent = tuple(entry.id for entry in every if not entry.captions)
+    return Split(name, tuple(videos), tuple(captions), tuple(missing), captions_of_missing, silent)
 
 
 def _once(entries: list[Entry]) -> list[Entry]:
@@ -88,7 +90,7 @@ def _once(entries: list[Entry]) -> list[Entry]:
     for entry in entries:
         first.setdefault(entry.id, entry)
         captions.setdefault(entry.id, []).extend(text for caption in entry.captions if (text := caption.strip()))
-    return [entry._replace(captions=captions[id_]) for id_, entry in first.items() if captions[id_]]
+    return [entry._replace(captions=captions[id_]) for id_, entry in first.items()]
 
 
 def _file_name(entry: Entry) -> str:

@@ -190,6 +190,12 @@ class VideoFiles:
         return None
 
 
+def stem(name: str) -> str:
+    """Return the name of a video without the suffix of its file, if it has one."""
+    root, suffix = os.path.splitext(name)
+    return root if suffix.lower() in SUFFIXES else name
+
+
 def member(data_path: str, name: str, datatype: str, names: Sequence[str]) -> File:
     """A file in the folder --data_path, where ``names`` are all that the data set has there."""
     folder = File(data_path, "--data_path", f"for {datatype} it is a folder with {', '.join(names)}")

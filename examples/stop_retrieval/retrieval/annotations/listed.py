@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from .entries import Annotated, Entry
-from .files import File, member
+from .files import File, member, stem
 
 LISTS = {"train": "train_list.txt", "val": "test_list.txt"}
 
@@ -38,11 +38,14 @@ def _read(
     lists = {split: member(data_path, LISTS[split], datatype, names) for split in want}
     videos = {split: list_.lines() for split, list_ in lists.items()}
     captions = source.kind(load(source), dict, "it")
+    by_stem = {stem(video): value for video, value in captions.items() if isinstance(video, str)}
+
+    def entry(video: str) -> Entry:
+        found = captions.get(video, by_stem.get(stem(video), []))  # one of the two may have the suffix of a file
+        return Entry(video, _captions(source, video, found), [video, stem(video)])
+
     return {
-        split: Annotated(
-            f"{lists[split]} with {name}",
-            [Entry(video, _captions(source, video, captions.get(video, [])), [video]) for video in dict.fromkeys(ids)],
-        )
+        split: Annotated(f"{lists[split]} with {name}", [entry(video) for video in dict.fromkeys(ids)])
         for split, ids in videos.items()
     }
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--tome_r 0,2,4: several settings on one checkpoint, what is recommended, and pictures of what merged."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import stoptome_kernels as stk
+import torch
+from PIL import Image
+from stoptome_kernels.stop import StopModel
+
+from retrieval import compare, metrics, options, run
+from support.retrieval import clip_weights, layout, msrvtt, refused, results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of a run of one epoch without merging."""
+    folder = tmp_path_factory.mktemp("compare")
+    argv = msrvtt(layout(folder / "set"), clip_weights(folder / "clip"), folder / "out")
+    assert run.main(argv) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def swept(trained):
+    argv = ["--output_dir", str(trained), "--do_eval", "--tome_r", "4,2,4,memory", "--draw_trace", "2", "--qb_norm"]
+    with pytest.MonkeyPatch.context() as patch:  # a preset for towers of more layers and frames than this one
+        patch.setattr(stk.ToMeConfig, "preset", lambda name: stk.ToMeConfig(1, False, True, (1,), (2,), (5, 5)))
+        assert run.main(argv) == 0
+    return trained
+
+
+def table(folder) -> dict:
+    return json.loads((folder / compare.TABLE).read_text())
+
+
+def test_every_setting_is_evaluated_as_it_would_be_alone(swept, tmp_path):
+    rows = table(swept)["rows"]
+    assert [row["setting"] for row in rows] == ["r = 0", "r = 4", "r = 2", "memory"], "once, r = 0 first"
+    assert rows[0]["lost"] == 0
+    assert [row["tokens"] for row in rows][:3] == [21, 13, 17]
+    assert rows[3]["items"] == 2
+    assert all(row["speedup"] > 0 and row["peak_bytes"] is None for row in rows)
+    for r, row in ((0, rows[0]), (4, rows[1])):
+        alone = tmp_path / str(r)
+        checkpoint = str(swept / "ckpt.best.pth.tar")
+        argv = ["--output_dir", str(alone), "--do_eval", "--init_model", checkpoint, "--tome_r", str(r), "--qb_norm"]
+        assert run.main(argv) == 0
+        told = results(alone)
+        assert (told["text_to_video"]["r1"], told["text_to_video"]["r5"]) == (row["r1"], row["r5"])
+        history = json.loads((swept / "results.json").read_text())["evaluations"]
+        (same,) = [e for e in history if e["kind"] == "sweep" and e["tome"]["tome_r"] == r]
+        assert same["text_to_video"] == told["text_to_video"]
+        assert same["qb_norm"] == told["qb_norm"]
+        assert same["weights"]["fingerprint"] == told["weights"]["fingerprint"]
+
+
+def test_table_chart_and_pictures(swept):
+    text = (swept / "log.txt").read_text()
+    assert "R@1 lost (95 %)" in text
+    assert table(swept)["reason"] in text
+    with Image.open(swept / compare.CHART) as chart:
+        assert chart.size[0] > 500
+    pictures = sorted(path.name for path in (swept / "traces").iterdir())
+    assert len(pictures) == 6, "two videos at three settings that merge"
+    assert "video8-r---4.png" in pictures
+    with Image.open(swept / "traces/video8-r---4.png") as merged, Image.open(swept / "traces/video8-r---2.png") as less:
+        assert merged.size == less.size
+        assert merged.tobytes() != less.tobytes()
+
+
+def test_pictures_of_one_setting(trained, capsys):
+    assert run.main(["--output_dir", str(trained), "--do_eval", "--tome_r", "4", "--draw_trace", "1"]) == 0
+    assert (trained / "traces/video8.png").exists()
+    capsys.readouterr()
+    assert "--draw_trace draws what merged" in refused(
+        capsys, "--output_dir", str(trained), "--do_eval", "--draw_trace", "1"
+    )
+
+
+def test_models_share_their_weights(trained):
+    args = options.complete(options.read(["--output_dir", "o", "--do_eval", "--tome_r", "0,4"]))
+    found, _ = compare.models(args, compare.settings(args), None, torch.device("cpu"))
+    plain, merging = found.values()
+    assert {p.data_ptr() for p in plain.parameters()} == {p.data_ptr() for p in merging.parameters()}
+    assert stk.describe(merging.clip).schedule.tokens != stk.describe(plain.clip).schedule.tokens
+    assert isinstance(merging.clip, StopModel)
+
+
+ROW = compare.Row("r = 0", 54, 12, 1.0, 100.0, 1.0, None, 50.0, 80.0, 1.0, 0.0, (0.0, 0.0))
+FOUR = replace(ROW, setting="r = 4", videos_per_second=130.0, speedup=1.3, r1=49.5, lost=0.5, lost_interval=(-0.5, 1.5))
+EIGHT = replace(ROW, setting="r = 8", videos_per_second=170.0, speedup=1.7, r1=48.0, lost=2.0, lost_interval=(1.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "chosen", "said"),
+    [
+        ([ROW, FOUR, EIGHT], 1.0, FOUR, "the loss may be up to 1.5"),
+        ([ROW, FOUR, EIGHT], 3.0, EIGHT, "at most 3 points of R@1"),
+        ([ROW, FOUR, EIGHT], 0.5, FOUR, "0.5 lost, 1.30× as fast"),
+        ([ROW, FOUR, EIGHT], 0.4, ROW, "take r = 0: nothing that loses at most 0.4 points"),
+        ([ROW, replace(FOUR, videos_per_second=99.0, lost=-3.0)], 1.0, ROW, "take r = 0"),
+    ],
+)
+def test_the_fastest_that_loses_little_is_recommended(rows, most, chosen, said):
+    best, reason = compare.recommend(rows, most)
+    assert best is chosen
+    assert said in reason
+
+
+def test_an_interval_of_paired_differences():
+    differences = torch.tensor([1.0, 0, -1, 0, 1, 1, 0, 0])
+    apart = metrics.paired_interval(differences, torch.arange(8))
+    half = 1.96 * float(differences.std(correction=0)) / math.sqrt(8)
+    assert apart == pytest.approx((0.25 - half, 0.25 + half))
+    # captions of one video are not as many witnesses
+    twice = metrics.paired_interval(differences.repeat_interleave(2), torch.arange(8).repeat_interleave(2))
+    assert twice == pytest.approx(apart)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--tome_r", "0,2"], "give it with --do_eval alone"),
+        (["--do_eval", "--do_train", "1", "--tome_r", "0,2"], "give it with --do_eval alone"),
+        (["--do_eval", "--tome_r", "0,x"], "0,2,4,inference; got '0,x'"),
+        (["--do_eval", "--tome_r", "inference"], "got 'inference'"),
+        (["--do_eval", "--tome_r", "0,2", "--tome_preset", "memory"], "--tome_preset memory and --tome_r"),
+        (["--draw_trace", "3"], "give it with --do_eval"),
+        (["--do_eval", "--tome_r", "0,2", "--max_loss", "-1"], "--max_loss: must be a number, from 0 to 100"),
+    ],
+)
+def test_what_can_not_be_compared(tmp_path, capsys, argv, said):
+    assert said in refused(capsys, "--output_dir", str(tmp_path / "out"), *argv)
+
+
+def test_a_setting_that_the_model_refuses_is_named(trained, capsys):
+    said = refused(capsys, "--output_dir", str(trained), "--do_eval", "--tome_r", "0,2,memory")
+    assert "--tome_r, memory: " in said
