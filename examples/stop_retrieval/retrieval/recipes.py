@@ -42,7 +42,7 @@ SYNTHETIC: dict[str, Any] = {
 _TUNE: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "wd": 0.05, "warmup_proportion": 0.1, "n_display": 1000}
 STUDY: dict[str, dict[str, Any]] = {
     "full": {
-        "train": 2000, "val": 400, "base": {**_BASE, "epochs": 20, "eval_epochs": 10, "n_display": 31},
+        "train": 2000, "val": 400, "base": {**_BASE, "epochs": 40, "eval_epochs": 20, "n_display": 31},
         "tune": {**_TUNE, "epochs": 1},
     },
     "quick": {
