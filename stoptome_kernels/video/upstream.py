@@ -48,6 +48,14 @@ class PromptedTower(PatchedModule):
         if tome.schedule.idle:
             tome.record_no_merge(batch, prompts)
             return super().forward_deep_prompt(x, unified_visual_prompt)  # type: ignore[misc]
+        tokens = tome.schedule.tokens_in
+        if x.shape[0] - shared != frames * tokens:
+            given, rest = divmod(x.shape[0] - shared, tokens)
+            raise ValueError(
+                f"the model is made for videos of {frames} frames (max_frames) of {tokens} tokens, but got "
+                f"{'tokens that are no whole number of such frames' if rest else f'{given} frames'}: give videos of "
+                f"{frames} frames of the model's size"
+            )
         rows = x[shared:].unflatten(0, (-1, frames)).permute(2, 1, 0, 3)  # (B, T, 1 + P + n, D)
         own = torch.cat([rows[:, :, :1], rows[:, :, 1 + prompts :]], 2).flatten(0, 1)
         deep = unified_visual_prompt.to(x.dtype).unflatten(2, (-1, prompts))  # (layers, B, T or 1, P, D)

@@ -430,5 +430,6 @@ def test_wrong_videos_are_refused():
     tower = stop_tower()
     stk.apply_tome_patch(tower, 2)
     _, deep = inputs()
-    with pytest.raises(ValueError, match="set up for videos of 4 frames of 17 tokens"):
-        tower.forward_deep_prompt(torch.randn(4 + 16 * FRAMES, BATCH, WIDTH), deep)
+    for count, said in ((16 * FRAMES, "tokens that are no whole number of such frames"), (17 * 6, "got 6 frames")):
+        with pytest.raises(ValueError, match=rf"videos of 4 frames \(max_frames\) of 17 tokens, but .*{said}"):
+            tower.forward_deep_prompt(torch.randn(4 + count, BATCH, WIDTH), deep)
