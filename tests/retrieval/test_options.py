@@ -186,3 +186,28 @@ def test_a_run_goes_on_as_it_was_begun():
     args.world = 1
     with pytest.raises(UsageError, match=r"--lr is 0\.25, but ckpt was trained with 0\.5"):
         options.adopt(args, run, "ckpt")
+
+
+def test_help_tells_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        flags.parser().parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for title in ("what to do", "data", "model", "token merging (ToMe)", "training", "evaluation"):
+        assert f" {title}: --" in said
+    assert "videos of one process in one step (default: 32; synthetic: 64)" in said
+    assert "low-rank branch beside the MLPs (default: on; synthetic: off)" in said
+    assert "order and dropout (default: 42)" in said
+    assert "0: ordinary, 1: reversed, 2: shuffled (default: 0)" in said
+    assert "--inference_speed_test" not in said, "what is ignored is not offered"
+    for action in flags.parser()._actions:
+        assert action.help, f"{action.dest} says nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "sweep"), [("0,2,4", (0, 2, 4)), ("4,2,4,inference", (4, 2, "inference")), ("memory,1", ("memory", 1))]
+)
+def test_several_r_are_compared(text, sweep):
+    args = read("--do_eval", "--tome_r", text)
+    assert (args.sweep, args.tome_r) == (sweep, 0)
+    assert "sweep" not in options.settings(args), "no setting of a run"
+    assert read("--do_eval", "--tome_r", "8").sweep == ()

@@ -55,6 +55,7 @@ def test_a_run_leaves_what_stop_leaves(trained, data):
     log = (trained / "log.txt").read_text()
     assert "Text-to-Video: R@1" in log
     assert "step 2 of 2: loss" in log
+    assert "videos/s, 0:00:00 to go" in log
     told = results(trained)
     assert told["videos"] == {"listed": 6, "missing": 0, "unreadable": 0, "evaluated": 6}
     assert told["captions"]["evaluated"] == 6

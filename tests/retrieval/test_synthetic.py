@@ -275,6 +275,12 @@ def test_same_settings_give_the_same_bytes_in_one_process_or_two(made, tmp_path)
     assert not shared
 
 
+def test_a_bar_shows_how_far_it_is(tmp_path, capsys):
+    for silent in (True, False):
+        synthetic.write(tmp_path / str(silent), train=3, val=2, size=16, frames=4, silent=silent)
+        assert ("making videos" in capsys.readouterr().err) != silent
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="MALLOC_PERTURB_ is glibc's")
 def test_bytes_do_not_depend_on_what_memory_held_before(tmp_path):
     """glibc fills fresh memory with the complement of MALLOC_PERTURB_."""
