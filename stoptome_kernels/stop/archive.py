@@ -9,6 +9,7 @@ a file, so that what was checked is what is used.
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import struct
@@ -69,10 +70,28 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _Archive(archive, path, mmap).load()
     except Exception as error:  # what the parsers of zip and pickle raise of damaged bytes is not limited
-        raise ValueError(
-            f"{path} can't be read as weights ({_reason(error)}); give a complete file of torch.save or "
-            "torch.jit.save, with the state_dict and not the model"
-        ) from error
+        what, way_out = _as_text(path) or (
+            _reason(error),
+            "give a complete file of torch.save or torch.jit.save, with the state_dict and not the model",
+        )
+        raise ValueError(f"{path} can't be read as weights ({what}); {way_out}") from error
+
+
+def _as_text(path: str) -> tuple[str, str] | None:
+    """Return what a file is that begins as text, and the way out; None for any other, and for one that can't be
+    read."""
+    try:
+        with open(path, "rb") as file:
+            begin = codecs.getincrementaldecoder("utf-8-sig")().decode(file.read(1024)).lstrip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not begin or not all(letter.isprintable() or letter.isspace() for letter in begin):
+        return None
+    if begin.startswith("version https://git-lfs"):
+        return "it is git-lfs's pointer to a file, no weights", "fetch the file that it stands for by git lfs pull"
+    if begin.lower().startswith(("<!doctype html", "<html", "<head", "<!--")):
+        return "it is an HTML page, such as that of a login, no weights", "download the file of weights itself"
+    return f"it is a text file, no weights: it begins {one_line(begin)[:40]!r}", "give a file of torch.save"
 
 
 def _reason(error: Exception) -> str:

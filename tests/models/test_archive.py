@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from stoptome_kernels.stop import archive, checkpoint
+from stoptome_kernels.stop import StopModel, archive, checkpoint
 
 from support import damage
 from support.archives import Tied, same, saved, scripted
@@ -122,3 +122,29 @@ def test_other_files(tmp_path, data):
         checkpoint.read_state_dict(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))} can't be read as weights"):
         checkpoint.read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (
+            b"\xef\xbb\xbf\n <!DOCTYPE html>\n<title>Anmelden \xc3\xbc",
+            "it is an HTML page, .* download the file of weights",
+        ),
+        (b"<html> " + b"\xc3\xa4" * 2000, "it is an HTML page"),  # a letter lies across the last byte that is looked at
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "it is git-lfs's pointer .* by git lfs pull",
+        ),
+        (b'{"error":\t"not found"}\n', r"""it is a text file, no weights: it begins '{"error": "not found"}'"""),
+        (b"<html>\0", "byte b'<' at 0 is not an opcode"),
+    ],
+)
+def test_text_in_place_of_weights(tmp_path, data, says):
+    """What a download gives that was none: said as such, and never with torch's advice to load it all the same."""
+    path = tmp_path / "ViT-B-32.pt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} can't be read as weights [(]{says}") as caught:
+        StopModel.from_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
