@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks
+from .temporal import SALIENT
 
 TEMPORAL_PROMPTS = ("group2-2", "DGL")
 LATENT_SPACES = ("transformer", "linear")
@@ -43,7 +44,8 @@ class StopConfig:
         vocab_size: number of tokens in the vocabulary.
         context_length: number of positions of the text transformer.
         max_words: number of tokens of a text.
-        temporal_prompt: ``group2-2`` is STOP as published; ``DGL`` omits the dynamic prompts.
+        temporal_prompt: ``group2-2`` is STOP as published; ``DGL`` omits the dynamic prompts. STOP was published with
+            ViT-B/32's image_size, patch_size and width and 4 frame prompts; other sizes are this package's extension.
         shared_latent_space: source of the deep prompts, a small ``transformer`` or ``linear`` layers.
         visual_output: feature of a video, see ``StopModel.encode_video``.
         lora: whether blocks have a low-rank branch next to the MLP.
@@ -102,12 +104,10 @@ class StopConfig:
                 f"with shared_latent_space='linear' each frame prompt gives one text prompt before the words and one "
                 f"after: text_prompts must be {2 * self.frame_prompts}, got {self.text_prompts}"
             )
-        if self.temporal_prompt == "group2-2" and (
-            self.image_size != 224 or self.patches != 49 or self.width != 768 or self.frame_prompts != 4
-        ):
+        if self.temporal_prompt == "group2-2" and self.patches <= SALIENT:
             raise ValueError(
-                "temporal_prompt='group2-2' needs image_size = 224, patch_size = 32, width = 768 and frame_prompts = "
-                "4; use temporal_prompt='DGL' for other sizes"
+                f"temporal_prompt='group2-2' tells {SALIENT} salient patches of a frame from the rest, and image_size "
+                f"and patch_size give {self.patches}; use temporal_prompt='DGL'"
             )
 
     @property

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """STOP's dynamic prompts in space and time (Liu et al., CVPR 2025, section 3), ``temporal_prompt="group2-2"``.
 
-Parameter names are upstream's, so that its checkpoints load; the sizes are fixed to its backbone.
+Parameter names are upstream's, so that its checkpoints load. Upstream's sizes are those of ViT-B/32: a grid of 7 × 7
+patches, width 768 and 4 prompts of a frame. They follow from the model here, which of that size computes the same.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from ..layout import accumulator_dtype
 from ..patching.guards import calls_only_class_forward, may_read_weights
 
 _STRENGTH = 0.05  # of what is added to pixels and prompts
-_GRID = 7  # cells on each side of a frame
-_SALIENT = 6  # this many cells of a frame are above the threshold
+SALIENT = 6  # this many cells of a frame are above the threshold, however many there are
 
 
 class _Conv(nn.Conv3d):
@@ -42,7 +42,7 @@ class _PReLU(nn.PReLU):
 
 
 class Prompted(NamedTuple):
-    """The frames with their prompt added, and which cells are salient, (B, T, 7, 7) bool."""
+    """The frames with their prompt added, and which cells are salient, (B, T, grid, grid) bool."""
 
     frames: Tensor
     salient: Tensor
@@ -52,13 +52,20 @@ class TemporalPrompt(nn.Module):
     """Adds a learnt pattern to the pixels, twice as strong where a cell is salient, and makes prompts for the layers
     from the patches of all frames.
 
+    Args:
+        fast: see the attribute.
+        grid: cells, and patches, on each side of a frame.
+        width: embedding dimension of the patches.
+        prompts: prompts of a frame and layer (P).
+
     Attributes:
         fast: convolve in the frequency domain, and compute what follows a convolution without what it doesn't read;
             False for torch's ``conv3d`` and the published steps one by one, the same up to rounding.
     """
 
-    def __init__(self, fast: bool = True) -> None:
+    def __init__(self, fast: bool = True, grid: int = 7, width: int = 768, prompts: int = 4) -> None:
         super().__init__()
+        self.grid = grid
         pixels, frames = (3, 11, 11), (5, 11, 11)
         self.Conv = nn.Sequential(
             _Conv(3, 9, pixels), _Conv(9, 9, pixels), _PReLU(), _Conv(9, 9, pixels), _PReLU(), _Conv(9, 16, pixels)
@@ -66,10 +73,10 @@ class TemporalPrompt(nn.Module):
         self.MLP = nn.Sequential(nn.Linear(16, 16), _PReLU(), nn.Linear(16, 3))
         self.dropout1, self.dropout2 = nn.Dropout(), nn.Dropout()
         self.Cal_Net = _Conv(3, 1, frames)
-        self.Attention = nn.MultiheadAttention(768, 12)
+        self.Attention = nn.MultiheadAttention(width, width // 64)
         hidden = (3, 15, 25)
         self.InterConv = nn.Sequential(_Conv(1, 9, hidden), _PReLU(), _Conv(9, 1, hidden))
-        self.InterMLP = nn.Sequential(nn.Linear(49, 16), _PReLU(), nn.Linear(16, 4))
+        self.InterMLP = nn.Sequential(nn.Linear(grid**2, 16), _PReLU(), nn.Linear(16, prompts))
         self.Cal_Net_Inter = _Conv(1, 1, frames)
         self.fast = fast
 
@@ -85,12 +92,12 @@ class TemporalPrompt(nn.Module):
                 module.fast = bool(value)
 
     def forward(self, video: Tensor) -> Prompted:
-        """Return ``video (B, T, 3, 224, 224)`` with its prompt added, and the salient cells."""
+        """Return ``video (B, T, 3, H, W)`` with its prompt added, and the salient cells."""
         channels_first = video.transpose(1, 2)
         salient = self._salient(channels_first)
         hidden = self.dropout1(self.Conv(channels_first))
         strength = _STRENGTH * (1 + salient.to(video.dtype))
-        strength = strength.repeat(1, 1, *(side // _GRID for side in video.shape[-2:]))[:, :, None]
+        strength = strength.repeat(1, 1, *(side // self.grid for side in video.shape[-2:]))[:, :, None]
         if not (self.fast and self._reads_mlp()):
             pattern = self._drop(self.MLP(hidden.movedim(1, -1)).movedim(-1, 2))
             return Prompted(video + pattern * strength, salient)
@@ -128,19 +135,19 @@ class TemporalPrompt(nn.Module):
 
     def _salient(self, channels_first: Tensor) -> Tensor:
         if self.fast and _reads_conv(self.Cal_Net):
-            score = _grid_means(self.Cal_Net, channels_first)
+            score = _grid_means(self.Cal_Net, channels_first, self.grid)
         else:
             score = self.Cal_Net(channels_first).squeeze(1)
-            # upstream's grid: a pixel (y, x) belongs to cell (y mod 7, x mod 7), not to the patch that it lies in
-            score = score.unflatten(3, (-1, _GRID)).unflatten(2, (-1, _GRID)).mean((2, 4))
-        threshold = score.flatten(2).sort(2, descending=True).values[:, :, _SALIENT]
+            # upstream's grid, of 7: a pixel (y, x) belongs to cell (y mod 7, x mod 7), not to the patch that it lies in
+            score = score.unflatten(3, (-1, self.grid)).unflatten(2, (-1, self.grid)).mean((2, 4))
+        threshold = score.flatten(2).sort(2, descending=True).values[:, :, SALIENT]
         return score > threshold[..., None, None]
 
     def between_frames(self, tokens: Tensor, salient: Tensor) -> Tensor:
-        """Return the prompts that all layers add to their own: ``(B, T·4, 768)``.
+        """Return the prompts that all layers add to their own: ``(B, T·P, D)``.
 
         Args:
-            tokens: ``(B, T, 50, 768)`` after ``ln_pre``, class token first.
+            tokens: ``(B, T, 1 + grid², D)`` after ``ln_pre``, class token first.
             salient: salient cells, as ``forward`` returns them.
 
         The weights of the frames are scaled by the smallest and the largest of the batch: as upstream, a video's
@@ -181,15 +188,15 @@ def _reads_conv(conv: nn.Module) -> bool:
 
 
 @torch.no_grad()  # of a decision there is no gradient
-def _grid_means(conv: Any, video: Tensor) -> Tensor:
-    """Return the mean of ``conv(video)``, ``video (B, C, T, H, W)`` → ``(B, T, 7, 7)``, over the pixels of each cell
-    of the grid: those of equal y mod 7 and x mod 7."""
+def _grid_means(conv: Any, video: Tensor, grid: int) -> Tensor:
+    """Return the mean of ``conv(video)``, ``video (B, C, T, H, W)`` → ``(B, T, grid, grid)``, over the pixels of each
+    cell: those of equal y mod grid and x mod grid."""
     reach = conv.kernel_size[1] // 2
-    span = _GRID + 2 * reach  # from the first cell's first tap to the last cell's last
+    span = grid + 2 * reach  # from the first cell's first tap to the last cell's last
     with torch.autocast(video.device.type, enabled=False):
         x = F.pad(video.to(accumulator_dtype(video.dtype)), (reach,) * 4)
-        x = x.unfold(3, span, _GRID).mean(3)  # (B, C, T, W', span)
-        x = x.unfold(3, span, _GRID).mean(3)
+        x = x.unfold(3, span, grid).mean(3)  # (B, C, T, W', span)
+        x = x.unfold(3, span, grid).mean(3)
         weight, bias = conv.weight.double(), conv.bias.double()  # never tf32
         return F.conv3d(x.double(), weight, bias, padding=(conv.kernel_size[0] // 2, 0, 0)).squeeze(1)
 

@@ -39,7 +39,7 @@ class VisualTransformer(nn.Module):
         nn.init.uniform_(self.prompt_embeddings, -bound, bound)
         self.register_buffer("position_ids", torch.arange(c.patches + 1)[None])  # upstream's checkpoints hold it
         if c.temporal_prompt == "group2-2":
-            self.TemporalPrompt = TemporalPrompt(c.fast_prompts)
+            self.TemporalPrompt = TemporalPrompt(c.fast_prompts, c.image_size // c.patch_size, c.width, c.frame_prompts)
         self.reset_merging()
 
     def forward(self, video: Tensor, deep_prompts: Tensor) -> Tensor:

@@ -385,7 +385,7 @@ def test_wrong_checkpoints(tmp_path):
         ({"width": 70}, "width must be a multiple of 64"),
         ({"layers": 0}, "layers must be 1 or more"),
         ({"visual_output": "cls"}, "visual_output must be one of"),
-        ({"temporal_prompt": "group2-2"}, "use temporal_prompt='DGL'"),
+        ({"temporal_prompt": "group2-2", "patch_size": 16}, "give 4; use temporal_prompt='DGL'"),
         ({"text_prompts": 3}, "text_prompts must be even"),
         ({"shared_latent_space": "linear", "text_prompts": 8}, "text_prompts must be 4"),
         ({"max_words": 99}, "max_words must be at most"),

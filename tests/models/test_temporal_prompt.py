@@ -2,12 +2,13 @@
 """The dynamic prompts of STOP proper: the fast path against the published steps, in our model and in upstream's."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.stop import StopConfig, StopModel
+from stoptome_kernels.stop import StopConfig, StopModel, checkpoint
 from stoptome_kernels.stop.temporal import TemporalPrompt
 from stoptome_kernels.video.convolutions import FrequencyConv3d
 from torch import nn
@@ -105,6 +106,36 @@ def test_gradients_are_the_same():
             continue
         error, theirs = ((side[name] - right).abs().max() / right.abs().max() for side in (fast, slow))
         assert error <= 2 * theirs + 2e-5, (name, error, theirs)
+
+
+def test_other_sizes():
+    """A grid of 5 × 5 patches of width 64: the same steps, six salient cells of each frame, prompts as asked for."""
+    torch.manual_seed(0)
+    net = TemporalPrompt(True, 5, 64, 2).eval()
+    video, tokens = torch.randn(2, FRAMES, 3, 40, 40), torch.randn(2, FRAMES, 26, 64)
+    with torch.no_grad():
+        fast, slow = run(net, video, tokens), run(published(net), video, tokens)
+    assert fast[2].shape == (2, FRAMES * 2, 64)
+    assert fast[1].shape == (2, FRAMES, 5, 5)
+    assert (fast[1].sum((2, 3)) == 6).all()
+    assert torch.equal(fast[1], slow[1])
+    for place in (0, 2):
+        torch.testing.assert_close(fast[place], slow[place], atol=1e-6, rtol=1e-4)
+
+
+def test_a_small_model_learns_them():
+    """Every parameter but those of the threshold gets a gradient, and its checkpoint tells the sizes. A bias that all
+    frames' scores have is lost where the smallest of them is subtracted."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 40, "patch_size": 8, "width": 64, "frame_prompts": 2, "text_prompts": 4}
+    model = StopModel(StopConfig(**PROPER | sizes))
+    video = torch.randn(1, FRAMES, 3, 40, 40)
+    model.encode_video(video).square().sum().backward()
+    prompts = model.visual.TemporalPrompt.named_parameters()
+    still = {name for name, p in prompts if p.grad is None or not p.grad.abs().sum() > 0}
+    assert still - {"Cal_Net_Inter.bias"} == {"Cal_Net.weight", "Cal_Net.bias"}
+    told = checkpoint.infer_config(model.state_dict(), frame_prompts=2, text_prompts=4, max_words=10)
+    assert told == dataclasses.replace(model.config, prompt_layers=2)
 
 
 def test_dropout_is_applied():

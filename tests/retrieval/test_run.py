@@ -430,7 +430,6 @@ def test_an_output_folder_that_can_not_be_made(data, clip, tmp_path, capsys):
         (["--features_path", "nowhere"], "nowhere"),
         (["--resume", "nowhere.tar"], "nowhere.tar"),
         (["--fsdp"], "torchrun"),
-        (["--temporal_prompt", "group2-2"], "group2-2"),
         (["--shared_latent_space", "linear", "--text_prompt_length", "6"], "--text_prompt_length must be 8"),
     ],
 )  # fmt: skip
@@ -441,12 +440,10 @@ def test_bad_settings_are_refused_before_training(data, clip, tmp_path, capsys, 
 
 
 def test_settings_that_weights_do_not_fit_name_their_file(data, clip, tmp_path, capsys):
-    said = refused(capsys, *msrvtt(data, clip, tmp_path / "a", "--temporal_prompt", "group2-2"))
-    assert f"{clip / 'ViT-B-32.pt'}: " in said
     twice = tmp_path / "frames of  two"  # a name that looks like a setting stays as it is
     shutil.copytree(clip, twice)
     linear = ["--shared_latent_space", "linear", "--text_prompt_length", "6"]
-    said = refused(capsys, *msrvtt(data, twice, tmp_path / "b", *linear))
+    said = refused(capsys, *msrvtt(data, twice, tmp_path / "a", *linear))
     assert f"{twice / 'ViT-B-32.pt'}: with --shared_latent_space" in said
 
 
