@@ -37,6 +37,12 @@ FLAGS = {
     "text_prompts": "text_prompt_length", "lora": "lora", "temporal_prompt": "temporal_prompt",
     "shared_latent_space": "shared_latent_space",
 }  # fmt: skip
+# fields of StopConfig of CLIP's models by name, where they differ from its defaults
+SIZES: dict[str, dict[str, int]] = {
+    "ViT-B/32": {},
+    "ViT-B/16": {"patch_size": 16},
+    "ViT-L/14": {"patch_size": 14, "width": 1024, "layers": 24, "embed_dim": 768, "text_width": 768, "text_heads": 12},
+}
 SCALE = (0.1, math.log(100))  # logit_scale is kept between these, as in CLIP and STOP
 
 
@@ -132,10 +138,14 @@ def build(
             with torch.no_grad():
                 model.visual.positional_embedding.mul_(recipes.POSITIONS)
             stk.apply_tome_patch(model, config=tome)
+        elif weights_from is None and args.random_weights:
+            model = stk.apply_tome_patch(StopModel(StopConfig(**SIZES[args.pretrained_clip_name] | given)), config=tome)
         else:
             model, notes = _load(weights_from or _clip_file(args), given, tome)
     except (TypeError, ValueError) as error:
         raise UsageError(_by_flags(str(error))) from error
+    if args.random_weights and args.pretrained_clip_name != TINY:
+        notes.append("RANDOM WEIGHTS: --random_weights began this model from nothing, all results of it mean nothing")
     model.requires_grad_(True)
     if args.freeze_clip:
         for name, parameter in model.named_parameters():
@@ -161,8 +171,8 @@ def _clip_file(args: argparse.Namespace) -> str:
     path = Path(args.pretrained_dir).expanduser() / name
     if not path.is_file():
         raise UsageError(
-            f"no weights of CLIP at {path}: put OpenAI's {name} into --pretrained_dir, or train a small model from "
-            f"nothing with --pretrained_clip_name {TINY}"
+            f"no weights of CLIP at {path}: put OpenAI's {name} into --pretrained_dir (docs/retrieval.md, Weights, has "
+            f"its address), or begin from nothing, with --random_weights or the small --pretrained_clip_name {TINY}"
         )
     return os.fspath(path)
 

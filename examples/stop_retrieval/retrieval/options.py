@@ -16,10 +16,13 @@ from .flags import DEFAULTS, parser
 
 # what a checkpoint of a run must be read with; the run's folder tells it to --do_eval, --index and --query
 OF_THE_MODEL = (
-    "datatype", "max_words", "max_frames", "pretrained_clip_name", "temporal_prompt", "shared_latent_space",
-    "visual_output_type", "text_prompt_length", "local_each_frame_prompt_length", "global_visual_prompt_length", "lora",
-    "slice_framepos", "feature_framerate", "tome_prop_attn", "synthetic_train", "synthetic_val", "synthetic_seed",
+    "datatype", "max_words", "max_frames", "pretrained_clip_name", "random_weights", "temporal_prompt",
+    "shared_latent_space", "visual_output_type", "text_prompt_length", "local_each_frame_prompt_length",
+    "global_visual_prompt_length", "lora", "slice_framepos", "feature_framerate", "tome_prop_attn",
+    "synthetic_train", "synthetic_val", "synthetic_seed",
 )  # fmt: skip
+# flags that the files of earlier runs lack, and what those runs had
+_LATER = {"random_weights": False}
 _DATA = ("data_path", "features_path", "train_csv", "val_csv")
 # one setting in several flags: whoever gives one of them gives it anew
 _MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportions", "frame_pos")
@@ -72,6 +75,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--resume goes on with a training; to evaluate a checkpoint give --do_eval --init_model FILE")
     if args.resume and args.resume != "auto" and args.init_model:
         raise UsageError("--resume FILE and --init_model both say where the weights come from; give one of them")
+    if args.random_weights and not args.do_train:
+        raise UsageError("--random_weights is how a training begins: leave it out, the run's folder tells it")
+    if args.random_weights and args.init_model:
+        raise UsageError("--random_weights and --init_model both say where the weights come from; give one of them")
     if any(not text.strip() for text in args.query):
         raise UsageError('--query needs a text, such as --query "a red circle moves left"')
     if args.fsdp and not args.do_train:
@@ -185,7 +192,8 @@ def checked(run: Any, path: str) -> dict[str, Any]:
     """The settings in a file, each of which is one that its flag could have given; lists become tuples.
 
     They must be those of ``settings``, no more (a setting this program doesn't know may be why the weights are as
-    they are) and no less, but for those that may change when a run goes on: of older files they may be missing.
+    they are) and no less, but for those that may change when a run goes on, or are new: of older files they may be
+    missing.
 
     Raises:
         UsageError: they are something else; one line that names the file and the setting.
@@ -194,7 +202,7 @@ def checked(run: Any, path: str) -> dict[str, Any]:
     if not isinstance(run, dict):
         raise UsageError(f"the settings in {path} are no object but a {type(run).__name__}; {way_out}")
     flags = {action.dest: action for action in parser()._actions if action.dest not in ("help", "notes")}
-    found = {}
+    found: dict[str, Any] = {**_LATER}
     for name, value in run.items():
         if name != "world" and name not in flags:
             raise UsageError(f"the settings in {path} have {str(name)[:60]!r}, which is no flag here; {way_out}")
@@ -205,7 +213,7 @@ def checked(run: Any, path: str) -> dict[str, Any]:
             raise UsageError(
                 f"the settings in {path} have a value for --{name} that no run has, {shown[:60]}; {way_out}"
             ) from None
-    missing = sorted({*flags, "world"} - {*run, *FREE_TO_CHANGE})
+    missing = sorted({*flags, "world"} - {*found, *FREE_TO_CHANGE})
     if missing:
         raise UsageError(f"the settings in {path} lack {missing[0]}; {way_out}")
     return found
