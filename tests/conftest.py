@@ -46,7 +46,7 @@ NEEDED = {
     **dict.fromkeys(("ops/test_native.py", "ops/test_native_attention.py"), ("stoptome_kernels._native",)),
     "retrieval/*": ("av", "faiss", "filelock", "ftfy", "msgspec", "PIL", "safetensors", "tokenizers"),
     **dict.fromkeys(
-        ("models/test_report.py", "models/test_trial.py", "models/test_warnings.py"),
+        ("models/test_layouts.py", "models/test_report.py", "models/test_trial.py", "models/test_warnings.py"),
         ("open_clip", "timm", "torchvision", "transformers"),
     ),
     "vit/*": ("accelerate", "onnxruntime", "open_clip", "peft", "timm", "torchvision", "transformers"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what torch.save and torch.jit.save write, without running anything that the file holds.
+"""Reading what torch.save, torch.jit.save and safetensors write, without running anything that the file holds.
 
 Both write a zip archive: ``data.pkl``, a pickle of the values, and next to it each tensor's memory with a CRC-32.
 Before version 1.6 torch.save wrote one pickle after another, then the memory. A pickle is a program, and so is what
@@ -44,11 +44,12 @@ _KNOWN = {
 
 
 def load(path: str | os.PathLike, mmap: bool = False) -> Any:
-    """Return what is in a file of torch.save, or the tensors of a TorchScript archive by name, on the CPU.
+    """Return what is in a file of torch.save, or the tensors of a TorchScript archive or of safetensors by name, on the
+    CPU.
 
     Parameters come as tensors, ordered dictionaries as dictionaries. Whatever is read of an archive is compared with
     its checksum. Files from before torch 1.6 have none, nor do those that were written with
-    ``torch.serialization.set_crc32_options(False)``.
+    ``torch.serialization.set_crc32_options(False)``, nor those of safetensors.
 
     Args:
         path: path of the file.
@@ -56,25 +57,42 @@ def load(path: str | os.PathLike, mmap: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, is of another kind, or holds more than dense tensors and plain values. The
-            message is one line that begins with the path.
+        ValueError: the file is damaged, is of another kind, or holds more than dense tensors and plain values, or it is
+            of safetensors, which isn't installed. The message is one line that begins with the path.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with open(path, "rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
+            begin, length = file.read(9), os.path.getsize(path)
+            if _of_safetensors(begin, length):
+                return _safe(path)
+            if begin[: len(_MAGIC)] != _MAGIC:
                 file.seek(0)
-                return _legacy(file, os.path.getsize(path))
+                return _legacy(file, length)
         with zipfile.ZipFile(path) as archive:
             return _Archive(archive, path, mmap).load()
+    except ImportError as error:
+        raise ValueError(f"{path} is a file of safetensors, which isn't installed: pip install safetensors") from error
     except Exception as error:  # what the parsers of zip and pickle raise of damaged bytes is not limited
         what, way_out = _as_text(path) or (
             _reason(error),
             "give a complete file of torch.save or torch.jit.save, with the state_dict and not the model",
         )
         raise ValueError(f"{path} can't be read as weights ({what}); {way_out}") from error
+
+
+def _of_safetensors(begin: bytes, length: int) -> bool:
+    """Return whether a file that begins so is one of safetensors: the length of its header, and that, an object of
+    JSON."""
+    return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= length - 8
+
+
+def _safe(path: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # the package does without
+
+    return load_file(path)
 
 
 def _as_text(path: str) -> tuple[str, str] | None:

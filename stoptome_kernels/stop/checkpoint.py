@@ -5,16 +5,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .. import checks
-from . import archive
+from . import archive, layouts
 from .config import StopConfig
 
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")  # next to the weights in OpenAI's archives
 _UNUSED = ("visual.frame_embedding",)  # upstream has it with time_embedding, and never reads it
+GELU = "uses_gelu"  # an entry of the state_dict of a StopModel of that activation
+_WIDEST = 1024  # of CLIP's vision transformers, all that are wider have heads of 80 channels or more
+_BLOCK = (
+    "ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
+    "attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)  # fmt: skip
+_AROUND = (
+    "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre.weight",
+    "visual.ln_pre.bias", "visual.ln_post.weight", "visual.ln_post.bias", "visual.proj", "token_embedding.weight",
+    "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection", "logit_scale",
+)  # fmt: skip
+
+
+class ActivationUnknown(ValueError):
+    """Weights that don't tell with which activation they were trained."""
 
 
 class Loaded(NamedTuple):
@@ -25,15 +41,17 @@ class Loaded(NamedTuple):
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Return the weights in a file: a state_dict, a dictionary that holds one, or a TorchScript archive.
+    """Return the weights in a file by OpenAI's names: of a state_dict, a dictionary that holds one, or a TorchScript
+    archive, of which the three numbers beside the weights are returned, too.
 
-    Nothing in the file is run, see ``archive``; OpenAI's files of CLIP are TorchScript archives.
+    Nothing in the file is run, see ``archive``; OpenAI's files of CLIP are TorchScript archives. Of a folder it is the
+    file that ``layouts.weights_file`` finds.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, is of another kind, or holds no weights.
     """
-    path = os.fspath(path)
+    path = layouts.weights_file(path)
     found = archive.load(path)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -44,27 +62,94 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     for name in weights:
         if not isinstance(name, str):
             raise ValueError(f"{path} holds no state_dict: a key is {name!r:.80}, not a string")
-    return strip_wrapper_prefixes(weights)
+    return _named(weights)
+
+
+def _named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by OpenAI's names, whoever wrapped and saved them."""
+    return layouts.to_clip({_unwrapped(name): value for name, value in state.items()})
+
+
+def _unwrapped(name: str) -> str:
+    for prefix in ("module.", "_orig_mod.", "module.", "clip.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def strip_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights by their names without those of wrappers (``module.``, ``_orig_mod.``, ``clip.``), and without
     what is no weight of CLIP's."""
-    found = {}
-    for name, value in state.items():
-        for prefix in ("module.", "_orig_mod.", "module.", "clip.", "_orig_mod."):
-            name = name.removeprefix(prefix)
-        if name not in (*_NUMBERS, *_UNUSED):
-            found[name] = value
-    return found
+    named = {_unwrapped(name): value for name, value in state.items()}
+    return {name: value for name, value in named.items() if name not in (*_NUMBERS, *_UNUSED)}
+
+
+def told_activation(state: Mapping[str, Tensor]) -> str | None:
+    """Return the activation that weights by OpenAI's names were trained with, or None where they don't tell."""
+    if GELU in state:
+        return "gelu"
+    known = "visual.prompt_embeddings" in state or any(name in state for name in _NUMBERS)
+    return "quick_gelu" if known else None  # STOP's and OpenAI's
+
+
+def _activation(state: Mapping[str, Tensor], given: str | None) -> str:
+    """Return the activation of weights, which must be told by them or given, and be the same if both."""
+    told = told_activation(state)
+    if told and given and told != given:
+        raise ValueError(f"activation={given!r} was given, and the weights are of activation={told!r}: leave it out")
+    if not told and not given:
+        raise ActivationUnknown(
+            "these weights may be of QuickGELU, as OpenAI's are, or of GELU, as most of open_clip's: give "
+            "activation='quick_gelu' or activation='gelu'; a file without its config.json doesn't tell"
+        )
+    return told or given or ""
+
+
+def with_settings_beside(
+    path: str | os.PathLike, state: Mapping[str, Tensor], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return ``changes`` with what a file of settings next to plain weights tells, see ``layouts.settings_beside``.
+
+    Args:
+        path: of the weights.
+        state: of ``read_state_dict``.
+        changes: fields of ``StopConfig``.
+
+    Raises:
+        ValueError: the settings can't be computed, or contradict ``changes``.
+    """
+    if told_activation(state) is not None or "token_embedding.weight" not in state:
+        return changes
+    told = layouts.settings_beside(layouts.weights_file(path), len(state["token_embedding.weight"]))
+    for name, value in told.items():
+        if changes.get(name, value) != value:
+            raise ValueError(f"the settings next to it say {name}={value!r}, not {changes[name]!r}: leave that out")
+    return told | changes
+
+
+def _check_plain(state: Mapping[str, Tensor], layers: int, text_layers: int) -> None:
+    """Raise ValueError unless weights are all that a CLIP has, with nothing more in its towers."""
+    expected = {
+        *_AROUND,
+        *(f"visual.transformer.resblocks.{i}.{name}" for i in range(layers) for name in _BLOCK),
+        *(f"transformer.resblocks.{i}.{name}" for i in range(text_layers) for name in _BLOCK),
+    }
+    for name in sorted(expected - {*state}):
+        raise ValueError(f"not a CLIP ViT checkpoint: key {name!r} is missing")
+    towers = ("visual.", "transformer.", "text", "vision")
+    allowed = {*expected, *_UNUSED, "visual.position_ids"}
+    for name in state:
+        if name.startswith(towers) and name not in allowed:
+            raise ValueError(f"not a CLIP ViT checkpoint: key {name!r} is none of CLIP's, and would be left out")
 
 
 def infer_config(state: Mapping[str, Tensor], **changes) -> StopConfig:
     """Return the configuration that weights were made with; ``changes`` take precedence.
 
     Raises:
+        ActivationUnknown: plain weights that don't tell theirs, without ``activation`` in ``changes``.
         ValueError: weights of something else; the message names what is missing.
     """
+    state = _named(state)
 
     def of(name: str, dims: int) -> tuple[int, ...]:
         if name not in state:
@@ -95,6 +180,15 @@ def infer_config(state: Mapping[str, Tensor], **changes) -> StopConfig:
         "lora": "visual.transformer.resblocks.0.LoRA.0.weight" in state or "visual.prompt_embeddings" not in state,
         "temporal_prompt": "group2-2" if "visual.TemporalPrompt.Cal_Net.weight" in state else "DGL",
     }
+    if "visual.prompt_embeddings" not in state:
+        _check_plain(state, found["layers"], found["text_layers"])
+        if width > _WIDEST:
+            raise ValueError(
+                f"width is {width}, and CLIP's heads are of 64 channels only up to ViT-L, of width {_WIDEST}"
+            )
+        if text_width % 64 and "text_heads" not in changes:
+            raise ValueError(f"ln_final.weight has {text_width} channels, no multiple of 64: give text_heads=…")
+    found["activation"] = _activation(state, changes.get("activation"))
     if "visual.prompt_embeddings" not in state and (patch, patches, width) == (32, 49, 768):
         found["temporal_prompt"] = "group2-2"  # plain CLIP, to become STOP proper
     if "visual.prompt_embeddings" in state:
@@ -121,9 +215,10 @@ def infer_config(state: Mapping[str, Tensor], **changes) -> StopConfig:
     return StopConfig(**found | changes)
 
 
-def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
+def load_clip(model: Any, state: Mapping[str, Tensor], activation: str | None = None) -> Loaded:
     """Load what the model has; see ``StopModel.load_clip``."""
-    state, own = strip_wrapper_prefixes(state), model.state_dict()
+    named, own = _named(state), model.state_dict()
+    state = strip_wrapper_prefixes(named)
     for name, value in state.items():
         if name in own and own[name].shape != value.shape:
             raise ValueError(
@@ -135,8 +230,10 @@ def load_clip(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     known = {name: value for name, value in state.items() if name in own}
     if not known:
         raise ValueError("none of these weights has the name of a parameter; give weights of CLIP or STOP")
+    if (theirs := _activation(named, activation)) != model.config.activation:
+        raise ValueError(f"the weights are for StopConfig(activation={theirs!r})")
     nn.Module.load_state_dict(model, known, strict=False)
-    missing = tuple(name for name in own if name not in state and not name.endswith("position_ids"))
+    missing = tuple(name for name in own if name not in state and not name.endswith(("position_ids", GELU)))
     if "visual.prompt_embeddings" not in state:  # plain CLIP
         for name, parameter in model.named_parameters():
             if name in known:

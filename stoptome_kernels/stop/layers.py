@@ -32,13 +32,14 @@ class Block(nn.Module):
 
     tome_classes = (nn.MultiheadAttention, LayerNorm, QuickGELU)  # whose weights may be read, or that are fused
 
-    def __init__(self, width: int, heads: int, lora: bool = False):
+    def __init__(self, width: int, heads: int, lora: bool = False, activation: str = "quick_gelu"):
         super().__init__()
+        gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
         # holds the parameters under CLIP's names; what it computes is done by fused attention
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width))
         )
         self.ln_2 = LayerNorm(width)
         if lora:

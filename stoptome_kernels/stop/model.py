@@ -26,8 +26,9 @@ class StopModel(nn.Module):
     """STOP with upstream's parameter names and visual blocks that use this package's operators.
 
     ``state_dict()`` has the names and shapes of upstream's CLIP, and ``load_state_dict`` takes a STOP checkpoint with
-    or without the prefix ``clip.``; see ``from_checkpoint`` and ``load_clip``. Token merging is switched on by
-    ``stoptome_kernels.apply_tome_patch``.
+    or without the prefix ``clip.``; see ``from_checkpoint`` and ``load_clip``. With ``activation="gelu"``, which
+    upstream doesn't have, there is one entry more, ``uses_gelu``, by which such weights are known again. Token merging
+    is switched on by ``stoptome_kernels.apply_tome_patch``.
 
     Args:
         config: sizes of the model; None for those of STOP on ViT-B/32.
@@ -42,7 +43,11 @@ class StopModel(nn.Module):
             raise TypeError(f"config must be a StopConfig, got {type(config).__name__}")
         self.config = c = config
         self.visual = VisualTransformer(config)
-        self.transformer = Transformer([TextBlock(c.text_width, c.text_heads, c.lora) for _ in range(c.text_layers)])
+        self.transformer = Transformer(
+            [TextBlock(c.text_width, c.text_heads, c.lora, c.activation) for _ in range(c.text_layers)]
+        )
+        if c.activation == "gelu":  # in the state_dict, which would not tell otherwise
+            self.register_buffer(checkpoint.GELU, torch.ones((), dtype=torch.int64))
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
         self.ln_final = LayerNorm(c.text_width)
@@ -202,24 +207,29 @@ class StopModel(nn.Module):
             strict: as in ``nn.Module.load_state_dict``.
             assign: as in ``nn.Module.load_state_dict``.
         """
-        return super().load_state_dict(checkpoint.strip_wrapper_prefixes(state_dict), strict, assign)
+        state = checkpoint.strip_wrapper_prefixes(state_dict)
+        if checkpoint.GELU in state and self.config.activation != "gelu":
+            raise ValueError("the weights are for StopConfig(activation='gelu')")
+        return super().load_state_dict(state, strict, assign)
 
-    def load_clip(self, state_dict: Mapping[str, Tensor]) -> checkpoint.Loaded:
-        """Load the weights whose names the model has.
+    def load_clip(self, state_dict: Mapping[str, Tensor], activation: str | None = None) -> checkpoint.Loaded:
+        """Load the weights whose names the model has; they may be OpenAI's, open_clip's or those of transformers.
 
-        Plain CLIP weights (OpenAI's, without prompts) become the frozen backbone: loaded parameters get
+        Plain CLIP weights (without prompts) become the frozen backbone: loaded parameters get
         ``requires_grad=False``, all others keep their initial values and are trained.
 
         Args:
             state_dict: weights by name.
+            activation: of plain weights that don't tell theirs, see ``from_checkpoint``.
 
         Returns:
             Names of parameters that were missing in the weights, and of weights that were not used.
 
         Raises:
             ValueError: a weight has another shape, or none has the name of a parameter; the message names the first.
+                Or the weights are of another activation than the model, or don't tell theirs.
         """
-        return checkpoint.load_clip(self, state_dict)
+        return checkpoint.load_clip(self, state_dict, activation)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, tome: ToMeConfig | None = None, **changes) -> StopModel:
@@ -228,8 +238,16 @@ class StopModel(nn.Module):
         The configuration is inferred from the weights; ``changes`` are fields of ``StopConfig`` that they don't
         determine (``frames``, ``visual_output``, ``max_words`` …). Nothing in the file is run.
 
+        CLIP may be OpenAI's, open_clip's (``CLIP`` and ``CustomTextCLIP``) or transformers' ``CLIPModel``, with vision
+        transformers whose heads have 64 channels: those up to ViT-L. Their MLPs have one of two activations, which
+        weights alone don't tell. It is known of STOP's checkpoints and of OpenAI's archives, which hold
+        ``input_resolution``, ``context_length`` and ``vocab_size`` too. Of others ``open_clip_config.json`` or
+        ``config.json`` next to the file must tell it, or ``activation`` in ``changes``. A state_dict of OpenAI's names
+        without those three numbers may be of either kind, since open_clip uses the same names.
+
         Args:
-            path: file of ``torch.save``, or a TorchScript archive such as OpenAI's.
+            path: file of ``torch.save`` or safetensors, a TorchScript archive such as OpenAI's, or a folder as
+                ``save_pretrained`` writes it.
             tome: settings to patch the model with before the weights are loaded, so that frame embeddings are loaded,
                 too.
 
@@ -237,14 +255,15 @@ class StopModel(nn.Module):
             The model; ``model.loaded`` has the names of missing parameters and of unused weights.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or no such weights in it; the message includes the path.
+            FileNotFoundError, ValueError: no such file, no such weights in it, or weights that don't tell their
+                activation; the message includes the path.
         """
         state = checkpoint.read_state_dict(path)
         try:
-            model = cls(checkpoint.infer_config(state, **changes))
+            model = cls(checkpoint.infer_config(state, **checkpoint.with_settings_beside(path, state, changes)))
             if tome is not None:
                 apply_tome_patch(model, config=tome)
-            model.loaded = model.load_clip(state)
+            model.loaded = model.load_clip(state, model.config.activation)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)}: {one_line(error)}") from error
         return model

@@ -31,7 +31,9 @@ class VisualTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(c.width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(c.patches + 1, c.width))
         self.ln_pre = LayerNorm(c.width)
-        self.transformer = Transformer([VisualBlock(c.width, c.width // 64, c.lora) for _ in range(c.layers)])
+        self.transformer = Transformer(
+            [VisualBlock(c.width, c.width // 64, c.lora, c.activation) for _ in range(c.layers)]
+        )
         self.ln_post = LayerNorm(c.width)
         self.proj = nn.Parameter(scale * torch.randn(c.width, c.embed_dim))
         self.prompt_embeddings = nn.Parameter(torch.empty(1, c.global_prompts, c.width))

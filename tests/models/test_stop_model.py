@@ -349,13 +349,10 @@ def test_plain_clip_becomes_stop_proper():
     """What the weights don't tell is as STOP has it by default."""
     from stoptome_kernels.stop import checkpoint
 
-    shapes = {
-        "visual.conv1.weight": (768, 3, 32, 32), "visual.positional_embedding": (50, 768), "ln_final.weight": (512,),
-        "text_projection": (512, 512), "token_embedding.weight": (49408, 512), "positional_embedding": (77, 512),
-    }  # fmt: skip
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    for i in range(12):
-        state |= {f"{side}transformer.resblocks.{i}.ln_1.bias": torch.empty(1) for side in ("visual.", "")}
+    with torch.device("meta"):
+        state = StopModel(StopConfig(temporal_prompt="DGL")).state_dict()
+    state = {name: value for name, value in state.items() if not any(new in name for new in ("LoRA", "rompt"))}
+    state["input_resolution"] = torch.tensor(224)
     assert checkpoint.infer_config(state) == StopConfig()
 
 

@@ -73,7 +73,9 @@ def test_training_changed_the_weights_by_the_two_rates(trained, data, clip, tmp_
     for n, more in enumerate((["--coef_lr", "0"], ["--freeze_clip", "1"])):
         assert run.main(msrvtt(data, clip, tmp_path / str(n), *more)) == 0
         after = weights(tmp_path / str(n))
-        same = [torch.equal(after[f"clip.{name}"], value) for name, value in before.items()]
+        same = [
+            torch.equal(after[f"clip.{name}"], value) for name, value in before.items() if value.is_floating_point()
+        ]
         assert all(same)
         moments = torch.load(tmp_path / str(n) / "ckpt.pth.tar", weights_only=True)["optimizer"]["state"]
         assert ("clip.visual.conv1.weight" in moments) == (n == 0)
@@ -453,7 +455,7 @@ def test_weights_that_can_not_be_copied(clip, tmp_path, monkeypatch):
     args.world = 1
 
     def build_failing(message):
-        def fail(self, state):
+        def fail(self, state, activation):
             raise RuntimeError(message)
 
         monkeypatch.setattr(StopModel, "load_clip", fail)

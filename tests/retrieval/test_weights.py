@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from stoptome_kernels.stop import StopModel
 
 from retrieval import model, options, run
 from retrieval.errors import UsageError
-from support.retrieval import TINY, layout, msrvtt, refused
+from support.retrieval import TINY, clip_weights, layout, msrvtt, refused, results, weights
 
 LOUD = "RANDOM WEIGHTS: --random_weights"
 
@@ -80,3 +82,57 @@ def test_a_web_page_in_place_of_weights(data, tmp_path, capsys):
 def test_missing_weights_name_the_ways_out(data, tmp_path, capsys):
     said = refused(capsys, *msrvtt(data, tmp_path / "none", tmp_path / "out"))
     assert all(way in said for way in ("docs/retrieval.md, Weights", "--random_weights", "--pretrained_clip_name tiny"))
+
+
+# -- weights of other libraries ---------------------------------------------------------------------------------------
+
+
+def open_clip_folder(folder, **cfg):
+    """Weights as open_clip's hub has them, of a small CLIP with GELU."""
+    state = torch.load(clip_weights(folder) / "ViT-B-32.pt", weights_only=True)
+    (folder / "ViT-B-32.pt").unlink()
+    plain = {name: value for name, value in state.items() if value.is_floating_point()}
+    save_file(plain, folder / "open_clip_model.safetensors")
+    model = {"embed_dim": 32, "vision_cfg": {"head_width": 64}, "text_cfg": {"width": 64, "heads": 1}, **cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    return folder
+
+
+@pytest.mark.slow
+def test_weights_of_open_clip(data, tmp_path, capsys):
+    """Trained, gone on with, evaluated and read from Python with the activation that their settings tell."""
+    given, out = open_clip_folder(tmp_path / "clip"), tmp_path / "out"
+    assert run.main(msrvtt(data, tmp_path, out, "--init_model", str(given))) == 0
+    assert f"weights from {given / 'open_clip_model.safetensors'}" in (out / "log.txt").read_text()
+    found = StopModel.from_checkpoint(out / "ckpt.pth.tar", max_words=16)
+    assert found.config.activation == "gelu"
+    assert run.main(["--output_dir", str(out), "--resume", "auto"]) == 0
+    assert run.main(["--output_dir", str(out), "--do_eval"]) == 0
+    evaluated = results(out)
+    (given / "open_clip_config.json").unlink()
+    said = refused(capsys, *msrvtt(data, tmp_path, tmp_path / "other", "--init_model", str(given)))
+    assert "give --activation='quick_gelu' or --activation='gelu'" in said
+    again = msrvtt(data, tmp_path, tmp_path / "other", "--init_model", str(given), "--activation", "gelu")
+    assert run.main(again) == 0
+    assert results(tmp_path / "other")["text_to_video"] == evaluated["text_to_video"]
+    both = weights(out), weights(tmp_path / "other")
+    assert all(torch.equal(both[0][name], value) for name, value in both[1].items())
+    best = str(out / "ckpt.best.pth.tar")
+    said = refused(capsys, *msrvtt(data, tmp_path, tmp_path / "a", "--init_model", best, "--activation", "quick_gelu"))
+    assert "--activation='quick_gelu' was given" in said
+
+
+@pytest.mark.slow
+def test_weights_of_open_clip_are_evaluated_without_training(data, tmp_path):
+    given, out = open_clip_folder(tmp_path / "clip"), tmp_path / "out"
+    assert run.main(msrvtt(data, tmp_path, out, "--do_eval", "--init_model", str(given))) == 0
+
+
+def test_settings_that_contradict_the_flag(data, tmp_path, capsys):
+    given = open_clip_folder(tmp_path / "clip", quick_gelu=True)
+    said = refused(capsys, *msrvtt(data, tmp_path, tmp_path / "a", "--init_model", str(given), "--activation", "gelu"))
+    assert "the settings next to it say --activation='quick_gelu', not 'gelu'" in said
+    (tmp_path / "none").mkdir()
+    assert "a folder without model.safetensors" in refused(
+        capsys, *msrvtt(data, tmp_path, tmp_path / "b", "--init_model", str(tmp_path / "none"))
+    )

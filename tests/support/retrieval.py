@@ -32,7 +32,8 @@ def clip_weights(folder: Path, **sizes: int) -> Path:
     torch.manual_seed(5)
     model = StopModel(StopConfig(**TINY | sizes, temporal_prompt="DGL", lora=False))
     plain = {name: value for name, value in model.state_dict().items() if not any(a in name for a in ADDED)}
-    torch.save(plain, folder / "ViT-B-32.pt")
+    numbers = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}  # as OpenAI's
+    torch.save(plain | numbers, folder / "ViT-B-32.pt")
     return folder
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any, NoReturn
 
 import stoptome_kernels as stk
-from stoptome_kernels.stop.config import LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
+from stoptome_kernels.stop.config import ACTIVATIONS, LATENT_SPACES, TEMPORAL_PROMPTS, VISUAL_OUTPUTS
 
 from . import ignored, recipes, video
 from .errors import UsageError
@@ -142,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     add("--top_k", type=_at_least(1), default=5, help="videos to show for a query")
     add("--shard_size", type=_at_least(1), default=256, help="videos in one file of features")
     add("--resume", metavar="auto|FILE", help="go on from a checkpoint; auto: from the newest in --output_dir, if any")
-    add("--init_model", metavar="FILE", help="weights to begin with: STOP's or this program's checkpoint, or CLIP's")
+    add("--init_model", metavar="FILE", help="weights to begin with: STOP's or this program's checkpoint, or "
+        "CLIP's, of OpenAI, open_clip or transformers")  # fmt: skip
     add("--seed", type=_at_least(0, 2**63 - 1), default=42, help="of weights, order and dropout")
 
     add = p.add_argument_group("data").add_argument
@@ -170,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("model").add_argument
     add("--pretrained_clip_name", choices=(*WEIGHTS, TINY), help=f"{TINY}: a small model with random weights")
     add("--pretrained_dir", default="~/models/pretrained", help="folder of CLIP's weights")
+    add("--activation", choices=ACTIVATIONS, help="of CLIP's weights that don't tell it, see docs/retrieval.md, Weights")
     add("--random_weights", **switch, help="begin with random weights of the size of --pretrained_clip_name, to try "
         "whether all runs: results mean nothing")  # fmt: skip
     add("--temporal_prompt", choices=TEMPORAL_PROMPTS, help="group2-2 is STOP proper")

@@ -35,7 +35,7 @@ FLAGS = {
     "frames": "max_frames", "max_words": "max_words", "visual_output": "visual_output_type",
     "global_prompts": "global_visual_prompt_length", "frame_prompts": "local_each_frame_prompt_length",
     "text_prompts": "text_prompt_length", "lora": "lora", "temporal_prompt": "temporal_prompt",
-    "shared_latent_space": "shared_latent_space",
+    "shared_latent_space": "shared_latent_space", "activation": "activation",
 }  # fmt: skip
 # fields of StopConfig of CLIP's models by name, where they differ from its defaults
 SIZES: dict[str, dict[str, int]] = {
@@ -130,7 +130,7 @@ def build(
     Raises:
         UsageError: no such weights, weights of another size, or settings that fit no model or each other.
     """
-    given = {name: getattr(args, flag) for name, flag in FLAGS.items()}
+    given = {name: getattr(args, flag) for name, flag in FLAGS.items() if getattr(args, flag) is not None}
     notes: list[str] = []
     try:
         if weights_from is None and args.pretrained_clip_name == TINY:
@@ -139,7 +139,8 @@ def build(
                 model.visual.positional_embedding.mul_(recipes.POSITIONS)
             stk.apply_tome_patch(model, config=tome)
         elif weights_from is None and args.random_weights:
-            model = stk.apply_tome_patch(StopModel(StopConfig(**SIZES[args.pretrained_clip_name] | given)), config=tome)
+            model = StopModel(StopConfig(**SIZES[args.pretrained_clip_name] | given))
+            stk.apply_tome_patch(model, config=tome)
         else:
             model, notes = _load(weights_from or _clip_file(args), given, tome)
     except (TypeError, ValueError) as error:
@@ -188,19 +189,25 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         name: given[name] for name in ("text_prompts", "frame_prompts") if "unified_prompt_embedding.weight" in state
     }
     try:
+        rows = weights.with_settings_beside(path, state, rows | {k: v for k, v in given.items() if k == "activation"})
+    except ValueError as error:
+        raise UsageError(f"{path}: {_by_flags(str(error))}") from error
+    try:
         told = weights.infer_config(state, **rows)
+    except weights.ActivationUnknown as error:
+        raise UsageError(f"{path}: {_by_flags(str(error))}") from error
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:  # tensors of shapes that no CLIP has
         raise UsageError(
             f"{path} holds no weights of CLIP or STOP: {_by_flags(str(error))}; give other ones"
         ) from error
     plain = "visual.prompt_embeddings" not in state
-    changes = given
+    changes = rows | given
     if not plain:
         # what the weights tell must be what the flags say; where all frames share their prompts they tell no number
         untold = ["visual_output", "max_words", *(["frames"] if told.shared_latent_space == "linear" else [])]
         changes = rows | {name: given[name] for name in untold}
         for name, flag in FLAGS.items():
-            if name not in changes and getattr(told, name) != given[name]:
+            if name in given.keys() - changes.keys() and getattr(told, name) != given[name]:
                 raise UsageError(
                     f"{path} was made with --{flag} {getattr(told, name)}, not {given[name]}: give that, or other "
                     "weights"
@@ -215,7 +222,7 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         raise UsageError(f"{path}: {_by_flags(str(error))}") from error
     stk.apply_tome_patch(model, config=tome)
     try:
-        loaded = model.load_clip(state)
+        loaded = model.load_clip(state, model.config.activation)
     except (ValueError, RuntimeError) as error:
         # torch says of values that can't be copied whose they are; too little memory is no fault of theirs
         theirs = "While copying the parameter named" in str(error) and "can't allocate memory" not in str(error)

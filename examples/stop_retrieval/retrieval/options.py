@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import stoptome_kernels as stk
+from stoptome_kernels.stop.layouts import weights_file
 
 from . import recipes
 from .errors import UsageError
@@ -22,7 +23,7 @@ OF_THE_MODEL = (
     "synthetic_train", "synthetic_val", "synthetic_seed",
 )  # fmt: skip
 # flags that the files of earlier runs lack, and what those runs had
-_LATER = {"random_weights": False}
+_LATER: dict[str, Any] = {"random_weights": False, "activation": None}
 _DATA = ("data_path", "features_path", "train_csv", "val_csv")
 # one setting in several flags: whoever gives one of them gives it anew
 _MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportions", "frame_pos")
@@ -71,6 +72,10 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.do_train or args.do_eval or args.index is not None or args.query):
         raise UsageError("nothing to do: --do_train 1, --do_eval, --index or --query")
     args.resume, args.init_model = (None if v in ("None", "") else v for v in (args.resume, args.init_model))  # STOP's
+    try:
+        args.init_model = args.init_model and weights_file(args.init_model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.resume and not args.do_train:
         raise UsageError("--resume goes on with a training; to evaluate a checkpoint give --do_eval --init_model FILE")
     if args.resume and args.resume != "auto" and args.init_model:

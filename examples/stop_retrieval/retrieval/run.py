@@ -192,7 +192,7 @@ def _origin(args: argparse.Namespace, folder: state.Folder) -> tuple[checkpoint.
         if found is None and begun is not None:
             args.init_model = args.init_model or begun.get("init_model")
         options.complete(args)
-        return found, None if found else args.init_model
+        return found, found.path if found else args.init_model  # a checkpoint tells the sizes of its model
     if args.do_train:
         options.complete(args)
         if args.init_model and not os.path.isfile(args.init_model):  # before videos are drawn or looked for
