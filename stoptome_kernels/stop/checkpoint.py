@@ -98,7 +98,7 @@ def _activation(state: Mapping[str, Tensor], given: str | None) -> str:
         raise ValueError(f"activation={given!r} was given, and the weights are of activation={told!r}: leave it out")
     if not told and not given:
         raise ActivationUnknown(
-            "these weights may be of QuickGELU, as OpenAI's are, or of GELU, as most of open_clip's: give "
+            "these weights may be of QuickGELU, as OpenAI's are, or of GELU, as many of open_clip's: give "
             "activation='quick_gelu' or activation='gelu'; a file without its config.json doesn't tell"
         )
     return told or given or ""

@@ -51,8 +51,8 @@ class StopConfig:
         shared_latent_space: source of the deep prompts, a small ``transformer`` or ``linear`` layers.
         visual_output: feature of a video, see ``StopModel.encode_video``.
         lora: whether blocks have a low-rank branch next to the MLP.
-        activation: of the MLPs of CLIP's blocks, ``quick_gelu`` as OpenAI trained CLIP, or ``gelu``, as most weights of
-            open_clip are. With the wrong one weights load and compute something else.
+        activation: of the MLPs of CLIP's blocks, ``quick_gelu`` as OpenAI trained CLIP, or ``gelu``, as many of
+            open_clip's weights want. With the wrong one weights load and compute something else.
         prompt_layers: number of layers with prompts of their own; None for that of the deeper tower.
         fast_prompts: whether the dynamic prompts of ``group2-2`` are computed by ``fft_conv3d`` and what is read of it;
             False for torch's ``conv3d`` and the published steps one by one. The same up to rounding.
