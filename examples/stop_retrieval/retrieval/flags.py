@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("model").add_argument
     add("--pretrained_clip_name", choices=(*WEIGHTS, TINY), help=f"{TINY}: a small model with random weights")
     add("--pretrained_dir", default="~/models/pretrained", help="folder of CLIP's weights")
-    add("--activation", choices=ACTIVATIONS, help="of CLIP's weights that don't tell it, see docs/retrieval.md, Weights")
+    add("--activation", choices=ACTIVATIONS, help="of CLIP's weights that don't tell it (docs/retrieval.md, Weights)")
     add("--random_weights", **switch, help="begin with random weights of the size of --pretrained_clip_name, to try "
         "whether all runs: results mean nothing")  # fmt: skip
     add("--temporal_prompt", choices=TEMPORAL_PROMPTS, help="group2-2 is STOP proper")
