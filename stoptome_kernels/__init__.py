@@ -23,7 +23,9 @@ from ._backends import backends
 from .api import attention, augment_qk, fft_conv3d, match, merge, merge_norm, unmerge
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
+from .sweep import sweep
 from .tome.config import ToMeConfig, add_tome_args
+from .tome.sweep import Sweep
 from .tome.trace import Trace
 from .visualize import visualize
 from .vit.interface import register_attention
@@ -35,6 +37,7 @@ except PackageNotFoundError:  # a copied folder
 
 __all__ = [
     "MergePlan",
+    "Sweep",
     "ToMeConfig",
     "Trace",
     "add_tome_args",
@@ -52,6 +55,7 @@ __all__ = [
     "reference",
     "register_attention",
     "remove_tome_patch",
+    "sweep",
     "tome_trace",
     "unmerge",
     "visualize",

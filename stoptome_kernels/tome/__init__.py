@@ -4,12 +4,16 @@
 from .config import ToMeConfig, add_tome_args
 from .report import Description
 from .schedule import Schedule, Step, parse_r, plan_layers
+from .sweep import Recommendation, Sweep, SweepRow
 from .trace import Trace
 
 __all__ = [
     "Description",
+    "Recommendation",
     "Schedule",
     "Step",
+    "Sweep",
+    "SweepRow",
     "ToMeConfig",
     "Trace",
     "add_tome_args",

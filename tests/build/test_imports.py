@@ -12,7 +12,7 @@ from support import ROOT
 # What stands in a line may import what stands in the lines below it, and its own folder. ``""`` is the package itself.
 ORDER = """
     ""
-    compat visualize stop
+    compat visualize stop sweep
     patch
     video vit
     patching
@@ -22,7 +22,7 @@ ORDER = """
     _backends
     plan
     checks onnx
-    layout
+    layout timing
     reference
 """
 PLACES = {name.strip('"'): line for line, names in enumerate(ORDER.split("\n")) for name in names.split()}
