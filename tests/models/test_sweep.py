@@ -157,6 +157,36 @@ def test_the_given_patch_is_not_the_baseline():
     assert torch.equal(model(TOKENS), want)
 
 
+def test_each_setting_starts_from_the_given_model():
+    """A merge layer's trained embeddings count, though a setting without them stands before."""
+    model = stk.apply_tome_patch(stop_model(), config=CLIPS).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tome_frame_embedding" in name:
+                parameter.normal_()
+        got = model.encode_video(video())
+    found = stk.sweep(model, call=lambda model: model.encode_video(video()), r=(2, CLIPS), seconds=0)
+    want = stk.remove_tome_patch(model).encode_video(video())
+    assert found.rows[2].cosine == pytest.approx(
+        torch.cosine_similarity(got.flatten(1), want.flatten(1)).mean().item(), abs=1e-6
+    )
+
+
+def test_calls_are_timed_with_their_setting():
+    """By turns, after a first run of each; what merges nothing is the unpatched model and no row of its own."""
+    seen = []
+
+    def call(model):
+        described = stk.describe(model)
+        seen.append(described.config.tome_r if described.config else None)
+        return model(TOKENS)
+
+    found = stk.sweep(encoder(), call=call, r=([0] * 3, 2, 4), seconds=0)
+    assert [row.r for row in found.rows] == ["0", "2", "4"]
+    once, turned = [None, 2, 4], [2, 4, None]
+    assert seen == [*once, *once, *once, *turned, *[4, None, 2], *once, *turned]
+
+
 def test_other_settings_go_to_the_patch():
     rows = [stk.sweep(encoder(), TOKENS, 6, seconds=0, prop_attn=on).rows[1] for on in (True, False)]
     assert rows[0].cosine != rows[1].cosine
