@@ -169,8 +169,8 @@ class Sweep:
                 _cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:.1f}") for row in rows
             ]
         if rows[0].score is None:
-            columns["cosine"] = [_cell(row.cosine, "{:.4f}") for row in rows]
-            columns["worst"] = [_cell(row.worst, "{:.4f}") for row in rows]
+            columns["cosine"] = [_cell(row.cosine, "{:.5f}") for row in rows]
+            columns["worst"] = [_cell(row.worst, "{:.5f}") for row in rows]
         else:
             columns["score"] = [_cell(row.score, "{:.6g}") for row in rows]
             columns["loss"] = [f"{row.loss:.3g}" for row in rows]
