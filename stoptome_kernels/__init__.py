@@ -23,7 +23,7 @@ from ._backends import backends
 from .api import attention, augment_qk, fft_conv3d, match, merge, merge_norm, unmerge
 from .patch import apply_from_config, apply_tome_patch, describe, is_patched, remove_tome_patch, tome_trace
 from .plan import MergePlan
-from .sweep import sweep
+from .sweeps import sweep
 from .tome.config import ToMeConfig, add_tome_args
 from .tome.sweep import Sweep
 from .tome.trace import Trace

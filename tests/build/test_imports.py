@@ -12,7 +12,7 @@ from support import ROOT
 # What stands in a line may import what stands in the lines below it, and its own folder. ``""`` is the package itself.
 ORDER = """
     ""
-    compat visualize stop sweep
+    compat visualize stop sweeps
     patch
     video vit
     patching

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps over r: what is run, measured and compared, what is chosen, and how it is shown."""
 
-import importlib
 import json
 import sys
 
 import pytest
 import stoptome_kernels as stk
 import torch
+from stoptome_kernels import sweeps
 
 from harness import libraries  # noqa: F401  (first of all that may import torchvision)
 from support.sweep import CLIPS, TOKENS, encoder, stop_model, video
-
-MODULE = importlib.import_module("stoptome_kernels.sweep")  # stk.sweep is the function in it
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def timed(monkeypatch):
                 calls[name]()
             return {name: named[name] for name in calls}
 
-        monkeypatch.setattr(MODULE, "measure_alternately", measured)
+        monkeypatch.setattr(sweeps, "measure_alternately", measured)
 
     return install
 
@@ -71,7 +69,7 @@ def test_ideal_is_that_of_the_schedule(timed):
 
 
 def test_table(timed):
-    timed(r0=[0.002] * 3, r2=[0.001] * 3, **{f"r{MODULE._name(CLIPS)}": [0.0015] * 3})
+    timed(r0=[0.002] * 3, r2=[0.001] * 3, **{f"r{sweeps._name(CLIPS)}": [0.0015] * 3})
     model = stop_model()
     scores = iter((0.5, 0.48, 0.25))
     found = stk.sweep(
