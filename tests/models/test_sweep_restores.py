@@ -6,27 +6,7 @@ import stoptome_kernels as stk
 import torch
 from torch import nn
 
-from support.sweep import CLIPS, TOKENS, encoder, stop_model, video
-
-
-def looks(model: nn.Module) -> list:
-    """All that a sweep may change of a model, and must put back: the objects by their addresses."""
-    seen = []
-    for name, module in model.named_modules():
-        held = module.__dict__
-        contents = {
-            key: [(k, id(v)) for k, v in value.items()] for key, value in held.items() if isinstance(value, dict)
-        }
-        seen.append((name, type(module), module.training, {key: id(value) for key, value in held.items()}, contents))
-    seen.append({key: value.clone() for key, value in model.state_dict().items()})
-    return seen
-
-
-def same_looks(a: list, b: list) -> bool:
-    *modules_a, numbers_a = a
-    *modules_b, numbers_b = b
-    numbers = numbers_a.keys() == numbers_b.keys() and all(torch.equal(numbers_a[k], numbers_b[k]) for k in numbers_a)
-    return numbers and modules_a == modules_b
+from support.sweep import CLIPS, TOKENS, encoder, looks, same_looks, stop_model, video
 
 
 class Stop(BaseException):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models for sweeps over r."""
+"""Small models for sweeps over r, and all of a model that a sweep must put back."""
 
 import stoptome_kernels as stk
 import torch
@@ -31,3 +31,22 @@ def stop_model() -> StopModel:
 
 def video() -> torch.Tensor:
     return torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def looks(model: nn.Module) -> list:
+    """All that a sweep may change of a model, and must put back: the objects by their addresses."""
+    own = [name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)]
+    seen: list = []
+    for name, module in model.named_modules():
+        held = module.__dict__
+        contents = {key: [(k, id(v)) for k, v in held[key].items()] for key in own}
+        seen.append((name, type(module), module.training, {key: id(value) for key, value in held.items()}, contents))
+    seen.append({key: value.clone() for key, value in model.state_dict().items()})
+    return seen
+
+
+def same_looks(a: list, b: list) -> bool:
+    *modules_a, numbers_a = a
+    *modules_b, numbers_b = b
+    numbers = numbers_a.keys() == numbers_b.keys() and all(torch.equal(numbers_a[k], numbers_b[k]) for k in numbers_a)
+    return numbers and modules_a == modules_b
