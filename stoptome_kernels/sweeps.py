@@ -77,6 +77,8 @@ def sweep(
     """
     run = _call_of(inputs, call)
     chosen = _settings_of(r)
+    for name in settings.keys() & {"tome_r", "config"}:
+        raise TypeError(f"{name} is what r says here, with several settings: r=(2, 4), r=[config]")
     seconds = checks.number(seconds, "seconds", "of timing")
     if not 0 <= seconds < math.inf:
         raise ValueError(f"seconds must be 0 or more and finite, got {seconds!r}")

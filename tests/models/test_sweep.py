@@ -93,6 +93,26 @@ def test_columns_that_are_empty_are_left_out(timed):
     assert str(found).splitlines()[1].split() == ["r", "ms", "quartiles", "speed-up", "cosine", "worst"]
 
 
+def test_peak_memory_on_a_gpu(monkeypatch):
+    """Of each setting; the device is waited for, before and after each call."""
+    waited = []
+    monkeypatch.setattr(sweeps, "_cuda_devices", lambda model: ["cuda:1"])
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+
+    def peak(call, devices):
+        call()
+        assert devices == ["cuda:1"]
+        return 3 * 2**20 if stk.is_patched(model) else 4 * 2**20
+
+    monkeypatch.setattr(sweeps, "peak_cuda_bytes", peak)
+    model = encoder()
+    found = stk.sweep(model, TOKENS, 2, seconds=0)
+    assert [row.peak_bytes for row in found.rows] == [4 * 2**20, 3 * 2**20]
+    assert waited == ["cuda:1"] * 24
+    assert str(found).splitlines()[1].split()[-4:] == ["peak", "MiB", "cosine", "worst"]
+    assert str(found).splitlines()[3].split()[-3] == "3.0"
+
+
 def test_rows_become_json(timed):
     timed(r0=[1.0] * 3, r2=[0.5] * 3)
     plain, two = json.loads(json.dumps(stk.sweep(encoder(), TOKENS, 2).as_dicts()))

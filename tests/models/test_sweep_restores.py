@@ -143,6 +143,8 @@ def test_caches_of_a_first_run_are_kept_while_timing():
         ({"call": lambda model: model(TOKENS) * 0}, ValueError, "zero or not finite at r = 0: give evaluate"),
         ({"call": lambda model: model(TOKENS) / 0}, ValueError, "zero or not finite at r = 0"),
         ({"call": lambda model: torch.randn(2, 5 - stk.is_patched(model))}, ValueError, "they change their shape"),
+        ({"inputs": TOKENS, "tome_r": 3}, TypeError, "tome_r is what r says here"),
+        ({"inputs": TOKENS, "config": CLIPS, "r": 0}, TypeError, "config is what r says here"),
         ({"inputs": TOKENS, "frames": 3}, ValueError, "^frames is for STOP"),
     ],
 )  # fmt: skip
