@@ -7,13 +7,16 @@ import contextlib
 import math
 import os
 import re
+import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 from torch import Tensor
 
@@ -117,8 +120,9 @@ def read_video(
         raise ValueError(f"slice_framepos and order must be 0, 1 or 2, got {slice_framepos} and {order}")
     path = os.fspath(path)
 
-    def choose(count: int, rate: float) -> tuple[np.ndarray, int]:
-        """Which of ``count`` frames, ``(frames,)``, and how many are no repetitions."""
+    def choose(count: int, rate: float) -> tuple[np.ndarray, int, bool]:
+        """Which of ``count`` frames, ``(frames,)``, how many are no repetitions, and whether any number of frames
+        that includes these gives the same ones."""
         if not rate and (span or slice_framepos != 2):
             raise BrokenVideo(path, "its frame rate is not known")
         first, end = 0, count
@@ -126,12 +130,14 @@ def read_video(
             first, end = max(int(span[0] * rate), 0), int(min(span[1] * rate, count - 1)) + 1
             if first >= end:
                 raise BrokenVideo(path, f"no frame from {span[0]:g} s to {span[1]:g} s: {count} at {rate:g} a second")
+        settled = end < count
         if slice_framepos == 2:
             chosen = sample_indices(end - first, frames, rng)[: end - first]
         else:
             step = max(rate / feature_framerate, 1)
             taken = math.ceil((end - first) / step)
             skipped = 0 if slice_framepos == 0 else max(taken - frames, 0)
+            settled |= slice_framepos == 0 and taken >= frames
             chosen = (np.arange(skipped, min(skipped + frames, taken)) * step).astype(np.int64)
             chosen = np.minimum(chosen, end - first - 1)  # rounding must not lead out of the video
         if order == 1:
@@ -139,7 +145,7 @@ def read_video(
         elif order == 2:
             name = os.fsencode(os.path.basename(path))
             chosen = (rng or np.random.default_rng(zlib.crc32(name))).permutation(chosen)
-        return first + np.pad(chosen, (0, frames - len(chosen)), mode="edge"), len(chosen)
+        return first + np.pad(chosen, (0, frames - len(chosen)), mode="edge"), len(chosen), settled
 
     limit = _Limit(path, max_pixels)
     with limit:
@@ -194,7 +200,7 @@ class _Limit:
 
 
 def _read(
-    path: str, choose: Callable[[int, float], tuple[np.ndarray, int]], size: int, limit: _Limit
+    path: str, choose: Callable[[int, float], tuple[np.ndarray, int, bool]], size: int, limit: _Limit
 ) -> tuple[Tensor, int]:
     if not os.path.isfile(path):  # what else has a name may never end (a pipe), or lie in a network (an address)
         raise BrokenVideo(path, "not a file" if os.path.exists(path) else "no such file")
@@ -207,19 +213,17 @@ def _read(
             for stream in container.streams.video:
                 if stream.codec_context is not None:
                     limit.check(stream.codec_context.width, stream.codec_context.height)
-    count = 0
-    while True:
+    # What a header says of the number of frames may be wrong. Packets are counted for a hundredth of the time that
+    # decoding takes, but some give no frame: the number is settled when all have been decoded.
+    index, count = _count(path, limit)
+    known = False
+    while count:
         with _opened(path, limit) as container:
-            stream = _video_stream(path, container)
+            stream = container.streams[index]
+            assert isinstance(stream, av.VideoStream)
+            stream.codec_context.thread_count = 1
             stream.codec_context.options = {**limit.options}
-            limit.check(stream.codec_context.width, stream.codec_context.height)
-            count = count or stream.frames
-            if not count:  # the header doesn't tell: count, then begin again
-                count = sum(1 for packet in _packets(container, stream) if packet.size)
-                if not count:
-                    raise BrokenVideo(path, "it has no frames")
-                continue
-            chosen, real = choose(count, float(stream.average_rate or 0))
+            chosen, real, settled = choose(count, float(stream.average_rate or 0))
             wanted = set(chosen.tolist())
             images: dict[int, Tensor] = {}
             decoded = 0
@@ -227,12 +231,14 @@ def _read(
                 limit.check(frame.width, frame.height)
                 if decoded - 1 in wanted:
                     images[decoded - 1] = _square(frame, size)
-                    if len(images) == len(wanted):
-                        return torch.stack([images[number] for number in chosen.tolist()]), real
+                if len(images) == len(wanted) and (known or settled):
+                    break
+            if len(images) == len(wanted) and (known or settled or decoded == count):
+                return torch.stack([images[number] for number in chosen.tolist()]), real
         limit.check()
-        if not decoded:
-            raise BrokenVideo(path, "no frame of it can be decoded")
-        count = min(decoded, count - 1)  # fewer than was promised: the file is cut off or damaged
+        # a number that was decoded can only shrink, so that a file that changes meanwhile is read some time
+        count, known = min(decoded, count - 1) if known else decoded, True
+    raise BrokenVideo(path, "no frame of it can be decoded")
 
 
 def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputContainer:
@@ -240,39 +246,57 @@ def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputConta
     return av.open(f"file:{path}", timeout=PATIENCE, options=options, **_OPEN)
 
 
-def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
-    # a cover is a stream of its own, of one picture
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
-        raise BrokenVideo(path, "no video stream")
-    if streams[0].codec_context is None:
-        raise BrokenVideo(path, "no decoder for its video")
-    streams[0].codec_context.thread_count = 1
-    return streams[0]
+def _count(path: str, limit: _Limit) -> tuple[int, int]:
+    """Return the index of the video stream that is read, and the number of its packets that are to be shown.
+
+    The stream is the one that the ffmpeg program takes: the one of the largest frames, where 5 million pixels are
+    added to those that a file calls its default.
+
+    Raises:
+        BrokenVideo: no stream can be read, or its frames are too large.
+    """
+    with _opened(path, limit) as container:
+        # a cover is a stream of its own, of one picture
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise BrokenVideo(path, "no video stream")
+        streams = [s for s in streams if s.codec_context is not None]
+        if not streams:
+            raise BrokenVideo(path, "no decoder for its video")
+        # what an edit list leaves out is decoded where other frames need it, but not shown
+        counts = Counter(packet.stream_index for packet in _packets(container, *streams) if not packet.is_discard)
+
+        def rank(stream: av.VideoStream) -> tuple[bool, int]:
+            pixels = stream.codec_context.width * stream.codec_context.height
+            default = bool(stream.disposition & av.stream.Disposition.default)
+            return stream.index in counts, pixels + 5_000_000 * default
+
+        best = max(streams, key=rank)
+        limit.check(best.codec_context.width, best.codec_context.height)
+        return best.index, counts[best.index]
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """Up to the end or to where the file can't be read on."""
+def _packets(container: av.container.InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
+    """Up to the end or to where the file can't be read on; those without content, which would end decoding, left out.
+    """
     # IndexError: in the end PyAV stumbles over streams that only turned up on the way, as a damaged .ts may have them
     with contextlib.suppress(av.FFmpegError, IndexError):
-        yield from container.demux(stream)
+        yield from (packet for packet in container.demux(*streams) if packet.size)
 
 
 def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """In the order in which they are shown; damaged packets are passed over."""
     for packet in _packets(container, stream):
         with contextlib.suppress(av.FFmpegError):
-            yield from packet.decode()
-    with contextlib.suppress(av.FFmpegError):  # where the file broke off, the decoder still holds some
+            yield from stream.decode(packet)
+    with contextlib.suppress(av.FFmpegError):  # the decoder still holds some
         yield from stream.decode(None)
 
 
 def _square(frame: av.VideoFrame, size: int) -> Tensor:
     """``(3, size, size)``. By Pillow, whose bicubic filter CLIP's and CLIP4Clip's transforms use; of the resized image
     only the middle is computed."""
-    image = Image.fromarray(frame.to_ndarray(format="rgb24", **_CONVERT))
-    if frame.rotation in (-180, -90, 90, 180):
-        image = image.rotate(frame.rotation, expand=True)
+    image = _upright(Image.fromarray(frame.to_ndarray(format="rgb24", **_CONVERT)), _display_matrix(frame))
     across, down = image.size
     short = min(across, down)
     width, height = size * across // short, size * down // short
@@ -284,3 +308,46 @@ def _square(frame: av.VideoFrame, size: int) -> Tensor:
         box = (left * x, top * y, min((left + size) * x, across), min((top + size) * y, down))
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _nameless(kind: type[SideDataType], value: int) -> SideDataType:
+    """Return a member for a value that has none."""
+    member = object.__new__(kind)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return member
+
+
+# PyAV fails over a frame with side data of a kind that it has no name for; in PyAV 18 EXIF is such a kind
+SideDataType._missing_ = classmethod(_nameless)  # type: ignore[assignment, arg-type]
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """The first one, as FFmpeg has it: nine numbers, of which the first two and the fourth and fifth turn."""
+    for side in frame.side_data:
+        if side.type == SideDataType.DISPLAYMATRIX:
+            return struct.unpack("=9i", bytes(side))
+    return None
+
+
+def _upright(image: Image.Image, matrix: tuple[int, ...] | None) -> Image.Image:
+    """Turn and mirror an image as a display matrix says and the ffmpeg program does it, which knows the eight ways to
+    lay a rectangle and angles between them; at these the corners are cut off and what is beside the image is black."""
+    if matrix is None:
+        return image
+    a, b, _, c, d = matrix[:5]  # a point (x, y) is shown at (ax + cy, bx + dy)
+    scales = math.hypot(a, c), math.hypot(b, d)
+    if not all(scales):
+        return image
+    angle = round(math.degrees(math.atan2(b / scales[1], a / scales[0]))) % 360  # clockwise
+    way = Image.Transpose
+    ways: dict[int, list[Image.Transpose]] = {
+        0: [way.FLIP_TOP_BOTTOM] * (d < 0),
+        90: [way.TRANSPOSE if c > 0 else way.ROTATE_270],
+        180: [way.FLIP_LEFT_RIGHT] * (a < 0) + [way.FLIP_TOP_BOTTOM] * (d < 0),
+        270: [way.TRANSVERSE if c < 0 else way.ROTATE_90],
+    }
+    if angle not in ways:
+        return image.rotate(-angle, Image.Resampling.BILINEAR)
+    for transpose in ways[angle]:
+        image = image.transpose(transpose)
+    return image
