@@ -66,11 +66,7 @@ def broken(kind, folder):
         write(path, numbered(3))
         path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
     elif kind == "no rate":
-        path = write(folder / "x.mkv", numbered(2))
-        default_duration = b"\x23\xe3\x83"
-        assert path.read_bytes().count(default_duration) == 1
-        path.write_bytes(path.read_bytes().replace(default_duration, b"\x23\xe3\x8f"))
-        return path, {"span": (0, 1)}
+        return write(folder / "x.ts", numbered(1), rate=25), {"span": (0, 1)}
     elif kind in ("after the end", "backwards"):
         return write(path, numbered(30)), {"span": (3.1, 9) if kind == "after the end" else (2, 1)}
     return path, {}

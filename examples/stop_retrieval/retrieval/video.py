@@ -9,7 +9,6 @@ import os
 import re
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,17 +212,20 @@ def _read(
             for stream in container.streams.video:
                 if stream.codec_context is not None:
                     limit.check(stream.codec_context.width, stream.codec_context.height)
-    # What a header says of the number of frames may be wrong. Packets are counted for a hundredth of the time that
-    # decoding takes, but some give no frame: the number is settled when all have been decoded.
-    index, count = _count(path, limit)
-    known = False
+    # A header's number of frames may be wrong. To count packets takes a hundredth of the time that decoding takes, but
+    # not each gives a frame: the number is known when all have been decoded.
+    tally = _count(path, limit)
+    count, known = tally.packets, False
     while count:
         with _opened(path, limit) as container:
-            stream = container.streams[index]
-            assert isinstance(stream, av.VideoStream)
+            stream = next((s for s in container.streams.video if s.index == tally.index), None)
+            if stream is None or stream.codec_context is None:
+                raise BrokenVideo(path, "it changed while it was read")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {**limit.options}
-            chosen, real, settled = choose(count, float(stream.average_rate or 0))
+            rate, measured = tally.rate(count)
+            chosen, real, settled = choose(count, rate)
+            settled = known or (settled and not measured)
             wanted = set(chosen.tolist())
             images: dict[int, Tensor] = {}
             decoded = 0
@@ -231,12 +233,12 @@ def _read(
                 limit.check(frame.width, frame.height)
                 if decoded - 1 in wanted:
                     images[decoded - 1] = _square(frame, size)
-                if len(images) == len(wanted) and (known or settled):
+                if settled and len(images) == len(wanted):
                     break
-            if len(images) == len(wanted) and (known or settled or decoded == count):
+            if len(images) == len(wanted) and (settled or decoded == count):
                 return torch.stack([images[number] for number in chosen.tolist()]), real
         limit.check()
-        # a number that was decoded can only shrink, so that a file that changes meanwhile is read some time
+        # a known number only shrinks, so that reading ends even if the file changes meanwhile
         count, known = min(decoded, count - 1) if known else decoded, True
     raise BrokenVideo(path, "no frame of it can be decoded")
 
@@ -246,14 +248,60 @@ def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputConta
     return av.open(f"file:{path}", timeout=PATIENCE, options=options, **_OPEN)
 
 
-def _count(path: str, limit: _Limit) -> tuple[int, int]:
-    """Return the index of the video stream that is read, and the number of its packets that are to be shown.
+class _Tally:
+    """What the packets of a video stream say, but those that an edit list leaves out: these are decoded where other
+    frames need them, and not shown.
 
-    The stream is the one that the ffmpeg program takes: the one of the largest frames, where 5 million pixels are
-    added to those that a file calls its default.
+    Attributes:
+        index: of the stream in its file.
+        rank: of the streams of a file the ffmpeg program takes that of the highest one.
+        packets: how many.
+    """
+
+    def __init__(self, stream: av.VideoStream):
+        self.index, self.packets = stream.index, 0
+        self._header = float(stream.average_rate or 0)
+        self._unit = float(stream.time_base or 0)
+        jumping = av.format.Flags.ts_discont.value  # formats whose timestamps may jump
+        self._timed = not stream.container.format.flags & jumping  # type: ignore[operator]
+        self._first, self._last, self._duration = math.inf, -math.inf, 0
+        self.width, self.height = stream.codec_context.width, stream.codec_context.height
+        self._default = bool(stream.disposition & av.stream.Disposition.default)
+
+    def add(self, packet: av.Packet) -> None:
+        if packet.is_discard:
+            return
+        self.packets += 1
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None:
+            self._timed = False
+            return
+        self._first = min(self._first, time)
+        if time > self._last:
+            self._last, self._duration = time, packet.duration or 0
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        return self.packets > 0, self.width * self.height + 5_000_000 * self._default
+
+    def rate(self, frames: int) -> tuple[float, bool]:
+        """Return the average frame rate of so many frames, 0 if it isn't known, and whether it is by their timestamps:
+        where the header has none, or one that is more than a tenth off, as of a file of which it knows the first
+        fragment alone."""
+        seconds = (self._last - self._first + self._duration) * self._unit
+        if not self._timed or not 0 < seconds < math.inf:
+            return self._header, False
+        rate = (frames if self._duration else frames - 1) / seconds
+        if abs(rate - self._header) <= self._header / 10:
+            return self._header, False
+        return rate, True
+
+
+def _count(path: str, limit: _Limit) -> _Tally:
+    """Count the packets of the video stream that is read.
 
     Raises:
-        BrokenVideo: no stream can be read, or its frames are too large.
+        BrokenVideo: there is none, or its frames are too large.
     """
     with _opened(path, limit) as container:
         # a cover is a stream of its own, of one picture
@@ -263,22 +311,16 @@ def _count(path: str, limit: _Limit) -> tuple[int, int]:
         streams = [s for s in streams if s.codec_context is not None]
         if not streams:
             raise BrokenVideo(path, "no decoder for its video")
-        # what an edit list leaves out is decoded where other frames need it, but not shown
-        counts = Counter(packet.stream_index for packet in _packets(container, *streams) if not packet.is_discard)
-
-        def rank(stream: av.VideoStream) -> tuple[bool, int]:
-            pixels = stream.codec_context.width * stream.codec_context.height
-            default = bool(stream.disposition & av.stream.Disposition.default)
-            return stream.index in counts, pixels + 5_000_000 * default
-
-        best = max(streams, key=rank)
-        limit.check(best.codec_context.width, best.codec_context.height)
-        return best.index, counts[best.index]
+        tallies = {stream.index: _Tally(stream) for stream in streams}
+        for packet in _packets(container, *streams):
+            tallies[packet.stream_index].add(packet)
+        best = max(tallies.values(), key=lambda tally: tally.rank)
+        limit.check(best.width, best.height)
+        return best
 
 
 def _packets(container: av.container.InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
-    """Up to the end or to where the file can't be read on; those without content, which would end decoding, left out.
-    """
+    """Up to the end or to where the file can't be read on, without empty ones, which would end decoding."""
     # IndexError: in the end PyAV stumbles over streams that only turned up on the way, as a damaged .ts may have them
     with contextlib.suppress(av.FFmpegError, IndexError):
         yield from (packet for packet in container.demux(*streams) if packet.size)
@@ -313,7 +355,7 @@ def _square(frame: av.VideoFrame, size: int) -> Tensor:
 def _nameless(kind: type[SideDataType], value: int) -> SideDataType:
     """Return a member for a value that has none."""
     member = object.__new__(kind)
-    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    member._name_, member._value_ = f"UNKNOWN_{value}", value  # type: ignore[assignment]
     return member
 
 
@@ -323,7 +365,8 @@ SideDataType._missing_ = classmethod(_nameless)  # type: ignore[assignment, arg-
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """The first one, as FFmpeg has it: nine numbers, of which the first two and the fourth and fifth turn."""
-    for side in frame.side_data:
+    sides: Any = frame.side_data  # PyAV's annotation is of another type
+    for side in sides:
         if side.type == SideDataType.DISPLAYMATRIX:
             return struct.unpack("=9i", bytes(side))
     return None
