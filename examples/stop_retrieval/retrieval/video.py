@@ -95,7 +95,10 @@ def read_video(
 ) -> tuple[Tensor, int]:
     """Decode some frames of a video; no others are held in memory.
 
-    They are turned as the file says, their short side resized to ``size`` as CLIP does it, and the middle cut out.
+    They are counted and shown as the ffmpeg program does it (``-fps_mode passthrough``): as many as can be decoded,
+    whatever a header promises, without those that an edit list leaves out, turned and mirrored as the file says, and
+    of several video streams those of the largest, if the file names no default. Pixels count as squares. Their short
+    side is resized to ``size`` as CLIP does it, and the middle cut out.
 
     Args:
         frames: how many are wanted.
@@ -272,13 +275,12 @@ class _Tally:
         if packet.is_discard:
             return
         self.packets += 1
-        time = packet.dts if packet.pts is None else packet.pts
-        if time is None:
+        if packet.pts is None:
             self._timed = False
             return
-        self._first = min(self._first, time)
-        if time > self._last:
-            self._last, self._duration = time, packet.duration or 0
+        self._first = min(self._first, packet.pts)
+        if packet.pts > self._last:
+            self._last, self._duration = packet.pts, packet.duration or 0
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -320,7 +322,7 @@ def _count(path: str, limit: _Limit) -> _Tally:
 
 
 def _packets(container: av.container.InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
-    """Up to the end or to where the file can't be read on, without empty ones, which would end decoding."""
+    """Up to the end or to where the file can't be read on, without the empty ones, which PyAV puts at the end."""
     # IndexError: in the end PyAV stumbles over streams that only turned up on the way, as a damaged .ts may have them
     with contextlib.suppress(av.FFmpegError, IndexError):
         yield from (packet for packet in container.demux(*streams) if packet.size)
