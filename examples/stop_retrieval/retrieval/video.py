@@ -19,11 +19,8 @@ from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 from torch import Tensor
 
-_MAJOR = int(av.__version__.split(".")[0])
 # tags that are no UTF-8 must not fail the file; from PyAV 19 on they never do, and the argument is gone
-_OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if _MAJOR < 19 else {}
-# videos are read by several processes, each of them with one thread; before PyAV 17 colours had no others
-_CONVERT: dict[str, Any] = {"threads": 1} if _MAJOR >= 17 else {}
+_OPEN: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 MAX_PIXELS = 8192 * 8192  # a frame of so many takes 400 MB on its way to a tensor
 # Files whose streams FFmpeg may find after it has opened them, when it decodes frames to learn about them without our
 # limit: FLV, MPEG program and transport streams
@@ -338,9 +335,9 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
 
 
 def _square(frame: av.VideoFrame, size: int) -> Tensor:
-    """``(3, size, size)``. By Pillow, whose bicubic filter CLIP's and CLIP4Clip's transforms use; of the resized image
-    only the middle is computed."""
-    image = _upright(Image.fromarray(frame.to_ndarray(format="rgb24", **_CONVERT)), _display_matrix(frame))
+    """``(3, size, size)``, in one thread: several processes read. By Pillow, whose bicubic filter CLIP's and
+    CLIP4Clip's transforms use; of the resized image only the middle is computed."""
+    image = _upright(Image.fromarray(frame.to_ndarray(format="rgb24", threads=1)), _display_matrix(frame))
     across, down = image.size
     short = min(across, down)
     width, height = size * across // short, size * down // short
