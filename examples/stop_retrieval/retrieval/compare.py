@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.timing import peak_cuda_bytes
+from stoptome_kernels.timing import measure_alternately, peak_cuda_bytes
 from stoptome_kernels.tome.table import table
 
 from . import atomic, metrics, options, results, sealed
@@ -26,6 +27,7 @@ from .parallel import Processes
 
 log = logging.getLogger("stop_retrieval")
 TABLE, CHART = "sweep.json", "sweep.png"
+SECONDS = 20.0  # of timing, all settings together
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Row:
         setting: ``r = 4``, or the name of a preset.
         tokens, items: of a video after the last layer.
         ideal: speed-up that the blocks' FLOPs promise.
-        videos_per_second: that the visual tower encodes, frames on the device.
+        videos_per_second: that the visual tower encodes, frames on the device, by the median of calls.
         speedup: that over the first row's.
         peak_bytes: most that encoding a batch holds beyond weights and frames; None on a CPU.
         r1, r5, median_rank: text to video.
@@ -95,20 +97,20 @@ def models(
 
 
 def rows(
-    models: Mapping[str, Retrieval], evaluations: Sequence[Evaluation], peaks: Sequence[int | None]
-) -> list[Row]:  # fmt: skip
-    """Return a row for each setting, in their order."""
-    first = evaluations[0]
-    hits = first.ranks == 1
+    models: Mapping[str, Retrieval],
+    evaluations: Sequence[Evaluation],
+    speeds: Mapping[str, tuple[float, int | None]],
+) -> list[Row]:
+    """Return a row for each setting, in their order; ``speeds`` are of ``measure``."""
+    hits = evaluations[0].ranks == 1
+    first = next(iter(speeds.values()))[0]
     found = []
-    for (name, model), each, peak in zip(models.items(), evaluations, peaks, strict=True):
-        schedule = model.clip.visual.tome.schedule
-        told, speed = each.results["text_to_video"], each.results["videos_per_second"]
-        lost = hits.double() - (each.ranks == 1).double()
+    for (name, model), each in zip(models.items(), evaluations, strict=True):
+        schedule, told, (speed, peak) = model.clip.visual.tome.schedule, each.results["text_to_video"], speeds[name]
+        lost = 100 * (hits.double() - (each.ranks == 1).double())
         found.append(Row(
-            name, schedule.tokens[-1], schedule.items[-1], schedule.speedup, speed,
-            speed / first.results["videos_per_second"], peak, told["r1"], told["r5"], told["median_rank"],
-            100 * float(lost.mean()), metrics.paired_interval(100 * lost, each.owners),
+            name, schedule.tokens[-1], schedule.items[-1], schedule.speedup, speed, speed / first, peak, told["r1"],
+            told["r5"], told["median_rank"], float(lost.mean()), metrics.paired_interval(lost, each.owners),
         ))  # fmt: skip
     return found
 
@@ -170,17 +172,23 @@ def draw(found: Sequence[Row], path: Path) -> None:
     atomic.replace(path, lambda file: figure.savefig(file, dpi=150))
 
 
-def peaks(models: Mapping[str, Retrieval], args: argparse.Namespace, device: torch.device) -> list[int | None]:
-    """Return the memory that each model's visual tower takes for a batch of --batch_size_val videos; None on a CPU,
-    whose allocator doesn't tell."""
-    if device.type != "cuda":
-        return [None] * len(models)
+@torch.inference_mode()
+def measure(
+    models: Mapping[str, Retrieval], args: argparse.Namespace, device: torch.device
+) -> dict[str, tuple[float, int | None]]:
+    """Return how many videos per second each visual tower encodes, timed in turn on a batch of --batch_size_val videos,
+    and the bytes that this takes (see ``Row``); by their names."""
     size = next(iter(models.values())).clip.config.image_size
     shape = (args.batch_size_val, args.max_frames, 3, size, size)
-    video = torch.zeros(shape, dtype=torch.uint8, device=device)
+    video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
-    with torch.inference_mode():
-        return [peak_cuda_bytes(partial(model.encode_video, video, mask), [device]) for model in models.values()]
+    calls = {name: partial(model.eval().encode_video, video, mask) for name, model in models.items()}
+    cuda = device.type == "cuda"
+    times = measure_alternately(calls, SECONDS, synchronize=torch.cuda.synchronize if cuda else None)
+    return {
+        name: (len(video) / median(times[name]), peak_cuda_bytes(call, [device]) if cuda else None)
+        for name, call in calls.items()
+    }
 
 
 def report(
@@ -193,7 +201,7 @@ def report(
     **weights: Any,
 ) -> None:
     """Print the table and what to take, and write both, a chart, and every setting's evaluation into the folder."""
-    found = rows(models, evaluations, peaks(models, args, processes.device))
+    found = rows(models, evaluations, measure(models, args, processes.device))
     best, reason = recommend(found, args.max_loss)
 
     def write() -> None:

@@ -7,8 +7,7 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import median
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,27 +24,14 @@ from .tokenizer import Tokenizer
 log = logging.getLogger("stop_retrieval")
 
 
-@dataclass
-class Seen:
-    """What one model makes of some videos.
-
-    Attributes:
-        features: ``(B, E)`` float32 on the CPU, of those that could be read.
-        seconds: of each batch, for one video, with frames on the device.
-    """
-
-    features: Tensor
-    seconds: list[float] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Retrieval both ways by one model.
 
     Attributes:
         results: ``videos`` and ``captions`` (see ``results.count``), ``text_to_video`` and ``video_to_text`` with the
-            fields of ``metrics.Retrieval``, the same again under ``qb_norm`` and ``dsl`` where asked for,
-            ``videos_per_second`` of encoding alone, and ``seconds`` of everything.
+            fields of ``metrics.Retrieval``, the same again under ``qb_norm`` and ``dsl`` where asked for, and
+            ``seconds``.
         ranks: ``(captions,)`` int64, the rank of each caption's video, see ``metrics.ranks``.
         owners: ``(captions,)`` int64, the video of each caption.
     """
@@ -79,52 +65,40 @@ def encode_texts(model: nn.Module, ids: Tensor, batch: int, processes: Processes
 def encode_videos(
     models: Sequence[nn.Module], args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes,
     broken: Broken,
-) -> tuple[list[Seen], list[int]]:  # fmt: skip
-    """Return what each of the models makes of those ``videos`` that could be read, and which these are: the share of
-    this process. A video is decoded once for all models, which take turns at going first."""
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
+    """Return what each of the models makes of those ``videos`` that could be read, ``(B, E)`` float32 on the CPU, and
+    which these are: the share of this process. A video is decoded once for all models."""
     for model in models:
         model.eval()
     parts: list[list[Tensor]] = [[] for _ in models]
-    seconds: list[list[float]] = [[] for _ in models]
     readable = []
     with tqdm(total=len(videos), desc="videos", unit="video", disable=processes.silent, leave=False) as bar:
-        for turn, batch in enumerate(video_loader(args, videos, size, processes)):
+        for batch in video_loader(args, videos, size, processes):
             broken.note(batch)
             _, video, mask = batch.to(processes.device)
-            if processes.device.type == "cuda":
-                torch.cuda.synchronize()  # frames that are still on their way are no time of the model's
-            if turn == 0 and len(models) > 1:  # whatever is done once is no time of a batch's
-                for model in models:
-                    model.encode_video(video, mask)  # type: ignore[operator]
-            for place in range(len(models)):
-                number = (place + turn) % len(models)
-                begun = time.perf_counter()
-                parts[number].append(models[number].encode_video(video, mask).cpu())  # type: ignore[operator]
-                seconds[number].append((time.perf_counter() - begun) / len(video))
+            for model, part in zip(models, parts, strict=True):
+                part.append(model.encode_video(video, mask).cpu())  # type: ignore[operator]
             readable.append(batch.readable)
             bar.update(len(video))
     good = torch.cat(readable)
-    seen = [Seen(torch.cat(part)[good], each) for part, each in zip(parts, seconds, strict=True)]
-    return seen, good.nonzero().flatten().tolist()
+    return [torch.cat(part)[good] for part in parts], good.nonzero().flatten().tolist()
 
 
 def _everyones(
     models: Sequence[nn.Module], args: argparse.Namespace, videos: Sequence[Video], size: int, processes: Processes,
     broken: Broken,
-) -> tuple[list[Seen], list[int]]:  # fmt: skip
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Return what each of the models makes of all videos that could be read, in their order, and which these are: the
-    same in all processes, but for the seconds, which are each one's own."""
+    same in all processes."""
     mine = _share(len(videos), processes)
     seen, numbers = encode_videos(models, args, [videos[i] for i in mine], size, processes, broken)
-    found: dict[int, list[Tensor]] = {}
-    for shares, indices in processes.all_know(([each.features for each in seen], [mine[n] for n in numbers])):
-        found.update(zip(indices, zip(*shares, strict=True), strict=True))  # type: ignore[arg-type]
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for shares, indices in processes.all_know((seen, [mine[n] for n in numbers])):
+        found.update(zip(indices, zip(*shares, strict=True), strict=True))
     if not found:
         raise UsageError("none of the videos to evaluate could be read")
     order = sorted(found)
-    for number, each in enumerate(seen):
-        each.features = torch.stack([found[i][number] for i in order])
-    return seen, order
+    return [torch.stack([found[i][number] for i in order]) for number in range(len(models))], order
 
 
 def evaluate(
@@ -161,7 +135,7 @@ def evaluate(
     evaluations = []
     for (title, model), each, bank in zip(models.items(), seen, banks, strict=True):
         text = encode_texts(model, ids, 4 * args.batch_size_val, processes)
-        found = _ways(text, each.features, bank, args.camoe_dsl)
+        found = _ways(text, each, bank, args.camoe_dsl)
         told: dict[str, Any] = dict(counts)
         for name, (forth, back) in found.items():
             both = {
@@ -174,7 +148,6 @@ def evaluate(
                     log.info("%s", " ".join(filter(None, said)))
             figures = {way: asdict(retrieval) for way, retrieval in both.items()}
             told |= figures if name == "plain" else {name: figures}
-        told["videos_per_second"] = round(1 / median(each.seconds), 2)
         told["seconds"] = round(time.perf_counter() - begun, 2)
         evaluations.append(Evaluation(told, metrics.ranks(found["plain"][0], truth), truth))
     return evaluations
@@ -214,6 +187,6 @@ def _banks(
     videos = [train.videos[i] for i in spread(len(train.videos))]
     seen, _ = _everyones(models, args, videos, size, processes, Broken())
     return [
-        (encode_texts(model, ids, 4 * args.batch_size_val, processes), each.features)
+        (encode_texts(model, ids, 4 * args.batch_size_val, processes), each)
         for model, each in zip(models, seen, strict=True)
     ]

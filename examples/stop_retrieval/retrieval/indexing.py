@@ -57,7 +57,7 @@ def index(
     for shard in store.pending(processes.rank, processes.world):
         part = videos[shard.start : shard.stop]
         (seen,), kept = encode_videos([model], args, part, size, processes, broken)
-        store.write(shard, seen.features, kept)
+        store.write(shard, seen, kept)
     processes.wait()
     broken.say(processes)
 

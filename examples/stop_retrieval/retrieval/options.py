@@ -22,6 +22,8 @@ OF_THE_MODEL = (
     "global_visual_prompt_length", "lora", "slice_framepos", "feature_framerate", "tome_prop_attn",
     "synthetic_train", "synthetic_val", "synthetic_seed",
 )  # fmt: skip
+# flags that version 0.2.0 didn't have, whose files lack them, and what its runs had
+_LATER: dict[str, Any] = {"random_weights": False, "activation": None}
 _DATA = ("data_path", "features_path", "train_csv", "val_csv")
 # one setting in several flags: whoever gives one of them gives it anew
 _MERGING = ("tome_r", "merge_layers", "merge_frame_nums", "merge_token_proportions", "frame_pos")
@@ -195,7 +197,8 @@ def checked(run: Any, path: str) -> dict[str, Any]:
     """The settings in a file, each of which is one that its flag could have given; lists become tuples.
 
     They must be those of ``settings``, no more (a setting this program doesn't know may be why the weights are as
-    they are) and no less, but for those that may change when a run goes on: of older files they may be missing.
+    they are) and no less, but for those that may change when a run goes on, or are new: of older files they may be
+    missing.
 
     Raises:
         UsageError: they are something else; one line that names the file and the setting.
@@ -204,7 +207,7 @@ def checked(run: Any, path: str) -> dict[str, Any]:
     if not isinstance(run, dict):
         raise UsageError(f"the settings in {path} are no object but a {type(run).__name__}; {way_out}")
     flags = {action.dest: action for action in parser()._actions if action.dest not in ("help", "notes")}
-    found = {}
+    found: dict[str, Any] = {**_LATER}
     for name, value in run.items():
         if name != "world" and name not in flags:
             raise UsageError(f"the settings in {path} have {str(name)[:60]!r}, which is no flag here; {way_out}")
@@ -215,7 +218,7 @@ def checked(run: Any, path: str) -> dict[str, Any]:
             raise UsageError(
                 f"the settings in {path} have a value for --{name} that no run has, {shown[:60]}; {way_out}"
             ) from None
-    missing = sorted({*flags, "world"} - {*run, *FREE_TO_CHANGE})
+    missing = sorted({*flags, "world"} - {*found, *FREE_TO_CHANGE})
     if missing:
         raise UsageError(f"the settings in {path} lack {missing[0]}; {way_out}")
     return found

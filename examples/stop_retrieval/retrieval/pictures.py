@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def draw(
     count = min(args.draw_trace, len(videos))
     chosen = [videos[n * len(videos) // count] for n in range(count)]
     where = folder / FOLDER
-    stk.apply_tome_patch(model.clip, config=dataclasses.replace(config, trace_source=True))
+    _merge(model, dataclasses.replace(config, trace_source=True))
     try:
         where.mkdir(exist_ok=True)
         model.eval()
@@ -66,6 +67,13 @@ def draw(
     except OSError as error:
         raise UsageError(f"{where} can't be written: {error.strerror or error}") from error
     finally:
+        _merge(model, config)
+
+
+def _merge(model: Retrieval, config: stk.ToMeConfig) -> None:
+    """Patch a model whose warnings were said when it was built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         stk.apply_tome_patch(model.clip, config=config)
 
 

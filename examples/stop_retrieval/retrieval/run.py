@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = None
     terminal.configure()
     try:
-        args = options.read(sys.argv[1:] if argv is None else argv)
-        processes = Processes()
-        _run(args, processes)
+        with warnings.catch_warnings():
+            warnings.showwarning = terminal.show_warning
+            args = options.read(sys.argv[1:] if argv is None else argv)
+            processes = Processes()
+            _run(args, processes)
         return 0
     except UsageError as error:
         alone = processes is None or (processes.working and not isinstance(error, Together))

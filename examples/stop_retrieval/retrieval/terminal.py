@@ -66,6 +66,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Log a warning in one line, without the place in the code that it comes from; for ``warnings.showwarning``."""
+    log.warning("%s", " ".join(str(message).split()))
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return escape(super().format(record))
