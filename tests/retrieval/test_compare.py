@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from stoptome_kernels.stop import StopModel
 
-from retrieval import compare, metrics, options, run
+from retrieval import compare, metrics, options, pictures, run
 from support.retrieval import clip_weights, layout, msrvtt, refused, results
 
 
@@ -66,8 +67,8 @@ def test_table_chart_and_pictures(swept):
         assert chart.size[0] > 500
     pictures = sorted(path.name for path in (swept / "traces").iterdir())
     assert len(pictures) == 6, "two videos at three settings that merge"
-    assert "video8-r---4.png" in pictures
-    with Image.open(swept / "traces/video8-r---4.png") as merged, Image.open(swept / "traces/video8-r---2.png") as less:
+    assert "video8-r-4.png" in pictures
+    with Image.open(swept / "traces/video8-r-4.png") as merged, Image.open(swept / "traces/video8-r-2.png") as less:
         assert merged.size == less.size
         assert merged.tobytes() != less.tobytes()
 
@@ -79,6 +80,13 @@ def test_pictures_of_one_setting(trained, capsys):
     assert "--draw_trace draws what merged" in refused(
         capsys, "--output_dir", str(trained), "--do_eval", "--draw_trace", "1"
     )
+
+
+def test_no_two_pictures_have_one_name():
+    ids = ["a/b c", "x/b-c", "b:c", "../..", "日本", "v" * 300, "b c-1"]
+    found = pictures._file_names(ids)
+    assert len({*found}) == len(ids)
+    assert all(re.fullmatch(r"[\w][\w.-]{0,110}", name, re.ASCII) for name in found)
 
 
 def test_models_share_their_weights(trained):

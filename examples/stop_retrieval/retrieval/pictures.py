@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def draw(
         raise UsageError("--draw_trace draws what merged: give --tome_r or --tome_preset")
     count = min(args.draw_trace, len(videos))
     chosen = [videos[n * len(videos) // count] for n in range(count)]
-    where = folder / FOLDER
+    names, where = _file_names([video.id for video in chosen]), folder / FOLDER
     _merge(model, dataclasses.replace(config, trace_source=True))
     try:
         where.mkdir(exist_ok=True)
@@ -58,8 +59,7 @@ def draw(
             trace = stk.tome_trace(model.clip)
             for number, readable in enumerate(batch.readable.tolist()):
                 if readable:
-                    own = chosen[drawn + number]
-                    path = where / f"{_file_name(own.id)}{name and f'-{_file_name(name)}'}.png"
+                    path = where / f"{names[drawn + number]}{name and f'-{_cleaned(name)}'}.png"
                     frames = batch.video[number]
                     stk.visualize(frames, trace, path, video=number, beside=True)
             drawn += len(video)
@@ -77,6 +77,14 @@ def _merge(model: Retrieval, config: stk.ToMeConfig) -> None:
         stk.apply_tome_patch(model.clip, config=config)
 
 
-def _file_name(text: str) -> str:
-    """Return a name that is a file's anywhere: other characters than letters and digits become dashes."""
-    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in os.path.basename(text))
+def _file_names(ids: Sequence[str]) -> list[str]:
+    """Return a name for each video that is a file's anywhere, no two the same."""
+    found: list[str] = []
+    for number, text in enumerate(ids):
+        name = _cleaned(os.path.basename(text)) or "video"
+        found.append(f"{name}-{number}" if name in found else name)
+    return found
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")[:100]
