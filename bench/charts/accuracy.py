@@ -37,7 +37,7 @@ def points_lost(row: dict | None) -> str:
     definition, or was not measured."""
     if row is None or row["shape"] == "r=0":
         return ""
-    if row["lost_interval"] is None:
+    if row.get("lost_interval") is None:  # of one seed
         return _tenths(row["lost_mean"])
     low, high = map(_tenths, row["lost_interval"])
     return f"{_tenths(row['lost_mean'])} ({low} to {high})"
@@ -51,7 +51,7 @@ def _beside_merging(row: dict | None) -> str:
     """Return what a baseline lost, with a star where that is more than merging lost, by the interval of the paired
     differences, and a dagger where it is less."""
     text = points_lost(row)
-    apart = row["over_merging_interval"] if row else None
+    apart = row.get("over_merging_interval") if row else None
     if not text or apart is None:
         return text
     return text + ("*" if apart[0] > 0 else "†" if apart[1] < 0 else "")
@@ -142,7 +142,7 @@ def _differences(axis: Any, rows: list[dict], settings: list[str], colours: dict
     for place, (method, name) in enumerate(METHODS.items()):
         own = [row for row in rows if row["impl"] == method and row["shape"] in settings]
         at = [settings.index(row["shape"]) + (place - (len(METHODS) - 1) / 2) * 0.17 for row in own]
-        halves = [row["lost_mean"] - row["lost_interval"][0] if row["lost_interval"] else 0 for row in own]
+        halves = [row["lost_mean"] - row["lost_interval"][0] if row.get("lost_interval") else 0 for row in own]
         axis.errorbar(at, [-row["lost_mean"] for row in own], halves, fmt="o", ms=5, capsize=3,
                       color=colours[COLOURS[method]], label=name)  # fmt: skip
     axis.axhline(0, color=colours["ink"], lw=1)

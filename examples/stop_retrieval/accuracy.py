@@ -24,7 +24,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 import stoptome_kernels as stk
 import torch
 
-from retrieval import baselines, interrupt, loader, model, options, recipes, results, run, synthetic
+from retrieval import baselines, interrupt, loader, lock, model, options, recipes, results, run, synthetic
 from retrieval.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -134,7 +133,7 @@ class Study:
             shutil.rmtree(out, ignore_errors=True)
             begun = time.perf_counter()
             if code := run.main(argv):
-                raise interrupt.Stopped() if code == 130 else SystemExit(f"stopped: {' '.join(argv)}")
+                raise KeyboardInterrupt if code == 130 else UsageError(f"this failed: main.py {' '.join(argv)}")
             print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
             done.write_text(made_by)
             found = _results(out)
@@ -159,19 +158,21 @@ def of_seed(work: Path, quick: bool, lines: Sequence[Case], seed: int) -> list[d
 
 
 def of_seeds(work: Path, quick: bool, lines: Sequence[Case], seeds: Sequence[int], processes: int) -> list[list[dict]]:
-    """Return the results of all cases, seed by seed. Seeds run side by side, a thread each: these models are so small
-    that two threads take as long as one."""
+    """Return the results of all cases, seed by seed. Seeds run side by side in processes of one thread: these models
+    are so small that two threads take as long as one."""
     each = partial(of_seed, work, quick, lines)
-    if processes == 1:
-        return [each(seed) for seed in seeds]
     Study(work, quick)  # the videos, before anybody needs them
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    if processes == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
-            return list(pool.map(each, seeds))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise interrupt.Stopped("stopped; the same call goes on after the last run that is done") from None
+            return [each(seed) for seed in seeds]
+        finally:
+            torch.set_num_threads(threads)
+    with interrupt.ignored():  # by the processes that are begun now, which end with this one
+        pool = multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,))
+    with pool:
+        return list(pool.imap(each, seeds))
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -257,13 +258,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--json", type=Path, metavar="PATH", help="add the rows to this file, or to this machine's in a folder"
     )
     p.add_argument("--seconds", type=float, help="of each timing (default: 30, quick: 5)")
-    p.add_argument("--threads", type=int, help="of torch on a CPU")
+    p.add_argument("--threads", type=int, help="of torch on a CPU, for timing; training takes one for each seed")
     p.add_argument("--commit", help="named in the rows, where there is no .git")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.processes is not None and args.processes < 1:
+        print(f"error: --processes must be 1 or more, got {args.processes}", file=sys.stderr)
+        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,16 +278,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         where = environment(device, args.commit)
         file = rows_file(args.json, where)
+        work.mkdir(parents=True, exist_ok=True)
+        alone = lock.hold(work)
         by_seed = of_seeds(work, args.quick, lines, seeds, min(args.processes or cores, len(seeds)))
+        used = list(dict.fromkeys(case.setting for case in lines))
+        cost = costs(used, device, args.seconds or (5 if args.quick else 30), 16)
     except (ValueError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(f"note: {stop or 'stopped'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("note: stopped; the same call goes on after the runs that are done", file=sys.stderr)
         return 130
+    if alone is not None:
+        alone.release()
     found = dict(zip(lines, map(list, zip(*by_seed, strict=True)), strict=True))
-    used = list(dict.fromkeys(case.setting for case in lines))
-    cost = costs(used, device, args.seconds or (5 if args.quick else 30), 16)
     rows = [row(case, found, seeds, cost[case.setting], where) for case in lines]
     print(page.table(rows))
     if file:

@@ -130,7 +130,16 @@ def test_accuracy_that_loses_more_is_marked():
     assert "**" not in line(changed("accuracy", where, lost_mean=1.0), "r=4, at inference alone")
     assert "(more than the guide)**" in line(changed("accuracy", where, lost_mean=3.1), "r=4, at inference alone")
     assert "a baseline lost less" in line(changed("accuracy", where, lost_mean=99.0), "r=4, at inference alone")
-    assert accuracy.points_lost(where | {"lost_mean": -0.04, "lost_spread": None}) == "0.0"
+    assert accuracy.points_lost(where | {"lost_mean": -0.04, "lost_interval": None}) == "0.0", "of one seed"
+    assert accuracy.points_lost(where | {"lost_mean": 0.5, "lost_interval": (-0.01, 1.0)}) == "0.5 (0.0 to 1.0)"
+
+
+@pytest.mark.parametrize(("interval", "mark"), [((0.1, 2.0), "*"), ((-0.1, 2.0), ""), ((-2.0, -0.1), "†")])
+def test_baselines_that_differ_from_merging_are_marked(interval, mark):
+    """By the interval of the paired differences."""
+    where = {"shape": "r=4", "direction": "inference", "impl": "pool"}
+    text = line(changed("accuracy", where, over_merging_interval=interval), "r=4, at inference alone")
+    assert text.endswith(f"){mark} |")
 
 
 def test_fused_operators_that_lose_to_separate_ones_are_marked():

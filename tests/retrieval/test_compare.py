@@ -29,6 +29,7 @@ def trained(tmp_path_factory):
 def swept(trained):
     argv = ["--output_dir", str(trained), "--do_eval", "--tome_r", "4,2,4,memory", "--draw_trace", "2", "--qb_norm"]
     with pytest.MonkeyPatch.context() as patch:  # a preset for towers of more layers and frames than this one
+        patch.setattr(compare, "SECONDS", 0.1)
         patch.setattr(stk.ToMeConfig, "preset", lambda name: stk.ToMeConfig(1, False, True, (1,), (2,), (5, 5)))
         assert run.main(argv) == 0
     return trained
@@ -67,26 +68,61 @@ def test_table_chart_and_pictures(swept):
         assert chart.size[0] > 500
     pictures = sorted(path.name for path in (swept / "traces").iterdir())
     assert len(pictures) == 6, "two videos at three settings that merge"
-    assert "video8-r-4.png" in pictures
-    with Image.open(swept / "traces/video8-r-4.png") as merged, Image.open(swept / "traces/video8-r-2.png") as less:
+    assert pictures[0] == "000-video8-memory.png"
+    merged, less = (Image.open(swept / f"traces/000-video8-r-{r}.png") for r in (4, 2))
+    with merged, less:
         assert merged.size == less.size
         assert merged.tobytes() != less.tobytes()
 
 
-def test_pictures_of_one_setting(trained, capsys):
-    assert run.main(["--output_dir", str(trained), "--do_eval", "--tome_r", "4", "--draw_trace", "1"]) == 0
-    assert (trained / "traces/video8.png").exists()
+def test_pictures_of_one_setting(trained, tmp_path, capsys):
+    checkpoint = str(trained / "ckpt.pth.tar")
+    argv = ["--output_dir", str(tmp_path / "a"), "--do_eval", "--init_model", checkpoint]
+    assert run.main([*argv, "--tome_r", "4", "--draw_trace", "1"]) == 0
+    assert [path.name for path in (tmp_path / "a/traces").iterdir()] == ["000-video8-r-4.png"]
+    assert "1 picture of what merged" in capsys.readouterr().out
+    argv[1] = str(tmp_path / "b")
+    for more in (["--draw_trace", "1"], ["--tome_r", "0,0", "--draw_trace", "1"]):
+        assert "--draw_trace draws what merged" in refused(capsys, *argv, *more)
+    assert not (tmp_path / "b").exists(), "refused before the evaluation"
+
+
+def test_pictures_are_of_videos_that_can_be_read(tmp_path, capsys):
+    data, out = layout(tmp_path / "set"), tmp_path / "out"
+    (data / "videos/video8.mp4").write_bytes(b"no video")
+    assert run.main(msrvtt(data, clip_weights(tmp_path / "clip"), out)) == 0
     capsys.readouterr()
-    assert "--draw_trace draws what merged" in refused(
-        capsys, "--output_dir", str(trained), "--do_eval", "--draw_trace", "1"
-    )
+    assert run.main(["--output_dir", str(out), "--do_eval", "--tome_r", "4", "--draw_trace", "1"]) == 0
+    assert capsys.readouterr().out.count("skipped ") == 1
+    assert [path.name for path in (out / "traces").iterdir()] == ["000-video9-r-4.png"]
 
 
-def test_no_two_pictures_have_one_name():
-    ids = ["a/b c", "x/b-c", "b:c", "../..", "日本", "v" * 300, "b c-1"]
-    found = pictures._file_names(ids)
-    assert len({*found}) == len(ids)
-    assert all(re.fullmatch(r"[\w][\w.-]{0,110}", name, re.ASCII) for name in found)
+@pytest.mark.parametrize("text", ["a/b c", "../..", "日本", "v" * 300, "a:b*?"])
+def test_a_part_of_a_file_name(text):
+    assert re.fullmatch(r"[\w.-]{0,100}", pictures._cleaned(text), re.ASCII)
+
+
+def test_clip_merging_is_compared_as_it_was_trained():
+    """With each r but 0; of a run, or of flags."""
+    clips = ["--merge_layers", "1", "--merge_frame_nums", "2", "--merge_token_proportions", "20-10"]
+
+    def compared(*argv, run=None):
+        args = options.complete(options.read(["--output_dir", "o", "--do_eval", "--tome_r", "0,1,2", *argv]), run)
+        return compare.settings(args)
+
+    asked = compared(*clips)
+    assert asked["r = 2"] == stk.ToMeConfig(2, False, True, (1,), (2,), (20, 10))
+    assert asked["r = 0"].off
+    trained = options.complete(options.read(["--output_dir", "o", "--tome_r", "1", "--no-tome_prop_attn", *clips]))
+    trained.world = 1
+    found = compared(run=options.settings(trained))
+    assert found["r = 1"] == stk.ToMeConfig(1, False, False, (1,), (2,), (20, 10))
+    assert not found["r = 0"].prop_attn
+
+
+def test_presets_are_compared_as_they_are():
+    args = options.complete(options.read(["--output_dir", "o", "--do_eval", "--tome_r", "0,memory"]))
+    assert compare.settings(args)["memory"] == stk.ToMeConfig.preset("memory")
 
 
 def test_models_share_their_weights(trained):
@@ -107,9 +143,9 @@ EIGHT = replace(ROW, setting="r = 8", videos_per_second=170.0, speedup=1.7, r1=4
     ("rows", "most", "chosen", "said"),
     [
         ([ROW, FOUR, EIGHT], 1.0, FOUR, "the loss may be up to 1.5"),
-        ([ROW, FOUR, EIGHT], 3.0, EIGHT, "at most 3 points of R@1"),
+        ([ROW, FOUR, EIGHT], 3.0, EIGHT, "loses at most 3 of R@1"),
         ([ROW, FOUR, EIGHT], 0.5, FOUR, "0.5 lost, 1.30× as fast"),
-        ([ROW, FOUR, EIGHT], 0.4, ROW, "take r = 0: nothing that loses at most 0.4 points"),
+        ([ROW, FOUR, EIGHT], 0.4, ROW, "take r = 0: nothing that loses at most 0.4 of R@1"),
         ([ROW, replace(FOUR, videos_per_second=99.0, lost=-3.0)], 1.0, ROW, "take r = 0"),
     ],
 )
@@ -119,14 +155,22 @@ def test_the_fastest_that_loses_little_is_recommended(rows, most, chosen, said):
     assert said in reason
 
 
+def test_the_chart_stands_rounding(tmp_path):
+    """Intervals that end where the mean is, to the last bits."""
+    row = replace(FOUR, r1=50.0 - 100 / 3, lost=100 / 3, lost_interval=(100 / 3 + 4e-15, 100 / 3 - 4e-15))
+    compare.draw([ROW, row], tmp_path / "chart.png")
+
+
 def test_an_interval_of_paired_differences():
     differences = torch.tensor([1.0, 0, -1, 0, 1, 1, 0, 0])
     apart = metrics.paired_interval(differences, torch.arange(8))
-    half = 1.96 * float(differences.std(correction=0)) / math.sqrt(8)
+    half = 1.96 * math.sqrt(8 * float(differences.var(correction=0)) + 1) / 8
     assert apart == pytest.approx((0.25 - half, 0.25 + half))
+    none = metrics.paired_interval(torch.zeros(4), torch.arange(4))
+    assert none == pytest.approx((-0.49, 0.49)), "of four queries nothing is certain"
     # captions of one video are not as many witnesses
-    twice = metrics.paired_interval(differences.repeat_interleave(2), torch.arange(8).repeat_interleave(2))
-    assert twice == pytest.approx(apart)
+    low, high = metrics.paired_interval(differences.repeat_interleave(100), torch.arange(8).repeat_interleave(100))
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(8 * float(differences.var(correction=0))) / 8, rel=1e-3)
 
 
 @pytest.mark.parametrize(

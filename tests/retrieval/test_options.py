@@ -197,6 +197,7 @@ def test_help_tells_groups_and_defaults(capsys):
     assert "videos of one process in one step (default: 32; synthetic: 64)" in said
     assert "low-rank branch beside the MLPs (default: on; synthetic: off)" in said
     assert "order and dropout (default: 42)" in said
+    assert "in each process that decodes (default: off; synthetic: on)" in said
     assert "0: ordinary, 1: reversed, 2: shuffled (default: 0)" in said
     assert "--inference_speed_test" not in said, "what is ignored is not offered"
     for action in flags.parser()._actions:

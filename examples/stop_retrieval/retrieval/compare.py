@@ -24,6 +24,7 @@ from .errors import UsageError
 from .evaluate import Evaluation
 from .model import Retrieval, build
 from .parallel import Processes
+from .terminal import counted
 
 log = logging.getLogger("stop_retrieval")
 TABLE, CHART = "sweep.json", "sweep.png"
@@ -61,15 +62,19 @@ class Row:
 
 
 def settings(args: argparse.Namespace) -> dict[str, stk.ToMeConfig]:
-    """Return the settings that are compared by their names, r = 0 first."""
-    plain = options.tome_config(args)
-    found = {}
-    for one in dict.fromkeys((0, *args.sweep)):
+    """Return the settings that are compared by their names, r = 0 first; at the others clips are merged as the flags or
+    the run of the checkpoint say.
+
+    Raises:
+        UsageError: flags of clip merging that contradict each other.
+    """
+    given = {"prop_attn": args.tome_prop_attn} if "tome_prop_attn" in args.given else {}
+    found = {"r = 0": stk.ToMeConfig(0, prop_attn=args.tome_prop_attn)}
+    for one in args.sweep:
         if isinstance(one, str):
-            preset = stk.ToMeConfig.preset(one)
-            found[one] = dataclasses.replace(preset, prop_attn=plain.prop_attn, trace_source=plain.trace_source)
-        else:
-            found[f"r = {one}"] = dataclasses.replace(plain, tome_r=one)
+            found[one] = dataclasses.replace(stk.ToMeConfig.preset(one), **given)
+        elif one:
+            found[f"r = {one}"] = options.tome_config(argparse.Namespace(**vars(args) | {"tome_r": one}))
     return found
 
 
@@ -87,7 +92,7 @@ def models(
         try:
             model, told = build(args, config, weights_from)
         except UsageError as error:
-            raise UsageError(f"--tome_r, {name}: {error}") from error
+            raise UsageError(f"--tome_r, {name}: {error}" if name else str(error)) from error
         if not found:
             weights, notes = model.to(device).state_dict(keep_vars=True), told
         else:
@@ -107,10 +112,11 @@ def rows(
     found = []
     for (name, model), each in zip(models.items(), evaluations, strict=True):
         schedule, told, (speed, peak) = model.clip.visual.tome.schedule, each.results["text_to_video"], speeds[name]
-        lost = 100 * (hits.double() - (each.ranks == 1).double())
+        lost = hits.double() - (each.ranks == 1).double()
+        low, high = metrics.paired_interval(lost, each.owners)
         found.append(Row(
             name, schedule.tokens[-1], schedule.items[-1], schedule.speedup, speed, speed / first, peak, told["r1"],
-            told["r5"], told["median_rank"], float(lost.mean()), metrics.paired_interval(lost, each.owners),
+            told["r5"], told["median_rank"], 100 * float(lost.mean()), (100 * low, 100 * high),
         ))  # fmt: skip
     return found
 
@@ -123,10 +129,10 @@ def recommend(found: Sequence[Row], max_loss: float) -> tuple[Row, str]:
     allowed = [row for row in found if row.lost <= max_loss + 1e-9]
     best = max(allowed, key=lambda row: row.videos_per_second)
     if best is found[0]:
-        return best, f"take r = 0: nothing that loses at most {max_loss:g} points of R@1 is faster"
+        return best, f"take r = 0: nothing that loses at most {max_loss:g} of R@1 (--max_loss) is faster"
     reason = (
-        f"take {best.setting}: the fastest that loses at most {max_loss:g} points of R@1 (--max_loss): "
-        f"{best.lost:.1f} lost, {best.speedup:.2f}× as fast"
+        f"take {best.setting}: the fastest that loses at most {max_loss:g} of R@1 (--max_loss): {best.lost:.1f} lost, "
+        f"{best.speedup:.2f}× as fast"
     )
     if best.lost_interval[1] > max_loss:
         reason += f"; with this many captions the loss may be up to {best.lost_interval[1]:.1f} (95 %)"
@@ -162,8 +168,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
     axes = figure.add_subplot()
     base = found[0].r1
     across = [row.videos_per_second for row in found]
-    below = [row.r1 - (base - row.lost_interval[1]) for row in found]
-    above = [base - row.lost_interval[0] - row.r1 for row in found]
+    # not below 0 by rounding
+    below = [max(0.0, row.r1 - (base - row.lost_interval[1])) for row in found]
+    above = [max(0.0, base - row.lost_interval[0] - row.r1) for row in found]
     axes.errorbar(across, [row.r1 for row in found], (below, above), fmt="o", capsize=3)
     for row in found:
         axes.annotate(row.setting, (row.videos_per_second, row.r1), textcoords="offset points", xytext=(6, 6))
@@ -201,10 +208,11 @@ def report(
     **weights: Any,
 ) -> None:
     """Print the table and what to take, and write both, a chart, and every setting's evaluation into the folder."""
-    found = rows(models, evaluations, measure(models, args, processes.device))
-    best, reason = recommend(found, args.max_loss)
 
     def write() -> None:
+        log.info("timing %s in turn, %g s or more", counted(len(models), "setting"), SECONDS)
+        found = rows(models, evaluations, measure(models, args, processes.device))
+        best, reason = recommend(found, args.max_loss)
         told = [
             results.describe(args, configs[name], "sweep", **weights) | each.results
             for name, each in zip(models, evaluations, strict=True)
@@ -214,8 +222,7 @@ def report(
         of = results.describe(args, configs[best.setting], "sweep", **weights)
         sealed.write_json(folder / TABLE, {**of, **table_of, "recommended": best.setting, "reason": reason})
         draw(found, folder / CHART)
-
-    processes.first_does(write)
-    if processes.first:
         for line in (*show(found), reason, f"in {folder}: {TABLE}, {CHART}"):
             log.info("%s", line)
+
+    processes.first_does(write)

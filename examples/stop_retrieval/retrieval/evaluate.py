@@ -34,11 +34,13 @@ class Evaluation:
             ``seconds``.
         ranks: ``(captions,)`` int64, the rank of each caption's video, see ``metrics.ranks``.
         owners: ``(captions,)`` int64, the video of each caption.
+        videos: those that could be read.
     """
 
     results: dict[str, Any]
     ranks: Tensor
     owners: Tensor
+    videos: list[Video]
 
 
 def _share(count: int, processes: Processes) -> list[int]:
@@ -149,7 +151,9 @@ def evaluate(
             figures = {way: asdict(retrieval) for way, retrieval in both.items()}
             told |= figures if name == "plain" else {name: figures}
         told["seconds"] = round(time.perf_counter() - begun, 2)
-        evaluations.append(Evaluation(told, metrics.ranks(found["plain"][0], truth), truth))
+        evaluations.append(
+            Evaluation(told, metrics.ranks(found["plain"][0], truth), truth, [split.videos[i] for i in order])
+        )
     return evaluations
 
 

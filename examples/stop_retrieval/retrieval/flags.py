@@ -47,15 +47,12 @@ class _Help(argparse.HelpFormatter):
         text = action.help or ""
         if text == argparse.SUPPRESS or "default: " in text:
             return text
-        told = [
-            (DEFAULTS.get(action.dest, action.default), "{}"),
-            (recipes.SYNTHETIC.get(action.dest), "synthetic: {}"),
-        ]
-        if told[0][0] == told[1][0]:
-            told.pop()
-        shown = [words.format(_shown(value)) for value, words in told if type(value) in (str, int, float)]
-        if any(value is True for value, _ in told):
-            shown = ["on; synthetic: off" if told[1:] and told[1][0] is False else "on"]
+        told = {"{}": DEFAULTS.get(action.dest, action.default), "synthetic: {}": recipes.SYNTHETIC.get(action.dest)}
+        if told["{}"] == told["synthetic: {}"]:
+            del told["synthetic: {}"]
+        shown = [words.format(_shown(value)) for words, value in told.items() if isinstance(value, (str, int, float))]
+        if shown == ["off"]:  # which a switch says by being one
+            return text
         ours = shown and action.option_strings[0] != "--no-tome_prop_attn" and action.default != argparse.SUPPRESS
         return (f"{text} (default: {'; '.join(shown)})" if ours else text).replace("%", "%%")
 
@@ -64,6 +61,8 @@ class _Help(argparse.HelpFormatter):
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
@@ -224,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("evaluation").add_argument
     add("--batch_size_val", type=_at_least(1), help="videos encoded at once")
     add("--qb_norm", nargs="?", const=2000, default=0, type=_at_least(0), metavar="N",
-        help="also with QB-Norm, by a bank of N training captions and videos")  # fmt: skip
+        help="also with QB-Norm, by a bank of N training captions and videos (0: without; no N: 2000)")  # fmt: skip
     add("--camoe_dsl", "--dsl", dest="camoe_dsl", **switch, help="also with the dual softmax of CAMoE")
 
     for name, why in ignored.SWITCHES.items():

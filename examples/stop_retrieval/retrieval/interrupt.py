@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from . import terminal
 
@@ -50,7 +51,7 @@ def deferred() -> Iterator[Request]:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[..., object]) -> Iterator[None]:
+def _handling(handler: Any) -> Iterator[None]:
     """Handle Ctrl-C in another way; only the main thread can, and elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,6 +61,13 @@ def _handling(handler: Callable[..., object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Ignore Ctrl-C."""
+    with _handling(signal.SIG_IGN):
+        yield
 
 
 def ignore(*_: object) -> None:

@@ -256,7 +256,8 @@ def train_loader(
     if len(data) < batch * parts * processes.world:
         batch, parts = len(data) // processes.world, 1
         if batch < 1 or len(data) < 2:
-            raise UsageError(f"{len(data)} training samples are too few for {processes.world} processes")
+            each = counted(processes.world, "process", "processes")
+            raise UsageError(f"too few for {each}: {counted(len(data), 'training sample')}")
         if processes.first:
             log.warning(
                 "only %d training samples: --batch_size is %d in place of %d", len(data), batch, args.batch_size

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -13,9 +15,32 @@ import filelock
 from .errors import UsageError
 
 NAME = ".lock"
+_WAIT = 60.0  # seconds for another process to write a small file
 # how a file system says that it has no locks
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 log = logging.getLogger("stop_retrieval")
+
+
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Let one process at a time read, change and write a file; ``path`` is of the lock, and stays. On a file system
+    that has no locks it is as without this.
+
+    Raises:
+        UsageError: another process holds it for long.
+    """
+    lock = filelock.FileLock(path, timeout=_WAIT, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UsageError(f"{path} is held by another process: wait until that has ended") from None
+    except (OSError, NotImplementedError):
+        yield  # what can't be written says so itself
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def hold(folder: str | os.PathLike[str]) -> filelock.BaseFileLock | None:

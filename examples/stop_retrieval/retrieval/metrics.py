@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -110,12 +111,15 @@ def paired_interval(differences: Tensor, owners: Tensor) -> tuple[float, float]:
         differences: ``(queries,)`` floats, of the same queries by two models.
         owners: ``(queries,)`` integers; queries with the same one, the captions of one video, are not independent of
             each other, and vary together (a cluster-robust deviation).
+
+    Differences are from -1 to 1. One more query that differs is added to the deviation, so that few queries without any
+    difference are not taken for certainty (after Agresti and Min, 2005).
     """
     count = len(differences)
     mean = differences.double().mean()
     clusters = torch.zeros(int(owners.max()) + 1, dtype=torch.float64)
     clusters.index_add_(0, owners, differences.double() - mean)
-    half = 1.96 * float(clusters.square().sum().sqrt()) / count
+    half = 1.96 * math.sqrt(float(clusters.square().sum()) + 1) / count
     return float(mean) - half, float(mean) + half
 
 

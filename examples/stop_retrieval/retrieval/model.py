@@ -23,6 +23,7 @@ from . import recipes
 from .errors import UsageError
 from .flags import TINY, WEIGHTS
 from .parallel import gather
+from .terminal import counted
 
 # what STOP adds to CLIP: parameters with one of these in their name learn at lr, all others at lr · coef_lr
 ADDED = (
@@ -231,9 +232,11 @@ def _load(path: str, given: dict, tome: stk.ToMeConfig) -> tuple[StopModel, list
         raise UsageError(f"{path} doesn't fit: {' '.join(str(error).split())[:400]}") from error
     notes = [f"weights from {path}"]
     if loaded.missing:
-        notes.append(f"{len(loaded.missing)} parameters begin at random, such as {loaded.missing[0]}")
+        notes.append(f"begin at random: {counted(len(loaded.missing), 'parameter')}, such as {loaded.missing[0]}")
     if loaded.left_over:
-        notes.append(f"{len(loaded.left_over)} tensors of the file have no use here, such as {loaded.left_over[0]}")
+        notes.append(
+            f"without use here: {counted(len(loaded.left_over), 'tensor')} of the file, such as {loaded.left_over[0]}"
+        )
     return model, notes
 
 

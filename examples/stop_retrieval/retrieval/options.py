@@ -127,11 +127,15 @@ def complete(args: argparse.Namespace, run: Any = None, path: str = "the run") -
     """
     data = [name for name in _DATA if getattr(args, name) is not None]
     merging = {*_MERGING, "tome_preset"} & {*args.given}
+    if args.sweep:
+        merging -= {"tome_r"}  # of several r, clip merging is the run's with each of them
     if run is not None:
         run = checked(run, path)
         elsewhere = {"datatype"} if data and run.get("datatype") == "synthetic" else set()  # other videos are wanted
         names = {*OF_THE_MODEL, *_DATA} & {*run} - {*args.given} - elsewhere
         for name in (*names, *(() if merging else _MERGING)):
+            if name == "tome_r" and args.sweep:
+                continue
             setattr(args, name, run[name])
     if args.tome_preset:
         preset = vars(stk.ToMeConfig.preset(args.tome_preset))

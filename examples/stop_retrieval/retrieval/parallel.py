@@ -41,7 +41,7 @@ class Processes:
         cuda = torch.cuda.is_available()
         if cuda and local >= torch.cuda.device_count():
             raise UsageError(
-                f"this machine has {torch.cuda.device_count()} GPUs: torchrun --nproc_per_node must be at most that"
+                f"torchrun --nproc_per_node must be at most {torch.cuda.device_count()}, the GPUs of this machine"
             )
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
@@ -96,6 +96,11 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def can_shard(self) -> None:
+        """Raise UsageError where there is one process alone."""
+        if self.world == 1:
+            raise UsageError("--fsdp shards over processes: torchrun --nproc_per_node=N main.py … --fsdp")
+
     def wrap(self, model: nn.Module, shard: bool, unused: bool) -> nn.Module:
         """The model as all processes train it together.
 
@@ -105,8 +110,7 @@ class Processes:
             unused: parameters may get no gradient in a step.
         """
         if shard:
-            if self.world == 1:
-                raise UsageError("--fsdp shards over processes: torchrun --nproc_per_node=N main.py … --fsdp")
+            self.can_shard()
             for block in model.blocks():  # type: ignore[operator]
                 fully_shard(block)
             fully_shard(model, ignored_params=set(model.unsharded()))  # type: ignore[operator]

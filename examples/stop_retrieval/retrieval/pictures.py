@@ -9,65 +9,66 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import stoptome_kernels as stk
 import torch
 
+from . import atomic
 from .corpus import Video
 from .errors import UsageError
-from .loader import Broken, video_loader
+from .loader import video_loader
 from .model import Retrieval
 from .parallel import Processes
+from .terminal import counted
 
 log = logging.getLogger("stop_retrieval")
 FOLDER = "traces"
 
 
 def draw(
-    model: Retrieval, args: argparse.Namespace, config: stk.ToMeConfig, videos: Sequence[Video], folder: Path,
-    processes: Processes, name: str = "",
+    models: Mapping[str, tuple[Retrieval, stk.ToMeConfig]], args: argparse.Namespace, videos: Sequence[Video],
+    folder: Path, processes: Processes,
 ) -> None:  # fmt: skip
-    """Draw videos, spread over those given, and which of their patches became one token: a PNG for each, frames as
-    they are above and merged ones below.
+    """Draw videos, spread over those given, and which of their patches became one token: for each video and model a
+    PNG, frames as they are above and merged ones below.
 
     Args:
-        model: on the process's device; afterwards it merges by ``config``, as before.
-        videos: to choose from; ``args.draw_trace`` of them are drawn.
+        models: on the process's device, with the settings by which they merge, then and afterwards; by the names of
+            these settings, which are in the names of the files.
+        videos: to choose from, which can be read; ``args.draw_trace`` of them are drawn.
         folder: of the run, where ``traces`` is made.
-        name: of the setting, in the names of the files.
 
     Raises:
-        UsageError: the model merges nothing, or a file can't be written.
+        UsageError: a file can't be written.
     """
-    if config.off:
-        raise UsageError("--draw_trace draws what merged: give --tome_r or --tome_preset")
     count = min(args.draw_trace, len(videos))
     chosen = [videos[n * len(videos) // count] for n in range(count)]
-    names, where = _file_names([video.id for video in chosen]), folder / FOLDER
-    _merge(model, dataclasses.replace(config, trace_source=True))
+    where, drawn, total = folder / FOLDER, 0, 0
+    size = next(iter(models.values()))[0].clip.config.image_size
+    for model, config in models.values():
+        _merge(model.eval(), dataclasses.replace(config, trace_source=True))
     try:
         where.mkdir(exist_ok=True)
-        model.eval()
-        broken, drawn = Broken(), 0
-        for batch in video_loader(args, chosen, model.clip.config.image_size, processes):
-            broken.note(batch)
+        for batch in video_loader(args, chosen, size, processes):
             _, video, mask = batch.to(processes.device)
-            with torch.inference_mode():
-                model.encode_video(video, mask)
-            trace = stk.tome_trace(model.clip)
-            for number, readable in enumerate(batch.readable.tolist()):
-                if readable:
-                    path = where / f"{names[drawn + number]}{name and f'-{_cleaned(name)}'}.png"
-                    frames = batch.video[number]
-                    stk.visualize(frames, trace, path, video=number, beside=True)
+            for name, (model, _) in models.items():
+                with torch.inference_mode():
+                    model.encode_video(video, mask)
+                trace = stk.tome_trace(model.clip)
+                for number in batch.readable.nonzero().flatten().tolist():
+                    file = f"{drawn + number:03d}-{_cleaned(chosen[drawn + number].id)}-{_cleaned(name)}.png"
+                    picture = stk.visualize(batch.video[number], trace, video=number, beside=True)
+                    atomic.replace(where / file, picture.save)
+                    total += 1
             drawn += len(video)
-        log.info("pictures of what merged are in %s", where)
+        log.info("%s of what merged: %s", counted(total, "picture"), where)
     except OSError as error:
         raise UsageError(f"{where} can't be written: {error.strerror or error}") from error
     finally:
-        _merge(model, config)
+        for model, config in models.values():
+            _merge(model, config)
 
 
 def _merge(model: Retrieval, config: stk.ToMeConfig) -> None:
@@ -77,14 +78,6 @@ def _merge(model: Retrieval, config: stk.ToMeConfig) -> None:
         stk.apply_tome_patch(model.clip, config=config)
 
 
-def _file_names(ids: Sequence[str]) -> list[str]:
-    """Return a name for each video that is a file's anywhere, no two the same."""
-    found: list[str] = []
-    for number, text in enumerate(ids):
-        name = _cleaned(os.path.basename(text)) or "video"
-        found.append(f"{name}-{number}" if name in found else name)
-    return found
-
-
 def _cleaned(text: str) -> str:
-    return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")[:100]
+    """Return a text as a part of a file's name anywhere."""
+    return re.sub(r"[^\w.]+", "-", os.path.basename(text), flags=re.ASCII).strip("-.")[:100]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluations of a folder: each says of which weights, settings and videos it is, and none replaces another."""
+"""The evaluations of a folder: each says of which weights, settings and videos it is."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
+import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,20 @@ import msgspec
 import stoptome_kernels as stk
 import torch
 
-from . import sealed
+from . import lock, sealed
 from .corpus import Split
 from .errors import UsageError
 
-NAME = "results.json"
+NAME, _LOCK = "results.json", ".results.lock"
+_MODEL = (
+    "pretrained_clip_name", "activation", "random_weights", "temporal_prompt", "shared_latent_space",
+    "visual_output_type", "lora",
+)  # fmt: skip
 _DATA = (
     "datatype", "data_path", "features_path", "val_csv", "max_frames", "max_words", "slice_framepos",
     "feature_framerate", "eval_frame_order",
 )  # fmt: skip
+_QB_NORM = ("qb_norm", "train_csv")
 _SYNTHETIC = ("synthetic_train", "synthetic_val", "synthetic_seed")
 
 
@@ -41,17 +48,23 @@ def describe(args: argparse.Namespace, tome: stk.ToMeConfig, kind: str, **weight
         kind: ``training``, after an epoch of it; ``evaluation``, of a checkpoint; ``sweep``, one of several settings.
         weights: what there is to say of the weights, such as ``checkpoint``, ``epoch`` and ``fingerprint``.
     """
-    data = {name: getattr(args, name) for name in (*_DATA, *(_SYNTHETIC if args.datatype == "synthetic" else ()))}
+    data = [*_DATA, *(_SYNTHETIC if args.datatype == "synthetic" else ()), *(_QB_NORM if args.qb_norm else ())]
     return {
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"stoptome_kernels": stk.__version__, "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "weights": weights,
-        "model": args.pretrained_clip_name,
+        "model": _told(args, _MODEL),
         "tome": dataclasses.asdict(tome),
         "precision": args.precision,
-        "data": {name: value for name, value in data.items() if value is not None},
+        "batch_size_val": args.batch_size_val,
+        "data": _told(args, data),
     }
+
+
+def _told(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def count(split: Split, videos: int, captions: int) -> dict[str, dict[str, int]]:
@@ -89,17 +102,24 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} can't be read: {error.strerror or error}; move it away") from error
 
 
-def append(folder: Path, evaluations: list[dict[str, Any]]) -> None:
+def append(folder: Path, evaluations: list[dict[str, Any]], resumed: bool = False) -> None:
     """Add evaluations to those in a folder.
 
-    One of a training takes the place of that of the same epoch and of later ones: a run that was killed between
-    evaluation and checkpoint evaluates its epoch again.
+    ``resumed``: of a training that went on. One that was killed between evaluation and checkpoint evaluates its epoch
+    again, and that takes the place of what it had found then.
 
     Raises:
         UsageError: see ``read``; or the file can't be written.
     """
-    first = min((found["weights"]["epoch"] for found in evaluations if found["kind"] == "training"), default=math.inf)
-    kept = [
-        found for found in read(folder) if found["kind"] != "training" or found["weights"]["epoch"] < first
-    ]  # fmt: skip
-    sealed.write_json(folder / NAME, {"evaluations": [*kept, *evaluations]})
+    with lock.waiting(folder / _LOCK):
+        kept, last = read(folder), math.inf
+        first = evaluations[0]["weights"].get("epoch", math.inf) if resumed else math.inf
+        for place in reversed(range(len(kept))):
+            if kept[place]["kind"] != "training":
+                continue
+            epoch = kept[place]["weights"]["epoch"]
+            if not first <= epoch < last:  # from here on back they are of the epochs before, or of an earlier training
+                break
+            last = epoch
+            del kept[place]
+        sealed.write_json(folder / NAME, {"evaluations": [*kept, *evaluations]})

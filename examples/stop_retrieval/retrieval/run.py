@@ -12,16 +12,30 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import stoptome_kernels as stk
 import torch
 from stoptome_kernels._backends import choose
 
-from . import checkpoint, compare, indexing, options, pictures, recipes, results, search, state, synthetic, terminal
+from . import (
+    checkpoint,
+    compare,
+    indexing,
+    interrupt,
+    options,
+    pictures,
+    recipes,
+    results,
+    search,
+    state,
+    synthetic,
+    terminal,
+)
 from .annotations import load
 from .corpus import Split, Video
 from .errors import UsageError
 from .evaluate import evaluate
 from .loader import tokens, train_loader
-from .model import Retrieval, build, count
+from .model import Retrieval, count
 from .parallel import Processes, Together
 from .terminal import counted
 from .tokenizer import Tokenizer
@@ -34,7 +48,6 @@ OUT_OF_MEMORY = (
     "--num_thread_reader"
 )
 _WORTH_PROCESSES = 200  # videos to make; starting processes takes some seconds
-STOPPED = "stopped; what was saved before stays: a training goes on by --resume auto, --index by the same call"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         if processes is None or processes.first:
-            terminal.complain(str(stop) or STOPPED, kind="note")
+            terminal.complain(str(stop) or "stopped", kind="note")
         return 130
     except (torch.OutOfMemoryError, MemoryError):
         terminal.complain(OUT_OF_MEMORY)
@@ -85,8 +98,21 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
             processes.first_does(lambda: folder.open(alone=args.do_train or args.index is not None))
         _work(args, folder, processes)
         done = True
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            raise
+        raise interrupt.Stopped(f"stopped; {_way_on(args, folder)}") from None
     finally:
         folder.close(refused=not done)
+
+
+def _way_on(args: argparse.Namespace, folder: state.Folder) -> str:
+    """Say what to do after a call that was stopped at once."""
+    if args.do_train and any((folder.path / name).exists() for name in (state.LAST, state.SETTINGS)):
+        return f"go on from the last checkpoint with --output_dir {folder.path} --resume auto"
+    if args.index is not None and not args.do_train:
+        return "the same call goes on"
+    return "nothing of it is saved: give the same call again"
 
 
 def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) -> None:
@@ -103,18 +129,21 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
     corpus = _searchable(args, folder)
     if args.do_train or args.do_eval:
         processes.first_does(lambda: results.read(folder.path))  # a damaged file is found before the work
-    args.tome = options.tome_config(args)
+    configs = compare.settings(args) if args.sweep else {"": options.tome_config(args)}
+    args.tome = next(iter(configs.values()))
+    if args.draw_trace and all(config.off for config in configs.values()):
+        raise UsageError("--draw_trace draws what merged: give --tome_r or --tome_preset")
+    if args.fsdp and args.do_train:
+        processes.can_shard()
     for note in args.notes if processes.first else ():
         log.info(note)
     tokenizer = Tokenizer()
-    splits = _splits(args, folder, processes)
     torch.manual_seed(args.seed)  # all processes begin with the same weights
-    if args.sweep:
-        _compare(args, splits, tokenizer, folder, processes, weights_from)
-        return
-    model, notes = build(args, args.tome, weights_from)
-    model.to(processes.device)
+    # before any video is looked for or made
+    models, notes = compare.models(args, configs, weights_from, processes.device)
+    model = next(iter(models.values()))
     size = model.clip.config.image_size
+    splits = _splits(args, folder, processes)
     if processes.first:
         for note in notes:
             log.info(note)
@@ -125,14 +154,7 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
         if args.index is not None:  # a later call searches with the best weights, too
             checkpoint.load_weights(folder.weights(), model)
     elif args.do_eval:
-        (found,) = evaluate({"": model}, args, splits["val"], tokenizer, size, processes, splits.get("train"))
-        of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(model)}
-        told = results.describe(args, args.tome, "evaluation", **of) | found.results
-        processes.first_does(lambda: results.append(folder.path, [told]))
-        if args.draw_trace:
-            processes.first_does(
-                lambda: pictures.draw(model, args, args.tome, splits["val"].videos, folder.path, processes)
-            )
+        _evaluate(args, models, configs, splits, tokenizer, folder, processes, weights_from)
     if args.index is not None:
         videos = corpus or splits["val"].videos
         indexing.index(model, args, videos, folder.path / state.INDEX, size, processes)
@@ -140,25 +162,26 @@ def _work(args: argparse.Namespace, folder: state.Folder, processes: Processes) 
         indexing.query(model, args.query, folder.path / state.INDEX, args, tokenizer, processes)
 
 
-def _compare(
-    args: argparse.Namespace, splits: dict[str, Split], tokenizer: Tokenizer, folder: state.Folder,
-    processes: Processes, weights_from: str | None,
+def _evaluate(
+    args: argparse.Namespace, models: dict[str, Retrieval], configs: dict[str, stk.ToMeConfig],
+    splits: dict[str, Split], tokenizer: Tokenizer, folder: state.Folder, processes: Processes,
+    weights_from: str | None,
 ) -> None:  # fmt: skip
-    """Evaluate several settings of token merging, side by side."""
-    configs = compare.settings(args)
-    models, notes = compare.models(args, configs, weights_from, processes.device)
-    for note in notes if processes.first else ():
-        log.info(note)
-    processes.working = True
+    """Evaluate the models, one or several settings of token merging side by side, and write down what comes of it."""
     first = next(iter(models.values()))
-    size, val = first.clip.config.image_size, splits["val"]
-    found = evaluate(models, args, val, tokenizer, size, processes, splits.get("train"))
+    size = first.clip.config.image_size
+    found = evaluate(models, args, splits["val"], tokenizer, size, processes, splits.get("train"))
     of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(first)}
-    compare.report(args, configs, models, found, folder.path, processes, **of)
-    for name, config in configs.items() if args.draw_trace else ():
-        if not config.off:
-            drawn = partial(pictures.draw, models[name], args, config, val.videos, folder.path, processes, name)
-            processes.first_does(drawn)
+    if args.sweep:
+        compare.report(args, configs, models, found, folder.path, processes, **of)
+    else:
+        told = results.describe(args, args.tome, "evaluation", **of) | found[0].results
+        processes.first_does(lambda: results.append(folder.path, [told]))
+    if args.draw_trace:
+        named = args.tome_preset or f"r = {args.tome_r}"
+        merging = {name or named: (models[name], config) for name, config in configs.items() if not config.off}
+        drawing = partial(pictures.draw, merging, args, found[0].videos, folder.path, processes)
+        processes.first_does(drawing)
 
 
 def _searchable(args: argparse.Namespace, folder: state.Folder) -> list[Video]:
@@ -258,12 +281,11 @@ def _train(
         args, wrapped, loader, sampler, folder, processes,
         evaluate=lambda: evaluate({"": model}, args, val, tokenizer, size, processes, train)[0].results,
     )  # fmt: skip
-    processes.first_does(lambda: folder.write_json(state.SETTINGS, args.hparams))
     if resume is not None and processes.first:
         done = resume.progress
         log.info("going on after epoch %d, step %d", done.epoch, done.step)
         if done.epoch == args.epochs:
-            log.info("all %d epochs are done; a larger --epochs trains on", args.epochs)
+            log.info("nothing left to do after %s; a larger --epochs trains on", counted(args.epochs, "epoch"))
     training.run(resume)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,33 +35,50 @@ class Folder:
         Raises:
             UsageError: it can't be written to, or is locked.
         """
-        here = (self.path / LOG, self.path / lock.NAME, self.path, *self.path.parents)
-        self._made = [path for path in here if not path.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            for path in (*reversed(self.path.parents), self.path):
+                self._make(path, path.mkdir)
         except OSError as error:
             raise UsageError(f"--output_dir {self.path} can't be made: {error.strerror or error}") from error
         if alone:
+            with contextlib.suppress(OSError):  # what can't be locked is told of by the lock
+                self._make(self.path / lock.NAME, partial((self.path / lock.NAME).touch, exist_ok=False))
             self._lock = lock.hold(self.path)
         atomic.sweep(self.path)
         probe = self.path / ".writable"
         atomic.replace(probe, lambda file: file.write_bytes(b""))
         probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._make(self.path / LOG, partial((self.path / LOG).touch, exist_ok=False))
         terminal.log_to_file(self.path / LOG)
 
+    def _make(self, path: Path, make: Callable[[], object]) -> None:
+        """Make a file or folder, and remember it, if it isn't there."""
+        if path.exists():
+            return
+        try:
+            make()
+        except FileExistsError:  # another process was quicker, and whatever it is is that one's
+            if not path.exists():
+                raise
+            return
+        self._made.append(path)
+
     def close(self, refused: bool = False) -> None:
-        """Unlock it. ``refused``: nothing came of the call, and what ``open`` made is removed, unless it holds more."""
-        if refused and self.path.is_dir() and not any(self._others()):
-            for path in self._made:
-                with contextlib.suppress(OSError):  # a folder that holds more stays
-                    path.rmdir() if path.is_dir() else path.unlink()
+        """Unlock it. ``refused``: nothing came of the call, and what ``open`` made is removed, unless it holds more or
+        another process is at work there."""
+        if refused and self._made and self.path.is_dir():
+            if self._lock is None:
+                with contextlib.suppress(UsageError):
+                    self._lock = lock.hold(self.path)
+                self._made.append(self.path / lock.NAME)
+            if self._lock is not None:
+                for path in sorted(self._made, key=lambda path: -len(path.parts)):
+                    with contextlib.suppress(OSError):  # a folder that holds more stays
+                        path.rmdir() if path.is_dir() else path.unlink()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def _others(self) -> Iterator[Path]:
-        """What is in the folder besides log and lock."""
-        return (path for path in self.path.iterdir() if path.name not in (LOG, lock.NAME))
 
     def must_be_new(self) -> None:
         """Raises UsageError where there is a run already."""

@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -214,13 +213,10 @@ def _each(save: Callable[[Clip], None], clips: list[Clip], processes: int) -> It
     if processes == 1:
         yield from map(save, clips)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=interrupt.ignore) as pool:
-        try:
-            yield from pool.map(save, clips, chunksize=16)
-        except BaseException:  # Ctrl-C above all: what is not begun is not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with interrupt.ignored():  # processes that are begun now ignore it for good; a terminal tells them too
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+    with pool:
+        yield from pool.imap(save, clips, chunksize=16)
 
 
 def _save(folder: Path, size: int, frames: int, fps: int, clip: Clip) -> None:

@@ -61,9 +61,9 @@ def complain(text: str, kind: str = "error") -> None:
         print(f"{kind}: {escape(text)}", file=sys.stderr, flush=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, of which the plural ends in s."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, of which the plural ends in s unless it is given."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import checkpoint, interrupt, results, state
+from . import checkpoint, features, interrupt, results, state
 from .curves import Curves
 from .errors import UsageError
 from .loader import Batch, Broken, TrainSampler
@@ -104,6 +104,7 @@ class Training:
             self.progress = checkpoint.restore(resume, self.model, self.optimizer, self.scaler)
             if resume.hparams.get("epochs") != self.args.epochs:
                 self._save()  # whoever goes on from here by --resume auto has the new number
+        self.processes.first_does(lambda: self.folder.write_json(state.SETTINGS, self.args.hparams))
         done = self.progress
         writer: Curves | None = None
         if self.processes.first:
@@ -121,6 +122,8 @@ class Training:
     def _epochs(self, writer: Curves | None) -> None:
         done = self.progress
         while done.epoch < self.args.epochs:
+            if self.asked.made:
+                raise interrupt.Stopped(f"stopped after epoch {done.epoch}, which is saved; {self._way_on}")
             self._epoch(writer)
             number = done.epoch + 1
             found = None
@@ -128,6 +131,8 @@ class Training:
                 found = self._evaluate()
             done.epoch, done.step = number, 0
             self._keep(found, writer)
+        if self.asked.made:
+            raise interrupt.Stopped("stopped after the last epoch; all is saved")
 
     def _must_be_ours(self, found: checkpoint.Checkpoint) -> None:
         done, steps = found.progress, self.sampler.steps
@@ -246,9 +251,11 @@ class Training:
     def _stop(self, where: str) -> NoReturn:
         """Save, and end a training that somebody stopped."""
         self._save()
-        raise interrupt.Stopped(
-            f"stopped {where}, and saved; go on with --output_dir {self.args.output_dir} --resume auto"
-        )
+        raise interrupt.Stopped(f"stopped {where}, and saved; {self._way_on}")
+
+    @property
+    def _way_on(self) -> str:
+        return f"go on with --output_dir {self.args.output_dir} --resume auto"
 
     def _keep(self, found: dict[str, Any] | None, writer: Curves | None) -> None:
         """Save what an epoch made, and the results if it was evaluated."""
@@ -259,10 +266,16 @@ class Training:
         r1 = found["text_to_video"]["r1"]
         best = r1 > done.best
         done.best = max(r1, done.best)
-        if writer is not None:  # before the checkpoint: a run that is killed between them writes the same again
+
+        def write() -> None:
             of = {"checkpoint": str(self.folder.path / state.LAST), "epoch": done.epoch, "step": done.global_step}
+            if not self.args.fsdp:  # whose weights are in pieces
+                of["fingerprint"] = features.fingerprint(self._clip().state_dict(), {})
             told = results.describe(self.args, self.args.tome, "training", **of)
-            results.append(self.folder.path, [told | found])
+            results.append(self.folder.path, [told | found], resumed=bool(self.args.resume))
+
+        # before the checkpoint: a run that is killed between them writes the same again
+        self.processes.first_does(write)
         self._save(best)
         if writer is None:
             return

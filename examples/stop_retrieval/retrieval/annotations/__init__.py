@@ -74,7 +74,7 @@ def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
         captions += [(len(videos), caption) for caption in entry.captions]
         videos.append(Video(entry.id, path, entry.span))
     if not videos:
-        there = f"{files.count} videos like {files.example} are there" if files.count else "no videos at all are there"
+        there = f"there are files like {files.example}" if files.count else "no videos at all are there"
         raise UsageError(
             f"{files.folder} (--features_path), with the folders inside, has none of the {len(entries)} {name} videos "
             f"that {annotated.source} names, such as {_file_name(entries[0])} (or {' '.join(SUFFIXES[1:5])} …); {there}"
