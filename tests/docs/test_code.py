@@ -87,7 +87,7 @@ def commands(text: str) -> list[list[str]]:
 
 def options_of(script: Path) -> str:
     """Return the sources in which a script's options are: its own, and those that its command line is made of."""
-    parts = {"main.py": ["retrieval/options.py", "../../stoptome_kernels/tome/config.py"]}.get(script.name, [])
+    parts = {"main.py": ["retrieval/flags.py", "../../stoptome_kernels/tome/config.py"]}.get(script.name, [])
     if any(f"cli.{name}(" in script.read_text() for name in ("parser", "main_by_shape", "add_dry")):
         parts = ["harness/cli.py"]
     return "\n".join(file.read_text() for file in (script, *(script.parent / part for part in parts)))
