@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which r to take: a model's speed, and what its outputs lose, under several settings."""
+"""Choosing r: a model's speed, and the loss of its outputs, under several settings."""
 
 from __future__ import annotations
 

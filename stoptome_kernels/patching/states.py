@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's modules are at one moment, to change them and to have them back."""
+"""The state of a model's modules at one moment, to change them and to have them back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a model's outputs are from those of the unpatched model."""
+"""Distance of a model's outputs from those of the unpatched model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _comparable(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor
 
 
 class Outputs:
-    """What a model gives under each setting, to compare it with what it gives unpatched, which is added first."""
+    """The outputs of a model under each setting, to compare with the unpatched model's, which are added first."""
 
     def __init__(self) -> None:
         self._plain: dict[str, Tensor] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep over r has found: rows, a table, a chart, a recommendation."""
+"""Results of a sweep over r: rows, a table, a chart, a recommendation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .table import table
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What one setting gives.
+    """Results of one setting.
 
     Attributes:
         r: the setting as a reader knows it: ``"8"``, ``"(8, 0.5)"``, ``"inference"``; ``"0"``: the unpatched model.
@@ -70,7 +70,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What ``stoptome_kernels.sweep`` has found. ``str()`` of it is a table.
+    """Results of ``stoptome_kernels.sweep``. ``str()`` of it is a table.
 
     Attributes:
         model: name of the model's class.

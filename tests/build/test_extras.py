@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the extras of pyproject.toml bring into an environment: whoever has a torch keeps it, and gets no torchvision,
-whose packages on PyPI ask for one exact torch, with CUDA."""
+"""Packages that the extras of pyproject.toml bring into an environment: whoever has a torch keeps it, and gets no
+torchvision, whose packages on PyPI ask for one exact torch, with CUDA."""
 
 import json
 import re

@@ -15,26 +15,7 @@ import torch
 
 from retrieval import run
 from retrieval import train as training
-from support.retrieval import MAIN, call, clip_weights, layout, msrvtt, refused, results, weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return layout(tmp_path_factory.mktemp("msrvtt") / "set")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return clip_weights(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data, clip):
-    """A run of two steps by the command of the README."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    argv = msrvtt(data, clip, out, "--tome_r", "2", "--tome_prop_attn", "--do_train", "1")
-    assert run.main(argv) == 0
-    return out
+from support.retrieval import MAIN, call, msrvtt, refused, results, weights
 
 
 @pytest.mark.slow

@@ -20,25 +20,6 @@ from retrieval.video import read_video
 from support.retrieval import FRAMES, clip_weights, layout, msrvtt, refused, results, weights
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return layout(tmp_path_factory.mktemp("msrvtt") / "set")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return clip_weights(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data, clip):
-    """A run of two steps by the command of the README."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    argv = msrvtt(data, clip, out, "--tome_r", "2", "--tome_prop_attn", "--do_train", "1")
-    assert run.main(argv) == 0
-    return out
-
-
 def test_a_run_leaves_what_stop_leaves(trained, data):
     found = torch.load(trained / "ckpt.best.pth.tar", weights_only=True)
     assert {"epoch", "global_step", "arch", "state_dict", "best_acc1", "optimizer", "scaler"} <= found.keys()

@@ -33,7 +33,7 @@ SECONDS = 20.0  # of timing, all settings together
 
 @dataclass(frozen=True)
 class Row:
-    """What one setting costs and gives.
+    """The cost and the gain of one setting.
 
     Attributes:
         setting: ``r = 4``, or the name of a preset.

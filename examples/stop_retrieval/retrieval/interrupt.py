@@ -17,7 +17,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Request:
-    """Whether somebody asked for an end."""
+    """A request to end, made or not."""
 
     def __init__(self) -> None:
         self.made = False

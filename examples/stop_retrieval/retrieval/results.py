@@ -34,7 +34,7 @@ _SYNTHETIC = ("synthetic_train", "synthetic_val", "synthetic_seed")
 
 
 class _History(msgspec.Struct, forbid_unknown_fields=True):
-    """What the file holds."""
+    """The content of the file."""
 
     evaluations: list[dict[str, Any]]
 

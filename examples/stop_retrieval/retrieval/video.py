@@ -120,8 +120,8 @@ def read_video(
     path = os.fspath(path)
 
     def choose(count: int, rate: float) -> tuple[np.ndarray, int, bool]:
-        """Which of ``count`` frames, ``(frames,)``, how many are no repetitions, and whether any number of frames
-        that includes these gives the same ones."""
+        """Return which of ``count`` frames are taken, ``(frames,)``, how many are no repetitions, and whether any number
+        of frames that includes these gives the same ones."""
         if not rate and (span or slice_framepos != 2):
             raise BrokenVideo(path, "its frame rate is not known")
         first, end = 0, count
@@ -249,8 +249,8 @@ def _opened(path: str, limit: _Limit, **options: str) -> av.container.InputConta
 
 
 class _Tally:
-    """What the packets of a video stream say, but those that an edit list leaves out: these are decoded where other
-    frames need them, and not shown.
+    """Facts from the packets of a video stream, without those that an edit list leaves out: these are decoded where
+    other frames need them, and not shown.
 
     Attributes:
         index: of the stream in its file.
