@@ -120,8 +120,8 @@ def read_video(
     path = os.fspath(path)
 
     def choose(count: int, rate: float) -> tuple[np.ndarray, int, bool]:
-        """Return which of ``count`` frames are taken, ``(frames,)``, how many are no repetitions, and whether any number
-        of frames that includes these gives the same ones."""
+        """Return which of ``count`` frames are taken, ``(frames,)``, how many are no repetitions, and whether any
+        number of frames that includes these gives the same ones."""
         if not rate and (span or slice_framepos != 2):
             raise BrokenVideo(path, "its frame rate is not known")
         first, end = 0, count
