@@ -2,6 +2,7 @@
 """The history of evaluations in a folder, and folders of calls that were refused."""
 
 import multiprocessing
+import time
 
 import pytest
 
@@ -41,7 +42,16 @@ def test_an_epoch_that_is_evaluated_again_takes_its_place(tmp_path, there, new, 
     assert results.read(tmp_path) == left
 
 
-def append_many(folder, name):
+def append_slowly(folder, name):
+    """So that one reads while another is between reading and writing."""
+    read = results.read
+
+    def slow(path):
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    results.read = slow
     for _ in range(20):
         results.append(folder, [OTHER | {"by": name}])
 
@@ -49,7 +59,7 @@ def append_many(folder, name):
 @pytest.mark.slow  # two processes start
 def test_processes_lose_nothing_of_each_other(tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=append_many, args=(tmp_path, name)) for name in "ab"]
+    both = [spawn.Process(target=append_slowly, args=(tmp_path, name)) for name in "ab"]
     for process in both:
         process.start()
     for process in both:
