@@ -42,7 +42,8 @@ def table(folder) -> dict:
 def test_every_setting_is_evaluated_as_it_would_be_alone(swept, tmp_path):
     rows = table(swept)["rows"]
     assert [row["setting"] for row in rows] == ["r = 0", "r = 4", "r = 2", "memory"], "once, r = 0 first"
-    assert rows[0]["lost"] == 0
+    assert (rows[0]["lost"], rows[0]["lost_interval"]) == (0, [0, 0])
+    assert rows[1]["lost_interval"][0] < rows[1]["lost"] < rows[1]["lost_interval"][1]
     assert [row["tokens"] for row in rows][:3] == [21, 13, 17]
     assert rows[3]["items"] == 2
     assert all(row["speedup"] > 0 and row["peak_bytes"] is None for row in rows)

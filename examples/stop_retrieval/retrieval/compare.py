@@ -113,7 +113,7 @@ def rows(
     for (name, model), each in zip(models.items(), evaluations, strict=True):
         schedule, told, (speed, peak) = model.clip.visual.tome.schedule, each.results["text_to_video"], speeds[name]
         lost = hits.double() - (each.ranks == 1).double()
-        low, high = metrics.paired_interval(lost, each.owners)
+        low, high = metrics.paired_interval(lost, each.owners) if found else (0.0, 0.0)
         found.append(Row(
             name, schedule.tokens[-1], schedule.items[-1], schedule.speedup, speed, speed / first, peak, told["r1"],
             told["r5"], told["median_rank"], 100 * float(lost.mean()), (100 * low, 100 * high),
