@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .normalization import CLIP
 from .plan import MergePlan
 
 if TYPE_CHECKING:  # Pillow is only needed by those who draw
     from PIL.Image import Image
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean, deviation
 LAYOUTS = ("grid", "strip")
 READABLE = 112  # pixels of a frame's shorter side, below which it is enlarged
 SLACK = 0.1  # resizing bicubically overshoots [0, 1] by up to this; normalised frames go to about ±2

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -32,7 +31,7 @@ from typing import Any
 import stoptome_kernels as stk
 import torch
 
-from retrieval import baselines, interrupt, loader, lock, model, options, recipes, results, run, synthetic
+from retrieval import baselines, loader, lock, model, options, recipes, results, run, side_by_side, synthetic
 from retrieval.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -152,6 +151,7 @@ def _results(out: Path) -> dict[str, Any] | None:
 
 def of_seed(work: Path, quick: bool, lines: Sequence[Case], seed: int) -> list[dict]:
     """Return the results of all cases with one seed."""
+    torch.set_num_threads(1)
     with loader.sharing_frames():
         study = Study(work, quick)
         return [study.result(case, seed) for case in lines]
@@ -164,15 +164,11 @@ def of_seeds(work: Path, quick: bool, lines: Sequence[Case], seeds: Sequence[int
     Study(work, quick)  # the videos, before anybody needs them
     if processes == 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
             return [each(seed) for seed in seeds]
         finally:
             torch.set_num_threads(threads)
-    with interrupt.ignored():  # by the processes that are begun now, which end with this one
-        pool = multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,))
-    with pool:
-        return list(pool.imap(each, seeds))
+    return side_by_side.call([partial(each, seed) for seed in seeds], processes)
 
 
 def _flags(values: dict[str, Any]) -> list[str]:

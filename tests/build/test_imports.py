@@ -22,7 +22,7 @@ ORDER = """
     _backends
     plan
     checks onnx
-    layout timing
+    layout normalization timing
     reference
 """
 PLACES = {name.strip('"'): line for line, names in enumerate(ORDER.split("\n")) for name in names.split()}

@@ -379,7 +379,7 @@ def test_features_path(msrvtt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "said"), [([], "no videos at all are there"), (["x.mkv", "a.txt"], "1 videos like x.mkv are there")]
+    ("there", "said"), [([], "no videos at all are there"), (["x.mkv", "a.txt"], "there: 1 video like x.mkv")]
 )
 def test_no_video_of_a_split_is_there(msrvtt, tmp_path, there, said):
     (tmp_path / "w").mkdir()

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from retrieval import compare, run
+from retrieval import compare, options, run
 from support import ROOT
 from support.retrieval import clip_weights, layout, results
 
@@ -20,6 +20,12 @@ def commands() -> list[list[str]]:
     assert lines.pop(0) == ["cd", "examples/stop_retrieval"]
     assert all(line[:2] == ["python", "main.py"] for line in lines)
     return [line[2:] for line in lines]
+
+
+def test_flags_of_the_guide():
+    told = [options.read(argv) for argv in commands()]
+    assert [args.do_train for args in told] == [True, True, False, False, False, False, False]
+    assert told[3].sweep == (0, 2, 4, 8)
 
 
 @pytest.mark.slow  # a training of five epochs and five calls after it

@@ -227,11 +227,11 @@ def test_a_checkpoint_of_another_kind(tmp_path, content):
 def test_a_checkpoint_of_a_training_of_other_length():
     training = train.Training.__new__(train.Training)
     training.sampler, training.args = type("S", (), {"steps": 3}), type("A", (), {"epochs": 2})
-    for epoch, step, total in ((0, 3, 3), (0, 1, 2), (3, 0, 9), (1, 0, 2)):
+    for epoch, step, total in ((0, 4, 4), (0, 1, 2), (3, 0, 9), (1, 0, 2)):
         found = checkpoint.Checkpoint("ckpt", {}, None, None, {}, checkpoint.Progress(epoch, step, total))
         with pytest.raises(UsageError, match="ckpt is at step"):
             training._must_be_ours(found)
-    for epoch, step, total in ((0, 0, 0), (1, 2, 5), (2, 0, 6)):
+    for epoch, step, total in ((0, 0, 0), (0, 3, 3), (1, 2, 5), (2, 0, 6)):
         training._must_be_ours(
             checkpoint.Checkpoint("ckpt", {}, None, None, {}, checkpoint.Progress(epoch, step, total))
         )

@@ -109,7 +109,7 @@ def rows(
     """Return a row for each setting, in their order; ``speeds`` are of ``measure``."""
     hits = evaluations[0].ranks == 1
     first = next(iter(speeds.values()))[0]
-    found = []
+    found: list[Row] = []
     for (name, model), each in zip(models.items(), evaluations, strict=True):
         schedule, told, (speed, peak) = model.clip.visual.tome.schedule, each.results["text_to_video"], speeds[name]
         lost = hits.double() - (each.ranks == 1).double()

@@ -64,10 +64,24 @@ def _handling(handler: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ignored() -> Iterator[None]:
-    """Ignore Ctrl-C."""
-    with _handling(signal.SIG_IGN):
-        yield
+def withheld() -> Iterator[None]:
+    """Withhold Ctrl-C until the end of the block. A process that is started meanwhile never hears of it."""
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    with _handling(note):
+        # a new process has the mask of the thread that starts it; other threads of this one hear Ctrl-C all the same
+        masked = hasattr(signal, "pthread_sigmask") and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            if masked is not False:
+                signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def ignore(*_: object) -> None:

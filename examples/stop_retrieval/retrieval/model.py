@@ -14,9 +14,9 @@ from pathlib import Path
 import stoptome_kernels as stk
 import torch
 import torch.nn.functional as F
+from stoptome_kernels.normalization import CLIP
 from stoptome_kernels.stop import StopConfig, StopModel
 from stoptome_kernels.stop import checkpoint as weights
-from stoptome_kernels.visualize import CLIP
 from torch import Tensor, nn
 
 from . import recipes

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from . import drawing, interrupt, scenes, sealed
+from . import drawing, scenes, sealed, side_by_side
 from .errors import UsageError
 
 VERSION = 2  # to be raised when the same settings give other videos or captions
@@ -190,8 +190,7 @@ def _make(folder: Path, settings: dict[str, int], processes: int, silent: bool |
         (made / "videos").mkdir(parents=True)
         save = partial(_save, made / "videos", settings["size"], settings["frames"], settings["fps"])
         with tqdm(total=len(train) + len(val), desc="making videos", unit="video", disable=silent, leave=False) as bar:
-            for _ in _each(save, [*train, *val], processes):
-                bar.update()
+            _each(save, [*train, *val], processes, bar)
         (made / "MSRVTT_data.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         _write_csv(made / "MSRVTT_train.9k.csv", ["video_id"], ([clip.id] for clip in train))
         captions = {sentence["video_id"]: sentence["caption"] for sentence in data["sentences"]}
@@ -208,15 +207,25 @@ def _make(folder: Path, settings: dict[str, int], processes: int, silent: bool |
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _each(save: Callable[[Clip], None], clips: list[Clip], processes: int) -> Iterator[None]:
-    """Call ``save`` for every clip, in so many processes; spawned, not forked: whoever calls may have threads."""
+def _each(save: Callable[[Clip], None], clips: list[Clip], processes: int, bar: tqdm) -> None:
+    """Call ``save`` for every clip, in so many processes."""
     if processes == 1:
-        yield from map(save, clips)
+        for clip in clips:
+            save(clip)
+            bar.update()
         return
-    with interrupt.ignored():  # processes that are begun now ignore it for good; a terminal tells them too
-        pool = multiprocessing.get_context("spawn").Pool(processes)
-    with pool:
-        yield from pool.imap(save, clips, chunksize=16)
+    shares = [clips[n::processes] for n in range(processes)]
+    # without a lock, which a process that is ended might hold
+    done = multiprocessing.get_context("spawn").RawArray("i", processes)
+    works = [partial(_save_share, save, share, done, n) for n, share in enumerate(shares)]
+    side_by_side.call(works, processes, lambda: bar.update(sum(done) - bar.n))
+
+
+def _save_share(save: Callable[[Clip], None], clips: list[Clip], done: Any, place: int) -> None:
+    """Call ``save`` for the clips of one process, and count them at its place."""
+    for clip in clips:
+        save(clip)
+        done[place] += 1
 
 
 def _save(folder: Path, size: int, frames: int, fps: int, clip: Clip) -> None:

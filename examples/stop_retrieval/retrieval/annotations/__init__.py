@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 
 from ..corpus import Split, Video
 from ..errors import UsageError
+from ..terminal import counted
 from . import activity, didemo, listed, lsmdc, msrvtt
 from .entries import Annotated, Entry
 from .files import SUFFIXES, VideoFiles
@@ -74,7 +75,11 @@ def _split(name: str, annotated: Annotated, files: VideoFiles) -> Split:
         captions += [(len(videos), caption) for caption in entry.captions]
         videos.append(Video(entry.id, path, entry.span))
     if not videos:
-        there = f"there are files like {files.example}" if files.count else "no videos at all are there"
+        there = (
+            f"there: {counted(files.count, 'video')} like {files.example}"
+            if files.count
+            else "no videos at all are there"
+        )
         raise UsageError(
             f"{files.folder} (--features_path), with the folders inside, has none of the {len(entries)} {name} videos "
             f"that {annotated.source} names, such as {_file_name(entries[0])} (or {' '.join(SUFFIXES[1:5])} …); {there}"
