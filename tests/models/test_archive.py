@@ -141,7 +141,7 @@ def test_other_files(tmp_path, data):
     ],
 )
 def test_text_in_place_of_weights(tmp_path, data, says):
-    """What a download gives that was none: said as such, and never with torch's advice to load it all the same."""
+    """A web page or a pointer in place of weights is named, never with torch's advice to load it all the same."""
     path = tmp_path / "ViT-B-32.pt"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} can't be read as weights [(]{says}") as caught:

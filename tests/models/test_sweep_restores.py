@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sweeps refuse, and that a model is as before, whatever happens."""
+"""Refusals of sweeps, and the model afterwards, which is as before whatever happens."""
 
 import pytest
 import stoptome_kernels as stk
@@ -10,7 +10,7 @@ from support.sweep import CLIPS, TOKENS, encoder, looks, same_looks, stop_model,
 
 
 class Stop(BaseException):
-    """What is raised in the middle, as Ctrl-C is."""
+    """An end in the middle, as by Ctrl-C."""
 
 
 def failing(at: int, error: type[BaseException]):

@@ -3,8 +3,9 @@
 
 import stoptome_kernels as stk
 import torch
-from stoptome_kernels.stop import StopConfig, StopModel
 from torch import nn
+
+from support import families
 
 TOKENS = torch.randn(3, 21, 16, generator=torch.Generator().manual_seed(1))
 CLIPS = stk.ToMeConfig(
@@ -18,15 +19,8 @@ def encoder(**changes) -> nn.Module:
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
 
 
-def stop_model() -> StopModel:
-    torch.manual_seed(0)
-    return StopModel(
-        StopConfig(
-            image_size=32, patch_size=8, width=64, layers=3, embed_dim=24, frames=4, global_prompts=3, frame_prompts=2,
-            text_prompts=4, text_width=64, text_heads=1, text_layers=1, vocab_size=50, context_length=16, max_words=10,
-            temporal_prompt="DGL",
-        )
-    )  # fmt: skip
+def stop_model() -> nn.Module:
+    return families.stop_model().train()
 
 
 def video() -> torch.Tensor:

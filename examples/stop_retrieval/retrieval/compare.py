@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,13 +140,14 @@ def recommend(found: Sequence[Row], max_loss: float) -> tuple[Row, str]:
 
 def show(found: Sequence[Row]) -> list[str]:
     """Return the rows as lines of text."""
+    peaks = [f"{row.peak_bytes / 2**20:.0f}" for row in found if row.peak_bytes is not None]  # of all or of none
     columns: dict[str, Sequence[object]] = {
         "setting": [row.setting for row in found],
         "items × tokens": [f"{row.items} × {row.tokens}" for row in found],
         "ideal": [f"{row.ideal:.2f}×" for row in found],
         "videos/s": [f"{row.videos_per_second:.4g}" for row in found],
         "speed-up": [f"{row.speedup:.2f}×" for row in found],
-        "peak MiB": [math.nan if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}" for row in found],
+        **({"peak MiB": peaks} if peaks else {}),
         "R@1": [f"{row.r1:.1f}" for row in found],
         "R@5": [f"{row.r5:.1f}" for row in found],
         "MdR": [f"{row.median_rank:.1f}" for row in found],
@@ -155,8 +155,6 @@ def show(found: Sequence[Row]) -> list[str]:
             f"{row.lost:.1f} ({row.lost_interval[0]:.1f} to {row.lost_interval[1]:.1f})" for row in found
         ],
     }
-    if all(row.peak_bytes is None for row in found):
-        del columns["peak MiB"]
     return table(columns)
 
 
@@ -213,14 +211,12 @@ def report(
         log.info("timing %s in turn, %g s or more", counted(len(models), "setting"), SECONDS)
         found = rows(models, evaluations, measure(models, args, processes.device))
         best, reason = recommend(found, args.max_loss)
-        told = [
-            results.describe(args, configs[name], "sweep", **weights) | each.results
-            for name, each in zip(models, evaluations, strict=True)
-        ]
-        results.append(folder, told)
+        of = {name: results.describe(args, config, "sweep", **weights) for name, config in configs.items()}
+        results.append(folder, [of[name] | each.results for name, each in zip(models, evaluations, strict=True)])
         table_of = {"rows": [dataclasses.asdict(row) for row in found], "max_loss": args.max_loss}
-        of = results.describe(args, configs[best.setting], "sweep", **weights)
-        sealed.write_json(folder / TABLE, {**of, **table_of, "recommended": best.setting, "reason": reason})
+        sealed.write_json(
+            folder / TABLE, {**of[best.setting], **table_of, "recommended": best.setting, "reason": reason}
+        )
         draw(found, folder / CHART)
         for line in (*show(found), reason, f"in {folder}: {TABLE}, {CHART}"):
             log.info("%s", line)

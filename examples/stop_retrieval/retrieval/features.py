@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import atomic, sealed
 from .corpus import Video
@@ -78,6 +78,11 @@ def fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str
     for name in sorted(state):
         sealed.update(digest, name, state[name])
     return digest.hexdigest()
+
+
+def weights_of(model: nn.Module) -> str:
+    """Return what tells the weights of a model from others, see ``fingerprint``."""
+    return fingerprint(model.state_dict(), {})
 
 
 class FeatureStore:

@@ -51,7 +51,7 @@ def index(
     """
     names = ("max_frames", "slice_framepos", "feature_framerate", "eval_frame_order", "precision", "visual_output_type")
     told = {name: getattr(args, name) for name in names} | {"tome": str(args.tome)}
-    mark = f"{weights_of(model)} {features.fingerprint({}, told)}"
+    mark = f"{features.weights_of(model)} {features.fingerprint({}, told)}"
     store = features.FeatureStore(folder, videos, mark, args.shard_size)
     broken = Broken()
     for shard in store.pending(processes.rank, processes.world):
@@ -83,7 +83,7 @@ def query(
         UsageError: no index, or one made by another model.
     """
     found = search.Index.open(folder)
-    if found.fingerprint.split(" ")[0] != weights_of(model):
+    if found.fingerprint.split(" ")[0] != features.weights_of(model):
         raise UsageError(f"the index in {folder} was made by other weights: remove it and build it with --index")
     asked = encode_texts(model, tokenizer(texts, args.max_words), 4 * args.batch_size_val, processes)
     for text, hits in zip(texts, found.search(asked, args.top_k), strict=True) if processes.first else ():
@@ -91,8 +91,3 @@ def query(
         for hit in hits:
             span = f"  {hit.span[0]:g}–{hit.span[1]:g} s" if hit.span else ""
             terminal.say(f"{hit.rank:4d}  {hit.score:.3f}  {hit.path}{span}")
-
-
-def weights_of(model: nn.Module) -> str:
-    """Return what tells the weights of a model from others, see ``features.fingerprint``."""
-    return features.fingerprint(model.state_dict(), {})

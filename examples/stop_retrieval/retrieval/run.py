@@ -19,6 +19,7 @@ from stoptome_kernels._backends import choose
 from . import (
     checkpoint,
     compare,
+    features,
     indexing,
     interrupt,
     options,
@@ -171,7 +172,7 @@ def _evaluate(
     first = next(iter(models.values()))
     size = first.clip.config.image_size
     found = evaluate(models, args, splits["val"], tokenizer, size, processes, splits.get("train"))
-    of = {"checkpoint": weights_from, "fingerprint": indexing.weights_of(first)}
+    of = {"checkpoint": weights_from, "fingerprint": features.weights_of(first)}
     if args.sweep:
         compare.report(args, configs, models, found, folder.path, processes, **of)
     else:

@@ -270,7 +270,7 @@ class Training:
         def write() -> None:
             of = {"checkpoint": str(self.folder.path / state.LAST), "epoch": done.epoch, "step": done.global_step}
             if not self.args.fsdp:  # whose weights are in pieces
-                of["fingerprint"] = features.fingerprint(self._clip().state_dict(), {})
+                of["fingerprint"] = features.weights_of(self._clip())
             told = results.describe(self.args, self.args.tome, "training", **of)
             results.append(self.folder.path, [told | found], resumed=bool(self.args.resume))
 
