@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -31,7 +30,7 @@ from typing import Any
 import stoptome_kernels as stk
 import torch
 
-from retrieval import baselines, loader, lock, model, options, recipes, results, run, side_by_side, synthetic
+from retrieval import loader, lock, model, options, recipes, results, run, side_by_side, synthetic
 from retrieval.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,6 +38,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from charts import accuracy as page  # noqa: E402
 from harness import measure  # noqa: E402
+from harness.baselines import matching  # noqa: E402
+from harness.intervals import mean_interval  # noqa: E402
 from harness.memory import memory  # noqa: E402
 from harness.rows import environment, rows_file, write_rows  # noqa: E402
 from harness.workloads import Side  # noqa: E402
@@ -53,8 +54,8 @@ SETTINGS: dict[str, stk.ToMeConfig] = {
 BY: dict[str, Callable[[int], Any]] = {
     "merge": lambda seed: None,
     "merge, sizes off": lambda seed: None,
-    "drop": baselines.RandomDrop,
-    "pool": lambda seed: baselines.average_pool,
+    "drop": matching.RandomDrop,
+    "pool": lambda seed: matching.average_pool,
 }
 WHEN = ("inference", "training")
 FIGURES = ("r1", "r5", "r10", "median_rank", "mean_rank")
@@ -120,7 +121,7 @@ class Study:
             argv = ["--do_eval", *begin]
         else:
             argv = ["--do_train", *begin, *_flags(self.recipe["tune"])]
-        with baselines.matching(BY[case.by](seed)):
+        with matching.matching(BY[case.by](seed)):
             return self._run(f"{seed}/{case.name}", seed, argv)["text_to_video"]
 
     def _run(self, name: str, seed: int, argv: list[str]) -> dict:
@@ -220,8 +221,8 @@ def row(case: Case, found: dict[Case, list[dict]], seeds: list[int], cost: dict,
         "direction": case.when, "impl": case.by, "seeds": seeds,
         "r1_mean": statistics.mean(told["r1"]),
         "r1_spread": statistics.stdev(told["r1"]) if len(seeds) > 1 else None,
-        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": interval(lost),
-        "over_merging_interval": interval([a - b for a, b in zip(lost, merging, strict=True)]),
+        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": mean_interval(lost),
+        "over_merging_interval": mean_interval([a - b for a, b in zip(lost, merging, strict=True)]),
         "guide": page.GUIDE.get(case.setting),
     }  # fmt: skip
 
@@ -230,17 +231,6 @@ def _lost(found: dict[Case, list[dict]], case: Case) -> list[float]:
     """Return the points of R@1 that a case lost against r = 0, seed by seed."""
     control = found[Case("r=0", case.when, "merge")]
     return [before["r1"] - after["r1"] for before, after in zip(control, found[case], strict=True)]
-
-
-def interval(values: list[float]) -> tuple[float, float] | None:
-    """Return a 95 % interval of the mean of what values are drawn from, by Student's t; None of one value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t  # which scikit-image needs, whose photographs the videos show
-
-    mean = statistics.mean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

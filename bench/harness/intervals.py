@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intervals of means."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return a 95 % interval of the mean of what values are drawn from, by Student's t; None of one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # here, so that commands without intervals need no SciPy
+
+    mean = statistics.mean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
