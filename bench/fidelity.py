@@ -8,7 +8,7 @@ each setting and each way to choose tokens: cosine of class and patch tokens to 
 saliency map, nearest neighbours of labelled pictures, clips of films with joined frames, and time beside all that.
 
 python bench/fidelity.py                a quarter of an hour on two cores
-python bench/fidelity.py --quick        few settings and pictures, a minute
+python bench/fidelity.py --quick        few settings and pictures, two minutes
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import stoptome_kernels as stk
 import torch
+from stoptome_kernels.tome.schedule import Rates
 from torch import Tensor, nn
 
-from charts.fidelity import table
+from charts import common
+from charts.fidelity import chart, table
 from harness import cli
 from harness import libraries as _libraries  # noqa: F401  # before timm
+from harness.intervals import mean_interval
 from harness.measure import Times, measure, percentile
 from harness.rows import percentiles, version_of
 from harness.trained import dinov2, pictures, scores
@@ -142,7 +146,8 @@ def photo_rows(study: Study) -> Iterator[list[dict]]:
     """Every schedule by every method, on the photographs."""
     args, model = study.args, study.models["timm"]
     want = study.unmerged(model, study.photos)
-    settings = {name: config for name, config in work.SCHEDULES.items() if not args.quick or name == "r=8"}
+    chosen = ("r=8", "r=13 rising") if args.quick else work.SCHEDULES
+    settings = {name: work.SCHEDULES[name] for name in chosen}
     timed = {
         f"{name} {method}": work.merged(model, config, method)
         for name, config in settings.items() for method in methods_of(name)
@@ -150,20 +155,38 @@ def photo_rows(study: Study) -> Iterator[list[dict]]:
     times = study.time(timed, model, work.class_token, study.photos[: args.batch])
     others = scores.cosines(want.classes, want.classes.roll(1, 0))
     yield [row("photos", "another picture", "none", len(study.photos), **scores.told("class", others))]
+    constant: dict[str, tuple[float, list[float]]] = {}  # ideal speed-up and cosines of the constant schedules
     for name, config in settings.items():
         found, merging = [], None
         for method in methods_of(name):
             side = work.merged(model, config, method, unmerge=True)
             columns, values = moved(study.features(side.run, study.photos), want, merging)
-            merging = merging or values
-            found.append(row("photos", name, method, len(study.photos), **columns,
-                             **speed(side, times, f"{name} {method}")))  # fmt: skip
+            columns |= speed(side, times, f"{name} {method}") | {"tome_r": written(config.tome_r)}
+            if method == work.MERGE:
+                merging = values
+                if name in work.CONSTANT:
+                    constant[name] = side.schedule.speedup, values["class"]
+                else:
+                    columns |= beside(side.schedule.speedup, values["class"], constant)
+            found.append(row("photos", name, method, len(study.photos), **columns))
         yield found
 
 
+def written(tome_r: Any) -> str:
+    """Return r as a user writes it: an int, a pair with its inflection, or a list with a number for each layer."""
+    return str(list(tome_r) if isinstance(tome_r, Rates) else tome_r)
+
+
+def beside(speedup: float, cosines: list[float], constant: dict[str, tuple[float, list[float]]]) -> dict[str, Any]:
+    """Return the columns that compare a schedule with the constant one that is next to it in ideal speed-up."""
+    name = min(constant, key=lambda name: abs(constant[name][0] - speedup))
+    apart = [one - other for one, other in zip(cosines, constant[name][1], strict=True)]
+    return {"beside": name, "class_over_beside_interval": mean_interval(apart)}
+
+
 def methods_of(setting: str) -> Sequence[str]:
-    """Return the methods by which a setting is carried out: of a schedule that rises or falls merging alone."""
-    return (work.MERGE,) if " " in setting else tuple(work.METHODS)
+    """Return the methods by which a setting is carried out: of a schedule that is not constant merging alone."""
+    return tuple(work.METHODS) if setting in work.CONSTANT else (work.MERGE,)
 
 
 def library_rows(study: Study) -> Iterator[list[dict]]:
@@ -174,7 +197,7 @@ def library_rows(study: Study) -> Iterator[list[dict]]:
             model = work.in_dtype(whole, getattr(torch, dtype))
             want = study.unmerged(model, study.photos)
             first = first or want
-            sides = {str(r): work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 13, 20))}
+            sides = {str(r): work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 20))}
             times = study.time(sides, model, work.class_token, study.photos[: args.batch])
             rounded = moved(want, first, None)[0]
             columns = percentiles(times[""]["samples"], 1)
@@ -262,6 +285,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = cli.parser(__doc__)
     add = p.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)")
+    add("--plot", type=Path, metavar="FILE", help="draw the chart of this run (.png, .svg, .pdf)")
     add("--batch", type=cli.positive(int), default=4, metavar="N", help="pictures at a time (default: 4)")
     cli.add_seconds(p, 30.0, "each timing")
     add("--quick", action="store_true", help="r = 8 and few pictures")
@@ -279,9 +303,16 @@ def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
         raise cli.Failure(str(error), 2) from error
 
 
+def plot(rows: list[dict], file: Path | None) -> None:
+    """Draw the chart, if it was asked for and there are rows that it shows."""
+    if file and any(row["op"] == "photos" for row in rows):
+        common.draw(chart, rows, file)
+        print(f"chart: {file}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    return cli.main(args, batches(args), table, HEADING)
+    return cli.main(args, batches(args), table, HEADING, after=lambda rows: plot(rows, args.plot))
 
 
 if __name__ == "__main__":

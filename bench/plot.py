@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make charts and tables from rows of results; nothing in them is typed.
 
-python bench/plot.py                    all charts (docs/images), docs/benchmarks.md and the README's summary
+python bench/plot.py                    all charts (docs/images), docs/benchmarks.md, parts of README and docs/models.md
 python bench/plot.py stop               the charts of one kind of rows alone, and both pages
 python bench/plot.py --check            write nothing; exit status 1 if a page is not what the rows give
 python bench/plot.py stop FILE.json --chart stop.png --table stop.md    of one kind of rows, from files of yours
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from charts import common, page
+from charts import common, fidelity, page
 from harness import cli
 from harness.rows import ROOT
 
-README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
+README, BENCHMARKS, MODELS = Path("README.md"), Path("docs/benchmarks.md"), Path("docs/models.md")
 
 
 def replace_between(text: str, block: str, file: Path, markers: tuple[str, str] = page.MARKERS) -> str:
@@ -36,9 +36,10 @@ def replace_between(text: str, block: str, file: Path, markers: tuple[str, str] 
 
 def pages(root: Path, rows: dict[str, list[dict]]) -> dict[Path, str]:
     """Return the pages below ``root`` that hold numbers, as the rows give them."""
-    readme = root / README
+    readme, models = root / README, root / MODELS
     return {
         readme: replace_between(readme.read_text(), page.summary(rows), README),
+        models: replace_between(models.read_text(), fidelity.advice(rows["fidelity"]), MODELS, page.ADVICE),
         root / BENCHMARKS: page.benchmarks(rows),
     }
 

@@ -51,6 +51,16 @@ def _mean_and_worst(row: dict, name: str) -> str:
     return f"{cosine(row[f'{name}_mean'])} (worst {cosine(row[f'{name}_worst'])})"
 
 
+def claim(rows: list[dict]) -> str:
+    """Return how near the class token stays at two schedules of about the same speed; nothing if they are not there."""
+    cells = [find(rows, op="photos", shape=name, impl="merge") for name in ("r=8", "r=13 rising")]
+    other = find(rows, op="photos", impl="none")
+    if other is None or None in cells:
+        return ""
+    near = [f"{cosine(row['class_mean'])} ({common.speedup(row['speedup'])})" for row in cells if row]
+    return f"r = 8: {near[0]}; r rising from 0 to 26: {near[1]}; of another picture {cosine(other['class_mean'])}"
+
+
 def cosine(value: float) -> str:
     """Return a cosine, a correlation or a share with as many digits as tell it from 1."""
     return f"{value:.4f}" if value > 0.99 else f"{value:.3f}"
@@ -61,19 +71,53 @@ def _beside_merging(row: dict | None, name: str = "class") -> str:
     differences, and a dagger where it is better."""
     if row is None:
         return ""
-    text, apart = _mean_and_worst(row, name), row.get(f"{name}_over_merging_interval")
-    if apart is None:
-        return text
-    return text + ("*" if apart[1] < 0 else "†" if apart[0] > 0 else "")
+    return _mean_and_worst(row, name) + _mark(row.get(f"{name}_over_merging_interval"))
+
+
+def _beside_constant(row: dict) -> str:
+    """Return the class token's cosine, of a schedule that is not constant with a mark as above, and what it is compared
+    with."""
+    mark = _mark(row.get("class_over_beside_interval"))
+    return _mean_and_worst(row, "class") + (f" {mark}{row['beside']}" if mark else "")
+
+
+def _mark(apart: tuple[float, float] | None) -> str:
+    """Return a star if an interval of differences is below 0, a dagger if it is above."""
+    return "" if apart is None else "*" if apart[1] < 0 else "†" if apart[0] > 0 else ""
 
 
 def tables(rows: list[dict]) -> list[str]:
     """Return the sections of each machine."""
     parts = []
     for found in common.machines([row for row in rows if row["dtype"] == "float32"]):
+        parts += _photos(found) + _methods(found) + _layers(found)
         here = [row for row in rows if all(row[key] == found[0][key] for key in ("device", "torch", "threads"))]
-        parts += _photos(found) + _methods(found) + _layers(found) + _libraries(here) + _labels(found) + _films(found)
+        for own in common.machines(here):
+            parts += _libraries(own)
+        parts += _labels(found) + _films(found)
     return parts
+
+
+LOSSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03)  # 1 − cosine of the class token, mean over pictures
+
+
+def advice(rows: list[dict]) -> str:
+    """Return, as a table, the fastest schedule among those that move the class token by so much at most: a line for
+    each that is the fastest."""
+    own = common.machines([row for row in _of(rows, "photos", "merge") if row["dtype"] == "float32"])[0]
+    best, lines = None, []
+    for most in LOSSES:
+        before, allowed = best, [row for row in own if 1 - row["class_mean"] <= most]
+        best = max(allowed, key=lambda row: row["speedup"], default=None)
+        if best and best is not before:
+            lines.append([
+                f"{most:g}", f"`tome_r={best['tome_r']}`", str(best["tokens_out"]), common.speedup(best["speedup"]),
+                *(cosine(best[f"{name}_mean"]) for name in ("class", "patch", "saliency")),
+            ])  # fmt: skip
+    head = ["1 − cosine at most", "fastest schedule", "tokens left of 257", "speed-up", "class token", "patch tokens",
+            "saliency map"]  # fmt: skip
+    said = f"{common.short_machine(own[0])}, {own[0]['n']} photographs, {common.dates(own)}"
+    return f"{common.markdown_table(head, lines, words=2)}\n\n*{said}.*"
 
 
 def _section(title: str, rows: list[dict], head: list[str], lines: list[list[str]], words: int = 1) -> list[str]:
@@ -87,15 +131,15 @@ def _of(rows: list[dict], op: str, impl: str | None = None) -> list[dict]:
 
 def _photos(rows: list[dict]) -> list[str]:
     own = _of(rows, "photos", "merge")
-    head = ["setting", "tokens left", "speed-up of ideal", "η", "class token", "patch tokens", "saliency map",
+    head = ["setting", "tokens left", "speed-up of ideal, η", "class token", "patch tokens", "saliency map",
             "its highest tenth"]  # fmt: skip
     lines = [
-        [row["shape"], str(row["tokens_out"]), _gain(row), f"{row['eta']:.2f}",
-         *(_mean_and_worst(row, name) for name in ("class", "patch", "saliency", "overlap"))]
+        [row["shape"], str(row["tokens_out"]), f"{_gain(row)}, {row['eta']:.2f}", _beside_constant(row),
+         *(_mean_and_worst(row, name) for name in ("patch", "saliency", "overlap"))]
         for row in own
     ]  # fmt: skip
     if other := find(rows, op="photos", impl="none"):
-        lines.append(["another picture", "", "", "", _mean_and_worst(other, "class"), "", "", ""])
+        lines.append(["another picture", "", "", _mean_and_worst(other, "class"), "", "", ""])
     return _section("Merging on photographs", own, head, lines)
 
 
@@ -124,14 +168,14 @@ def _layers(rows: list[dict]) -> list[str]:
 
 def _libraries(rows: list[dict]) -> list[str]:
     own = [row for row in rows if row["op"].startswith("photos, ")]
-    head = ["library", "dtype", "setting", "time of a batch", "speed-up of ideal", "class token", "patch tokens",
+    head = ["library", "setting", "time of a batch", "speed-up of ideal", "class token", "patch tokens",
             "saliency map"]  # fmt: skip
     lines = [
-        [row["op"].removeprefix("photos, "), row["dtype"], row["shape"], common.microseconds(row["p50_us"]),
+        [row["op"].removeprefix("photos, "), row["shape"], common.microseconds(row["p50_us"]),
          _gain(row), *(_mean_and_worst(row, name) for name in ("class", "patch", "saliency"))]
         for row in own
     ]  # fmt: skip
-    return _section("Libraries and dtypes", own, head, lines, words=3)
+    return _section("Both libraries", own, head, lines, words=2)
 
 
 def _labels(rows: list[dict]) -> list[str]:
@@ -179,14 +223,14 @@ def _films(rows: list[dict]) -> list[str]:
 
 
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:
-    """Draw what class token and saliency map lose against the speed-up, a curve for each method, and what one layer's
-    merging costs."""
+    """Draw how far class token and saliency map move against the speed-up, a curve for each method and schedule, and
+    how far one layer's merging moves features."""
     found = common.machines([row for row in rows if row["dtype"] == "float32"])
     figure, axes = common.panels(len(found), 3, 3.4)
     for line, own in zip(axes, found, strict=True):
         for axis, name, words in ((line[0], "class", "class token: 1 − cosine"),
                                   (line[1], "saliency", "saliency map: 1 − correlation")):  # fmt: skip
-            _curves(axis, [row for row in _of(own, "photos") if " " not in row["shape"]], name, colours)
+            _curves(axis, _of(own, "photos"), name, colours)
             common.title(axis, words, own, len(found) > 1)
             axis.set_xlabel("times as fast as unmerged")
         _layer_bars(line[2], _of(own, "one layer"), colours)
@@ -197,10 +241,13 @@ def chart(rows: list[dict], colours: dict[str, str]) -> Any:
 
 
 def _curves(axis: Any, rows: list[dict], name: str, colours: dict[str, str]) -> None:
-    for method, words in METHODS.items():
-        own = [row for row in rows if row["impl"] == method]
+    curves = [(method, words, "", "o-") for method, words in METHODS.items()]
+    for words, style in (("rising", "^--"), ("falling", "v--")):
+        curves.append(("merge", f"merging, {words}", words, style))
+    for method, words, schedule, style in curves:
+        own = [row for row in rows if row["impl"] == method and row["shape"].partition(" ")[2] == schedule]
         if own:
-            axis.plot([row["speedup"] for row in own], [1 - row[f"{name}_mean"] for row in own], "o-", ms=4,
+            axis.plot([row["speedup"] for row in own], [1 - row[f"{name}_mean"] for row in own], style, ms=4,
                       color=colours[COLOURS[method]], label=words)  # fmt: skip
     axis.set_yscale("log")
     axis.grid(color=colours["faint"], lw=0.6)
@@ -212,5 +259,7 @@ def _layer_bars(axis: Any, rows: list[dict], colours: dict[str, str]) -> None:
         lost = [1 - row[f"{name}_mean"] for row in rows]
         axis.plot(layers, lost, "s--", ms=4, color=colours[shade], label=f"{words}, one layer")
     axis.set_yscale("log")
+    axis.set_ylim(bottom=1e-6)  # the last layer merges behind the last attention, and moves no class token
+    axis.set_xticks(layers[1::2])
     axis.set_xlabel("layer")
     axis.grid(color=colours["faint"], lw=0.6)

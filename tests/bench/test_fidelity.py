@@ -235,8 +235,8 @@ def test_merged_models_share_their_weights_and_leave_the_model_alone(weights):
 
 @pytest.mark.slow
 def test_rows_table_and_chart(command, tmp_path):
-    file, page, chart = (tmp_path / name for name in ("rows.json", "table.md", "chart.png"))
-    assert command("--json", str(file)) == 0
+    file, page, chart, own = (tmp_path / name for name in ("rows.json", "table.md", "chart.png", "own.png"))
+    assert command("--json", str(file), "--plot", str(own)) == 0
     found = json.loads(file.read_text())
     rows = {(row["op"], row["shape"], row["impl"], row["dtype"]): row for row in found}
     assert len(rows) == len(found)
@@ -252,6 +252,11 @@ def test_rows_table_and_chart(command, tmp_path):
             assert row[f"{name}_worst"] <= row[f"{name}_mean"] < 1
     assert [row["p50_us"] for row in merged.values()] == [3e3, 4e3, 5e3, 6e3, 7e3], "each its own time"
     assert len({row["class_mean"] for row in merged.values()}) == len(merged), "each method is another one"
+    rising = rows["photos", "r=13 rising", "merge", "float32"]
+    assert (rising["tome_r"], rising["beside"], merged["merge"]["tome_r"]) == ("(13, 1.0)", "r=8", "8")
+    low, high = rising["class_over_beside_interval"]
+    apart = rising["class_mean"] - merged["merge"]["class_mean"]
+    assert low + high == pytest.approx(2 * apart, abs=1e-9)
     assert rows["photos, timm", "r=8", "merge", "float32"]["class_mean"] == pytest.approx(merged["merge"]["class_mean"])
     other = rows["photos, transformers", "r=8", "merge", "float32"]
     assert other["class_mean"] == pytest.approx(merged["merge"]["class_mean"], abs=1e-4)
@@ -269,10 +274,32 @@ def test_rows_table_and_chart(command, tmp_path):
     assert (joined["items_out"], joined["n"]) == (1, 1)
     assert plot.main(["fidelity", str(file), "--chart", str(chart), "--table", str(page)]) == 0
     text = page.read_text()
-    for heading in ("Merging on photographs", "Ways to have fewer tokens", "One layer alone", "Libraries and dtypes",
+    for heading in ("Merging on photographs", "Ways to have fewer tokens", "One layer alone", "Both libraries",
                     "Nearest neighbours of handwritten digits", "Clips of films"):  # fmt: skip
         assert f"### {heading}" in text
+    assert chart.read_bytes() == own.read_bytes()
     assert chart.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("r", "text"), [(13, "13"), ((13, -1.0), "(13, -1.0)"), ([0, 0, 20], "[0, 0, 20]"), ([8, 4], "[8, 4]")]
+)
+def test_r_is_written_as_a_user_writes_it(r, text):
+    assert fidelity.written(stk.ToMeConfig(r).tome_r) == text
+
+
+def test_the_fastest_that_loses_so_little_is_advised():
+    from charts.fidelity import advice
+
+    where = {"device": "CPU", "device_kind": "cpu", "torch": "2.13", "threads": 2, "cpus": 2, "pages": None,
+             "triton": None, "driver": None, "dtype": "float32", "date": "2026-01-01", "op": "photos",
+             "impl": "merge", "n": 34, "patch_mean": 0.9, "saliency_mean": 0.8}  # fmt: skip
+    settings = [("4", 1.1, 0.9995), ("(8, 1.0)", 1.2, 0.9991), ("8", 1.25, 0.9951), ("20", 1.9, 0.96)]
+    rows = [where | {"tome_r": r, "speedup": speedup, "class_mean": mean, "tokens_out": 100}
+            for r, speedup, mean in settings]  # fmt: skip
+    rows.append(rows[0] | {"impl": "drop", "speedup": 9})
+    lines = [line.split(" | ")[:2] for line in advice(rows).splitlines() if "tome_r" in line]
+    assert lines == [["| 0.001", "`tome_r=(8, 1.0)`"], ["| 0.005", "`tome_r=8`"]]
 
 
 def test_methods_that_differ_from_merging_are_marked():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,17 +27,19 @@ METHODS: dict[str, Callable[[], Any]] = {
     "drop": RandomDrop,
     "pool": lambda: average_pool,
 }
-RATES = (4, 8, 13, 16, 20)
+CONSTANT = {f"r={r}": stk.ToMeConfig(r) for r in (4, 8, 13, 16, 20)}
 SCHEDULES: dict[str, stk.ToMeConfig] = {
-    **{f"r={r}": stk.ToMeConfig(r) for r in RATES},
+    **CONSTANT,
     **{f"r={r} {words}": stk.ToMeConfig((r, inflection))
        for words, inflection in (("falling", -1.0), ("rising", 1.0)) for r in (8, 13, 16)},
+    "r=16 rising by half": stk.ToMeConfig((16, 0.5)),
     "r=20 from layer 5": stk.ToMeConfig([0] * 4 + [20] * 8),
+    "r=26 from layer 4": stk.ToMeConfig([0] * 3 + [26] * 9),
 }  # fmt: skip
 ONE_LAYER = 32  # tokens, where one layer alone merges
 FRAMES = 12
 CLIPS: dict[str, stk.ToMeConfig] = {
-    **{f"r={r}": stk.ToMeConfig(r) for r in (8, 16)},
+    **{f"r={r}": stk.ToMeConfig(r) for r in (8, 16, 20)},
     **{f"pairs joined in layer {layer + 1}, none merged": stk.ToMeConfig(
         [0], merge_layers=(layer,), merge_frame_nums=(2,), merge_token_proportions=(0, 0)) for layer in (3, 6, 9)},
     **{f"preset {name}": stk.ToMeConfig(**vars(stk.ToMeConfig.preset(name)) | {"frame_pos": 0})
@@ -87,7 +90,9 @@ def merged(model: nn.Module, config: stk.ToMeConfig, method: str = MERGE, **opti
     """
     twin = share(model)
     given = stk.ToMeConfig(**vars(config) | {"prop_attn": method != SIZES_OFF})
-    stk.apply_tome_patch(twin, config=given, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "tome_r asks for", UserWarning)  # the largest r reaches what a layer can
+        stk.apply_tome_patch(twin, config=given, **options)
     schedule = stk.describe(twin).schedule
     assert schedule is not None
     return Merged(twin, partial(matching, METHODS[method]()), schedule)
