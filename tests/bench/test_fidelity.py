@@ -63,6 +63,7 @@ def command(monkeypatch, weights):
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_weights_give_the_same_in_every_class(weights):
     shown = torch.randn(2, 3, 224, 224)
@@ -101,6 +102,7 @@ def test_matrices_are_found_by_the_names_of_their_nodes():
     np.testing.assert_array_equal(positions[:, :1], values["onnx::Concat_1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder.layer.5.mlp.fc2.weight", "decoder.bn2.running_mean", "cls_token"])
 def test_weights_in_the_wrong_place_are_not_measured(command, weights, monkeypatch, capsys, part):
     name = next(name for name in weights if name.endswith(part))
@@ -128,7 +130,7 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, capsys):
     monkeypatch.setattr(dinov2, "read", lambda: datasets.folder("no_such_package"))
     assert fidelity.main(["--quick"]) == 2
     assert capsys.readouterr().err == (
-        'error: no_such_package is not installed: pip install ".[fidelity]", or make fidelity\n'
+        'error: no_such_package is not installed: pip install ".[fidelity,vit]", or make fidelity\n'
     )
 
 
