@@ -29,7 +29,7 @@ HEAD = [
 
 
 def mean_and_deviation(mean: float, deviation: float | None) -> str:
-    return _tenths(mean) if deviation is None else f"{_tenths(mean)} ± {deviation:.1f}"
+    return tenths(mean) if deviation is None else f"{tenths(mean)} ± {deviation:.1f}"
 
 
 def points_lost(row: dict | None) -> str:
@@ -38,16 +38,16 @@ def points_lost(row: dict | None) -> str:
     if row is None or row["shape"] == "r=0":
         return ""
     if row.get("lost_interval") is None:  # of one seed
-        return _tenths(row["lost_mean"])
-    low, high = map(_tenths, row["lost_interval"])
-    return f"{_tenths(row['lost_mean'])} ({low} to {high})"
+        return tenths(row["lost_mean"])
+    low, high = map(tenths, row["lost_interval"])
+    return f"{tenths(row['lost_mean'])} ({low} to {high})"
 
 
-def _tenths(value: float) -> str:
+def tenths(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"  # no minus before a zero
 
 
-def _beside_merging(row: dict | None) -> str:
+def beside_merging(row: dict | None) -> str:
     """Return what a baseline lost, with a star where that is more than merging lost, by the interval of the paired
     differences, and a dagger where it is less."""
     text = points_lost(row)
@@ -65,7 +65,7 @@ def table(rows: list[dict]) -> str:
         if row := cells[0]:
             lines.append([
                 setting, WHEN[direction], mean_and_deviation(row["r1_mean"], row["r1_spread"]), points_lost(row),
-                row["guide"] or "", *map(_beside_merging, cells[1:]), *_gains(row, find(rows, shape="r=0")),
+                row["guide"] or "", *map(beside_merging, cells[1:]), *_gains(row, find(rows, shape="r=0")),
             ])  # fmt: skip
     return common.columns([HEAD, *lines]).replace("**", "")
 
@@ -109,7 +109,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
             continue
         if setting == "r=0":
             mean = mean_and_deviation(row["r1_mean"], row["r1_spread"])
-            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {mean}", "", *map(_beside_merging, others)])
+            lines.append([f"r=0, {WHEN[direction]}", f"R@1 {mean}", "", *map(beside_merging, others)])
             continue
         faults = []
         if any(other and other["lost_mean"] < row["lost_mean"] for other in others):
@@ -119,7 +119,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
         mine = points_lost(row)
         if faults:
             mine = f"**{mine} ({', '.join(faults)})**"
-        lines.append([f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *map(_beside_merging, others)])
+        lines.append([f"{setting}, {WHEN[direction]}", mine, row["guide"] or "", *map(beside_merging, others)])
     return lines
 
 
