@@ -48,7 +48,7 @@ def _losses(rows: list[dict]) -> list[list[str]]:
             mine = f"accuracy {mean_and_deviation(row['accuracy_mean'], row['accuracy_spread'])}"
         else:
             mine = points_lost(row)
-            if any(other and other["lost_mean"] < row["lost_mean"] for other in own.values()):
+            if any(other and round(other["lost_mean"], 1) < round(row["lost_mean"], 1) for other in own.values()):
                 mine = f"**{mine} (a baseline lost less)**"
         lines.append([f"{setting}, {WHEN[direction]}", _left(row), mine, *map(beside_merging, own.values())])
     return lines

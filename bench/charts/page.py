@@ -282,6 +282,11 @@ def _claims(rows: dict[str, list[dict]]) -> Iterator[Claim]:
         if row := find(own, shape="r=4", direction="inference", impl="merge"):
             what = "R@1 lost by r = 4 without training (a small model, synthetic videos)"
             yield what, f"{accuracy.points_lost(row)} points", own[0]
+    for own in common.machines(rows["digits"], "n"):
+        if row := find(own, shape="r=25", direction="inference", impl="merge"):
+            tokens = f"{row['tokens_in']} → {row['tokens'][-1]} tokens"
+            what = f"Accuracy lost by {tokens} without training (a small ViT, digits)"
+            yield what, f"{accuracy.points_lost(row)} points", own[0]
     for own in common.machines([row for row in rows["fidelity"] if row["dtype"] == "float32"]):
         if text := fidelity.claim(own):
             what = "Class token's cosine to the unmerged one (DINOv2-S/14, **trained weights**, photographs)"
