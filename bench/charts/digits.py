@@ -8,12 +8,8 @@ from typing import Any
 from . import common
 from .accuracy import WHEN, beside_merging, mean_and_deviation, points_lost, tenths
 from .common import find
+from .fidelity import COLOURS, METHODS
 
-METHODS = {
-    "merge": "merging", "merge, sizes off": "sizes off", "random pairs": "random pairs", "drop": "dropped at random",
-    "pool": "average pool",
-}  # fmt: skip
-COLOURS = {"merge": "ours", "merge, sizes off": "other", "random pairs": "third", "drop": "ideal", "pool": "theirs"}
 HEAD = ["setting", "tokens left", *METHODS.values()]
 GAINS = ["setting", "tokens left", "same digit, merging", *[f"same digit, {name}" for name in [*METHODS.values()][1:]],
          "forward", "speed-up", "ideal", "η"]  # fmt: skip
