@@ -346,15 +346,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=Path("output/digits"), metavar="FOLDER", help="where weights and results are kept")
     add("--json", type=Path, metavar="FILE", help="add the rows to FILE; in a folder: to a file named by device")
     add("--seconds", type=cli.positive(float), metavar="S", help="of the timing (default: 30, quick: 2)")
-    add("--threads", type=number, metavar="N", help="CPU threads, for timing; training takes one for each seed")
+    # two threads are no faster, and two copies of one model then differ by a quarter
+    add("--threads", type=number, default=1, metavar="N", help="CPU threads of the timing (default: 1)")
     cli.add_commit(p)
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     size = "quick" if args.quick else "full"
     seeds = range(args.seeds or (1 if args.quick else SEEDS))
     lines = list(cases(RATES[size]))

@@ -46,7 +46,7 @@ def machine(row: dict) -> str:
 
 def short_machine(row: dict) -> str:
     """Name the device of a row, and what ran on it, in a few words."""
-    threads = "" if row["device_kind"] == "cuda" else f", {row['threads']} threads"
+    threads = "" if row["device_kind"] == "cuda" else f", {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
     device = row["device"].replace("(R)", "").replace("Processor", "").strip()
     return f"{device}{threads}, torch {row['torch'].partition('+')[0]}, {row['dtype']}"
 
