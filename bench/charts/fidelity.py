@@ -87,14 +87,11 @@ def _mark(apart: tuple[float, float] | None) -> str:
 
 
 def tables(rows: list[dict]) -> list[str]:
-    """Return the sections of each machine."""
+    """Return the sections of each machine and dtype."""
     parts = []
-    for found in common.machines([row for row in rows if row["dtype"] == "float32"]):
-        parts += _photos(found) + _methods(found) + _layers(found)
-        here = [row for row in rows if all(row[key] == found[0][key] for key in ("device", "torch", "threads"))]
-        for own in common.machines(here):
-            parts += _libraries(own)
-        parts += _labels(found) + _films(found)
+    for found in common.machines(rows):
+        for section in (_photos, _methods, _layers, _libraries, _labels, _films):
+            parts += section(found)
     return parts
 
 
@@ -104,7 +101,7 @@ LOSSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03)  # 1 − cosine of the class to
 def advice(rows: list[dict]) -> str:
     """Return, as a table, the fastest schedule among those that move the class token by so much at most: a line for
     each that is the fastest."""
-    own = common.machines([row for row in _of(rows, "photos", "merge") if row["dtype"] == "float32"])[0]
+    own = next(iter(common.machines(_of(rows, "photos", "merge"))), [])
     best, lines = None, []
     for most in LOSSES:
         before, allowed = best, [row for row in own if 1 - row["class_mean"] <= most]
@@ -116,6 +113,8 @@ def advice(rows: list[dict]) -> str:
             ])  # fmt: skip
     head = ["1 − cosine at most", "fastest schedule", "tokens left of 257", "speed-up", "class token", "patch tokens",
             "saliency map"]  # fmt: skip
+    if not own:
+        return "*Not measured.*"
     said = f"{common.short_machine(own[0])}, {own[0]['n']} photographs, {common.dates(own)}"
     return f"{common.markdown_table(head, lines, words=2)}\n\n*{said}.*"
 
@@ -138,7 +137,8 @@ def _photos(rows: list[dict]) -> list[str]:
          *(_mean_and_worst(row, name) for name in ("patch", "saliency", "overlap"))]
         for row in own
     ]  # fmt: skip
-    if other := find(rows, op="photos", impl="none"):
+    other = find(rows, op="photos", impl="none")
+    if own and other:
         lines.append(["another picture", "", "", _mean_and_worst(other, "class"), "", "", ""])
     return _section("Merging on photographs", own, head, lines)
 
@@ -225,7 +225,7 @@ def _films(rows: list[dict]) -> list[str]:
 def chart(rows: list[dict], colours: dict[str, str]) -> Any:
     """Draw how far class token and saliency map move against the speed-up, a curve for each method and schedule, and
     how far one layer's merging moves features."""
-    found = common.machines([row for row in rows if row["dtype"] == "float32"])
+    found = common.machines([row for row in rows if row["op"] in ("photos", "one layer")])
     figure, axes = common.panels(len(found), 3, 3.4)
     for line, own in zip(axes, found, strict=True):
         for axis, name, words in ((line[0], "class", "class token: 1 − cosine"),

@@ -288,7 +288,7 @@ def _claims(rows: dict[str, list[dict]]) -> Iterator[Claim]:
             tokens = f"{row['tokens_in']} → {row['tokens'][-1]} tokens"
             what = f"Accuracy lost by {tokens} without training (a small ViT, digits)"
             yield what, f"{accuracy.points_lost(row)} points", own[0]
-    for own in common.machines([row for row in rows["fidelity"] if row["dtype"] == "float32"]):
+    for own in common.machines(rows["fidelity"]):
         if text := fidelity.claim(own):
             what = "Class token's cosine to the unmerged one (DINOv2-S/14, **trained weights**, photographs)"
             yield what, text, own[0]

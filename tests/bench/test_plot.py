@@ -263,11 +263,12 @@ MACHINES = [
 @pytest.mark.parametrize(("kind", "other"), MACHINES)
 def test_machines_are_kept_apart(kind, other):
     """Rows of another machine, version, dtype or memory have tables of their own, and change no line of the first."""
-    changes = {"dtype": "float16", "torch": "9.9.9", "threads": 7, "pages": "fresh"}
+    changes = {"torch": "9.9.9", "threads": 7, "pages": "fresh"}
     rows = ROWS[kind]
-    extra = [row | {other: changes.get(other)} for row in rows]
-    if other == "gpu":  # a card for each machine
-        extra = [new | {"device": f"NVIDIA at {row['device']}"} for new, row in zip(gpu(rows), rows, strict=True)]
+    extra = [row | {other: changes.get(other, f"other {row['dtype']}")} for row in rows]
+    if other == "gpu":  # a card for each machine and dtype
+        cards = [f"NVIDIA at {row['device']} for {row['dtype']}" for row in rows]
+        extra = [new | {"device": card} for new, card in zip(gpu(rows), cards, strict=True)]
     alone, together = (page.KINDS[kind].tables(found) for found in (rows, rows + extra))
     assert len(together) == 2 * len(alone)
     assert {part.partition("\n")[2] for part in alone} <= {part.partition("\n")[2] for part in together}
@@ -325,10 +326,11 @@ def test_charts_show_the_rows(monkeypatch):
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with the committed rows, and a README that has room for a summary."""
+    """A folder with the committed rows, and pages that have room for a summary and for advice."""
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results", ignore=shutil.ignore_patterns("*.md"))
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("before\n" + "\nold\n".join(page.MARKERS) + "\nafter\n")
+    for file, markers in ((plot.README, page.MARKERS), (plot.MODELS, page.ADVICE)):
+        (tmp_path / file).write_text("before\n" + "\nold\n".join(markers) + "\nafter\n")
     return tmp_path
 
 
