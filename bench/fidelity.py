@@ -29,7 +29,6 @@ from charts import common
 from charts.fidelity import chart, table
 from harness import cli
 from harness import libraries as _libraries  # noqa: F401  # before timm
-from harness.intervals import mean_interval
 from harness.measure import Times, measure, percentile
 from harness.rows import percentiles, version_of
 from harness.trained import dinov2, pictures, scores
@@ -54,10 +53,12 @@ class Study:
     """The models, unmerged, and the options."""
 
     def __init__(self, args: argparse.Namespace):
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions on a GPU, whose errors would be as large as losses
         self.args, onnx = args, dinov2.read()
-        self.weights = dinov2.weights_of(onnx)
-        self.decoder = dinov2.Decoder(self.weights)
-        self.models = {name: make(self.weights).to(args.device) for name, make in work.MODELS.items()}
+        weights = dinov2.weights_of(onnx)
+        self.decoder = dinov2.Decoder(weights)
+        self.models = {name: make(weights).to(args.device) for name, make in work.MODELS.items()}
+        self.tower = dinov2.FilmTower(weights).to(args.device)
         self.photos = pictures.photos(2 if args.quick else None)
         self._check(onnx)
 
@@ -66,7 +67,7 @@ class Study:
         shown = self.photos[:2]
         want, saliency = dinov2.run_onnx(onnx, shown)
         found = {name: work.run(model, work.tokens, shown, 2) for name, model in self.models.items()}
-        film = work.run(dinov2.FilmTower(self.weights), work.film_frames, shown, 2)
+        film = work.run(self.tower, work.film_frames, shown, 2)
         differences = {name: (got - want).abs().max().item() for name, got in found.items()}
         differences["the film tower"] = (film - want[:, 0]).abs().max().item()
         with torch.no_grad():
@@ -106,7 +107,7 @@ class Study:
         return measure(calls, self.args.device, self.args.seconds, set())
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- columns ----------------------------------------------------------------------------------------------------------
 
 
 def row(op: str, setting: str, method: str, n: int, dtype: str = "float32", **columns: Any) -> dict[str, Any]:
@@ -120,57 +121,35 @@ def speed(side: work.Merged, times: dict[str, Times], name: str) -> dict[str, An
     gain = percentile(times[""]["samples"], 0.5) / percentile(times[name]["samples"], 0.5)
     ideal = side.schedule.speedup
     return {**size(side), **percentiles(times[name]["samples"], 1), "speedup": round(gain, 4),
-            "speedup_ideal": round(ideal, 4), "eta": round(gain / ideal, 4)}  # fmt: skip
+            "eta": round(gain / ideal, 4)}  # fmt: skip
 
 
-def size(side: work.Merged) -> dict[str, int]:
-    """Return the columns of the tokens and items that are left."""
+def size(side: work.Merged) -> dict[str, Any]:
+    """Return the columns of the tokens and items that are left, and of what that promises."""
     schedule = side.schedule
-    return {"tokens_in": schedule.tokens_in, "tokens_out": schedule.tokens[-1], "items_out": schedule.items[-1]}
+    return {"tokens_in": schedule.tokens_in, "tokens_out": schedule.tokens[-1], "items_out": schedule.items[-1],
+            "speedup_ideal": round(schedule.speedup, 4)}  # fmt: skip
 
 
-def moved(got: Features, want: Features, merging: dict[str, list[float]] | None) -> tuple[dict, dict]:
-    """Return the columns that tell how far features have moved, and the values that they are of."""
-    values = {
-        "class": scores.cosines(got.classes, want.classes),
-        "patch": scores.cosines(got.patches, want.patches),
-        "saliency": scores.correlations(got.saliency, want.saliency),
-        "overlap": scores.overlaps(got.saliency, want.saliency),
-    }
+Losses = dict[str, list[float]]  # one for each picture, by what is lost
+
+
+def losses_of(got: Features, want: Features, method: str = work.MERGE) -> Losses:
+    """Return what features have lost. A token that was dropped has no row any more, nor has a map of all tokens."""
+    found = {"class": scores.cosine_losses(got.classes, want.classes)}
+    if method != work.DROP:
+        found["patch"] = scores.cosine_losses(got.patches, want.patches)
+        found["saliency"] = scores.correlation_losses(got.saliency, want.saliency)
+        found["top"] = scores.top_losses(got.saliency, want.saliency)
+    return found
+
+
+def columns_of(losses: Losses, others: Losses | None = None) -> dict[str, Any]:
+    """Return the columns of all losses, beside those of merging where these are given."""
     columns: dict[str, Any] = {}
-    for name, each in values.items():
-        columns |= scores.told(name, each, None if merging is None else merging[name])
-    return columns, values
-
-
-def photo_rows(study: Study) -> Iterator[list[dict]]:
-    """Every schedule by every method, on the photographs."""
-    args, model = study.args, study.models["timm"]
-    want = study.unmerged(model, study.photos)
-    chosen = ("r=8", "r=13 rising") if args.quick else work.SCHEDULES
-    settings = {name: work.SCHEDULES[name] for name in chosen}
-    timed = {
-        f"{name} {method}": work.merged(model, config, method)
-        for name, config in settings.items() for method in methods_of(name)
-    }  # fmt: skip
-    times = study.time(timed, model, work.class_token, study.photos[: args.batch])
-    others = scores.cosines(want.classes, want.classes.roll(1, 0))
-    yield [row("photos", "another picture", "none", len(study.photos), **scores.told("class", others))]
-    constant: dict[str, tuple[float, list[float]]] = {}  # ideal speed-up and cosines of the constant schedules
-    for name, config in settings.items():
-        found, merging = [], None
-        for method in methods_of(name):
-            side = work.merged(model, config, method, unmerge=True)
-            columns, values = moved(study.features(side.run, study.photos), want, merging)
-            columns |= speed(side, times, f"{name} {method}") | {"tome_r": written(config.tome_r)}
-            if method == work.MERGE:
-                merging = values
-                if name in work.CONSTANT:
-                    constant[name] = side.schedule.speedup, values["class"]
-                else:
-                    columns |= beside(side.schedule.speedup, values["class"], constant)
-            found.append(row("photos", name, method, len(study.photos), **columns))
-        yield found
+    for name, values in losses.items():
+        columns |= scores.columns_of(name, values, others and others[name])
+    return columns
 
 
 def written(tome_r: Any) -> str:
@@ -178,11 +157,37 @@ def written(tome_r: Any) -> str:
     return str(list(tome_r) if isinstance(tome_r, Rates) else tome_r)
 
 
-def beside(speedup: float, cosines: list[float], constant: dict[str, tuple[float, list[float]]]) -> dict[str, Any]:
-    """Return the columns that compare a schedule with the constant one that is next to it in ideal speed-up."""
-    name = min(constant, key=lambda name: abs(constant[name][0] - speedup))
-    apart = [one - other for one, other in zip(cosines, constant[name][1], strict=True)]
-    return {"beside": name, "class_over_beside_interval": mean_interval(apart)}
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def photo_rows(study: Study) -> Iterator[list[dict]]:
+    """Every schedule by every method, on the photographs."""
+    args, model, n = study.args, study.models["timm"], len(study.photos)
+    want = study.unmerged(model, study.photos)
+    chosen = ("r=8", "r=8 rising") if args.quick else work.SCHEDULES
+    settings = {name: work.SCHEDULES[name] for name in chosen}
+    timed = {
+        f"{name} {method}": work.merged(model, config, method)
+        for name, config in settings.items() for method in methods_of(name)
+    }  # fmt: skip
+    times = study.time(timed, model, work.class_token, study.photos[: args.batch])
+    others = scores.cosine_losses(want.classes, want.classes.roll(1, 0))
+    yield [row("photos", "another picture", "none", n, **scores.columns_of("class", others))]
+    constant = [(1.0, [0.0] * n)]  # ideal speed-up and the class token's losses of constant schedules
+    for name, config in settings.items():
+        found, merging = [], None
+        for method in methods_of(name):
+            side = work.merged(model, config, method, unmerge=True)
+            losses = losses_of(study.features(side.run, study.photos), want, method)
+            columns = columns_of(losses, merging) | speed(side, times, f"{name} {method}")
+            if method == work.MERGE:
+                merging = losses
+                if name in work.CONSTANT:
+                    constant.append((side.schedule.speedup, losses["class"]))
+                elif as_fast := scores.between(side.schedule.speedup, constant):
+                    columns["over_constant_interval"] = scores.difference_interval(losses["class"], as_fast)
+            found.append(row("photos", name, method, n, **columns, tome_r=written(config.tome_r)))
+        yield found
 
 
 def methods_of(setting: str) -> Sequence[str]:
@@ -192,21 +197,21 @@ def methods_of(setting: str) -> Sequence[str]:
 
 def library_rows(study: Study) -> Iterator[list[dict]]:
     """Both libraries in both dtypes, each against itself without merging."""
-    args, first = study.args, None
+    args, n, first = study.args, len(study.photos), None
     for dtype in ("float32", "bfloat16"):
         for library, whole in study.models.items():
             model = work.in_dtype(whole, getattr(torch, dtype))
             want = study.unmerged(model, study.photos)
             first = first or want
-            sides = {str(r): work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 20))}
+            sides = {f"r={r}": work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 20))}
             times = study.time(sides, model, work.class_token, study.photos[: args.batch])
-            rounded = moved(want, first, None)[0]
-            columns = percentiles(times[""]["samples"], 1)
-            found = [row(f"photos, {library}", "r=0", "none", len(study.photos), dtype, **rounded, **columns)]
-            for r, side in sides.items():
-                full = work.merged(model, stk.ToMeConfig(int(r)), unmerge=library == "timm")
-                columns = moved(study.features(full.run, study.photos), want, None)[0] | speed(side, times, r)
-                found.append(row(f"photos, {library}", f"r={r}", work.MERGE, len(study.photos), dtype, **columns))
+            rounded = columns_of(losses_of(want, first)) | percentiles(times[""]["samples"], 1)
+            found = [row(f"photos, {library}", "r=0", "none", n, dtype, **rounded)]
+            for name, side in sides.items():
+                dense = work.merged(model, side.config, unmerge=library == "timm")
+                columns = columns_of(losses_of(study.features(dense.run, study.photos), want))
+                columns |= speed(side, times, name)
+                found.append(row(f"photos, {library}", name, work.MERGE, n, dtype, **columns))
             yield found
 
 
@@ -215,9 +220,8 @@ def layer_rows(study: Study) -> Iterator[list[dict]]:
     model, want, found = study.models["timm"], study.unmerged(study.models["timm"], study.photos), []
     for layer in (0, 6) if study.args.quick else range(dinov2.LAYERS):
         side = work.merged(model, work.one_layer(layer), unmerge=True)
-        columns = moved(study.features(side.run, study.photos), want, None)[0]
-        columns |= size(side) | {"speedup_ideal": round(side.schedule.speedup, 4)}
-        found.append(row("one layer", f"layer {layer + 1}", work.MERGE, len(study.photos), **columns))
+        columns = columns_of(losses_of(study.features(side.run, study.photos), want))
+        found.append(row("one layer", f"layer {layer + 1}", work.MERGE, len(study.photos), **columns, **size(side)))
     yield found
 
 
@@ -227,56 +231,55 @@ def label_rows(study: Study) -> Iterator[list[dict]]:
     for name, shown in (("digits", pictures.digits(1 if args.quick else pictures.EACH_DIGIT)),
                         ("small pictures", pictures.small_pictures(4 if args.quick else None))):  # fmt: skip
         want = work.run(model, work.class_token, shown.pictures, args.batch)
-        columns = scores.classified(want, want, shown.labels)
-        yield [row(name, "r=0", "none", len(want), **columns)]
+        yield [row(name, "r=0", "none", len(want), **scores.classified(want, want, shown.labels))]
         for r in (8,) if args.quick else (8, 20):
             found = []
             for method in work.METHODS:
                 side = work.merged(model, stk.ToMeConfig(r), method)
                 got = side.run(work.class_token, shown.pictures, args.batch)
-                columns = scores.classified(got, want, shown.labels) | scores.told("class", scores.cosines(got, want))
+                columns = scores.classified(got, want, shown.labels)
+                columns |= scores.columns_of("class", scores.cosine_losses(got, want))
                 found.append(row(name, f"r={r}", method, len(want), **columns, **size(side)))
             yield found
 
 
 def film_rows(study: Study) -> Iterator[list[dict]]:
     """Frames one by one, and joined, on clips of films."""
-    args = study.args
-    tower = dinov2.FilmTower(study.weights).to(args.device)
-    clips = pictures.clips(work.FRAMES, STEP, 1 if args.quick else None)[: 2 if args.quick else None]
-    frames, n = clips.flatten(0, 1), len(clips)
+    args, tower = study.args, study.tower
+    clips = pictures.clips(work.FRAMES, STEP, 1 if args.quick else None)
+    if args.quick:
+        clips = pictures.Clips(clips.frames[:1], clips.films[:1])
+    frames, n = clips.frames.flatten(0, 1), len(clips.films)
     want = work.run(tower, work.film_frames, frames, work.FRAMES)
-    apart = want.unflatten(0, (n, -1))
-    yield [
-        row("films", "the next frame", "none", n, **scores.told("class", scores.cosines(apart[:, 1:], apart[:, :-1]))),
-        row("films", "another clip", "none", n, **scores.told("video", scores.cosines(*_means(want, want, n, 1)))),
-    ]
+    each = want.unflatten(0, (n, -1))
+    to_next = scores.cosine_losses(each[:, 1:].flatten(0, 1), each[:, :-1].flatten(0, 1))
+    yield [row("films", "the next frame", "none", n, **scores.columns_of("class", to_next))]
+    if apart := scores.losses_between_groups(each.mean(1), clips.films):
+        yield [row("films", "another film", "none", n, **scores.columns_of("clip", apart))]
     settings = dict(list(work.CLIPS.items())[-1:]) if args.quick else work.CLIPS
-    sides = {
-        f"{name} {method}": work.merged(tower, config, method, frames=work.FRAMES)
-        for name, config in settings.items() for method in film_methods(name)
-    }  # fmt: skip
-    times = study.time(sides, tower, work.film_frames, frames[: work.FRAMES])
-    for name in settings:
+    sides = {f"{name} {method}": (config, method)
+             for name, config in settings.items() for method in film_methods(name)}  # fmt: skip
+
+    def make(name: str) -> work.Merged:
+        config, method = sides[name]
+        return work.merged(tower, config, method, frames=work.FRAMES)
+
+    times = study.time({name: make(name) for name in sides}, tower, work.film_frames, frames[: work.FRAMES])
+    for setting in settings:
         found = []
-        for method in film_methods(name):
-            side = sides[f"{name} {method}"]
+        for method in film_methods(setting):
+            side = make(f"{setting} {method}")  # anew: timing has drawn from the generator of random pairs
             got = side.run(work.film_frames, frames, work.FRAMES)
-            of_frames = scores.cosines(*(part.unflatten(0, (n, -1)) for part in (got, want)))
-            columns = scores.told("class", of_frames) | scores.told("video", scores.cosines(*_means(got, want, n)))
-            found.append(row("films", name, method, n, **columns, **speed(side, times, f"{name} {method}")))
+            means = (part.unflatten(0, (n, -1)).mean(1) for part in (got, want))
+            columns = scores.columns_of("class", scores.cosine_losses(got, want))
+            columns |= scores.columns_of("clip", scores.cosine_losses(*means))
+            found.append(row("films", setting, method, n, **columns, **speed(side, times, f"{setting} {method}")))
         yield found
 
 
 def film_methods(setting: str) -> Sequence[str]:
     """Return the methods by which a setting of films is carried out: several of those that join frames and merge."""
     return (work.MERGE, work.SIZES_OFF, work.PAIRS) if setting.startswith("preset") else (work.MERGE,)
-
-
-def _means(got: Tensor, want: Tensor, clips: int, roll: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the mean over frames of the class tokens of each clip, of the second those of another."""
-    one, other = (part.unflatten(0, (clips, -1)).mean(1) for part in (got, want))
-    return one, other.roll(roll, 0)
 
 
 ROWS = dict(zip(PARTS, (photo_rows, library_rows, layer_rows, label_rows, film_rows), strict=True))
@@ -289,8 +292,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE", help="draw the chart of this run (.png, .svg, .pdf)")
     add("--batch", type=cli.positive(int), default=4, metavar="N", help="pictures at a time (default: 4)")
     cli.add_seconds(p, 30.0, "each timing")
-    add("--quick", action="store_true", help="r = 8 and few pictures")
+    add("--quick", action="store_true", help="few settings and few pictures, two minutes")
     args = p.parse_args(argv)
+    if args.plot and "photos" not in args.parts:
+        p.error("argument --plot: the chart is of photos, which --parts leaves out")
     args.dtype = "float32"
     return cli.configure(args)
 
@@ -306,7 +311,7 @@ def batches(args: argparse.Namespace) -> Iterator[list[dict]]:
 
 
 def plot(rows: list[dict], file: Path | None) -> None:
-    """Draw the chart, if it was asked for and there are rows that it shows."""
+    """Draw the chart, if it was asked for and there are rows that it shows (a run may have been stopped)."""
     if file and any(row["op"] == "photos" for row in rows):
         common.draw(chart, rows, file)
         print(f"chart: {file}")

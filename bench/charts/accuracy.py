@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import common
+from . import common, methods
 from .common import find
 
 LOSSES = {"r=2": (0, 1), "r=4": (1, 3), "r=8": (3, 7)}  # per cent of accuracy, as the ToMe guide for STOP has it
 GUIDE = {setting: f"{low}–{high} %" if low else f"under {high} %" for setting, (low, high) in LOSSES.items()}
-METHODS = {"merge": "merging", "merge, sizes off": "sizes off", "drop": "dropped at random", "pool": "average pool"}
-COLOURS = {"merge": "ours", "merge, sizes off": "other", "drop": "ideal", "pool": "theirs"}
+METHODS = {method: words for method, words in methods.METHODS.items() if method != "random pairs"}
 WHEN = {"inference": "at inference alone", "training": "in training too"}
 HEAD = [
     "setting",
@@ -51,10 +50,7 @@ def beside_merging(row: dict | None) -> str:
     """Return what a baseline lost, with a star where that is more than merging lost, by the interval of the paired
     differences, and a dagger where it is less."""
     text = points_lost(row)
-    apart = row.get("over_merging_interval") if row else None
-    if not text or apart is None:
-        return text
-    return text + ("*" if apart[0] > 0 else "†" if apart[1] < 0 else "")
+    return text + methods.mark(row.get("over_merging_interval")) if row and text else text
 
 
 def table(rows: list[dict]) -> str:
@@ -144,7 +140,7 @@ def _differences(axis: Any, rows: list[dict], settings: list[str], colours: dict
         at = [settings.index(row["shape"]) + (place - (len(METHODS) - 1) / 2) * 0.17 for row in own]
         halves = [row["lost_mean"] - row["lost_interval"][0] if row.get("lost_interval") else 0 for row in own]
         axis.errorbar(at, [-row["lost_mean"] for row in own], halves, fmt="o", ms=5, capsize=3,
-                      color=colours[COLOURS[method]], label=name)  # fmt: skip
+                      color=colours[methods.COLOURS[method]], label=name)  # fmt: skip
     axis.axhline(0, color=colours["ink"], lw=1)
     axis.set_xticks(range(len(settings)), settings)
     axis.set_xlim(-0.5, len(settings) - 0.5)

