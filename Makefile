@@ -61,7 +61,7 @@ test: types
 	$(PYTEST) $(ARGS)
 
 # The rest of the combinations too, those that are marked full; the reason why one of them says little stands beside it
-test-full: types
+test-full: types .fidelity/.installed
 	$(PYTEST) -m "" $(ARGS)
 
 types: $(STAMP)

@@ -76,13 +76,13 @@ def claim(rows: list[dict]) -> str:
 
 def advice(rows: list[dict]) -> str:
     """Return, as a table, the schedule with the largest ideal speed-up among those by which half of the pictures lose
-    so much at most: a line for each that is it."""
+    so much at most: a line for each that is it. One that is slower than another and loses more is left out."""
     own = next(iter(common.machines(_of(rows, "photos", "merge"))), [])
     if not own:
         return "*Not measured.*"
     best, lines = None, []
     for most in LIMITS:
-        before, allowed = best, [row for row in own if row["class_median"] <= most]
+        before, allowed = best, [row for row in own if row["class_median"] <= most and not _is_beaten(row, own)]
         best = max(allowed, key=lambda row: row["speedup_ideal"], default=None)
         if best and best is not before:
             lines.append([
@@ -92,6 +92,11 @@ def advice(rows: list[dict]) -> str:
     head = ["at most", "schedule", f"left of {own[0]['tokens_in']}", "speed-up of ideal", *LOST[:3]]
     said = f"{common.short_machine(own[0])}, {own[0]['n']} photographs, {common.dates(own)}"
     return f"{common.markdown_table(head, lines, words=2)}\n\n*{said}.*"
+
+
+def _is_beaten(row: dict, rows: list[dict]) -> bool:
+    """Return whether another schedule was measured faster and loses less."""
+    return any(other["speedup"] > row["speedup"] and other["class_median"] < row["class_median"] for other in rows)
 
 
 def _section(title: str, rows: list[dict], head: list[str], lines: list[list[str]], words: int = 1) -> list[str]:
