@@ -42,7 +42,7 @@ HEADING = "{device}, {threads} threads, torch {torch}"
 
 
 class Features(NamedTuple):
-    """What is compared of pictures: class tokens, patch tokens, saliency."""
+    """Features of pictures: class tokens, patch tokens, saliency maps."""
 
     classes: Tensor
     patches: Tensor

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
+from harness.trained import dinov2
 from support import ROOT
+from support import dinov2 as small
 
 
 @pytest.fixture
@@ -48,3 +50,11 @@ def run_script():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """Random weights of a DINOv2 of a few channels, in place of the trained ones."""
+    monkeypatch.setattr(dinov2, "WIDTH", small.WIDTH)
+    monkeypatch.setattr(dinov2, "DECODED", small.DECODED)
+    return small.random_weights()
