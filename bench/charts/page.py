@@ -294,7 +294,7 @@ def _claims(rows: dict[str, list[dict]]) -> Iterator[Claim]:
             yield what, f"{accuracy.points_lost(row)} points", own[0]
     for own in common.machines(rows["fidelity"]):
         if text := fidelity.claim(own):
-            what = "1 − cosine of the class token to the unmerged one (DINOv2-S/14, **trained weights**, photographs)"
+            what = "Median 1 − cosine of the class token to the unmerged one (DINOv2-S/14, **trained weights**, photos)"
             yield what, text, own[0]
 
 
