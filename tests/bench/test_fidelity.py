@@ -169,6 +169,27 @@ def test_random_pairs_of_films_do_not_hang_on_the_clock(command, monkeypatch, tm
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_each_dtype_is_compared_with_itself(command, monkeypatch, tmp_path):
+    def in_dtype(model, dtype, cast=work.in_dtype):
+        """Return what computes the opposite features, for bfloat16."""
+        model = cast(model, torch.float32)
+        if dtype is torch.bfloat16:
+            for parameter in list(model.parameters())[-2:]:  # of the last norm
+                parameter.data.neg_()
+        return model
+
+    monkeypatch.setattr(work, "in_dtype", in_dtype)
+    file = tmp_path / "rows.json"
+    assert command("--parts", "libraries", "--json", str(file)) == 0
+    lost = {(row["op"], row["shape"], row["dtype"]): row["class_mean"] for row in json.loads(file.read_text())}
+    for library in work.MODELS:
+        assert lost[f"photos, {library}", "r=0", "bfloat16"] > 1.9, "against float32"
+        assert lost[f"photos, {library}", "r=8", "bfloat16"] == pytest.approx(
+            lost[f"photos, {library}", "r=8", "float32"], abs=1e-6
+        ), "against itself"
+
+
 def test_a_chart_needs_the_photographs(capsys):
     with pytest.raises(SystemExit):
         fidelity.main(["--parts", "layers", "--plot", "chart.png"])
