@@ -170,8 +170,9 @@ endif
 	touch $@
 
 # constraints.txt anew, by the newest of what pyproject.toml allows: after make clean, with PIP="-m pip install --quiet"
-constraints: $(STAMP) $(OLDEST_TORCH)/.installed $(RELEASE)/.installed
-	$(RUN) tests/support/constraints.py constraints.txt $(^:%/.installed=%/bin/python)
+constraints: $(STAMP) $(OLDEST_TORCH)/.installed $(RELEASE)/.installed .fidelity/.installed
+	$(RUN) tests/support/constraints.py constraints.txt .fidelity \
+		$(patsubst %/.installed,%/bin/python,$(filter-out .fidelity/%,$^))
 
 clean:
 	rm -rf .venv .oldest .oldest-torch .triton-3.6 .fidelity .release .installed gpu-results build dist site *.egg-info

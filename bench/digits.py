@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import statistics
 import sys
 import time
@@ -29,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import stoptome_kernels as stk
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ TRAINING: dict[str, Any] = {"batch": 50, "base_lr": 2e-3, "tune_lr": 5e-4, "weig
 MEAN, DEVIATION = 0.13, 0.31  # of MNIST's pixels from 0 to 1
 BATCH = 100  # pictures of a forward, in evaluation and timing
 SEEDS = 5
+WEIGHTS = ".safetensors"  # suffix of files of them
 WHEN = ("inference", "training")
 BY: dict[str, Callable[[int], matching.Matching | None]] = {
     "merge": lambda seed: None,
@@ -214,7 +216,7 @@ class Study:
             train(model, self.data, self.recipe.base, TRAINING["base_lr"], self.seed)
             return model.state_dict()
 
-        model.load_state_dict(self._kept("base.pt", learn))
+        model.load_state_dict(self._kept(f"base{WEIGHTS}", learn))
         return model
 
     def result(self, case: Case) -> dict:
@@ -248,18 +250,22 @@ class Study:
 def _read(file: Path) -> dict:
     """Return what ``_write`` wrote; nothing of a file that is not there or damaged."""
     try:
-        found = torch.load(file, weights_only=True) if file.suffix == ".pt" else json.loads(file.read_text())
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+        if file.suffix != WEIGHTS:
+            found = json.loads(file.read_text())
+        else:
+            with safetensors.safe_open(file, "pt") as held:
+                weights = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118  # it is no dict
+                found = {**(held.metadata() or {}), "value": weights}
+    except (OSError, ValueError, safetensors.SafetensorError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _write(value: dict, file: Path) -> None:
-    if file.suffix == ".pt":
-        with open(file, "wb") as stream:
-            torch.save(value, stream)
+def _write(found: dict, file: Path) -> None:
+    if isinstance(next(iter(found["value"].values())), Tensor):
+        safetensors.torch.save_file(found["value"], file, {"made_by": found["made_by"]})
     else:
-        file.write_text(json.dumps(value))
+        file.write_text(json.dumps(found))
 
 
 def of_seed(work: Path, recipe: Recipe, lines: Sequence[Case], seed: int) -> list[dict]:

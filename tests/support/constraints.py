@@ -20,11 +20,14 @@ HEADER = """\
 """
 
 
-def installed(python: str) -> dict[str, str]:
-    """Return the packages of an environment with their versions and the marker that they are for."""
+def installed(python: str, *options: str) -> dict[str, str]:
+    """Return the packages of an environment with their versions and the marker that they are for; options are of
+    ``pip list``."""
     ask = [python, "-c", "import sys; print(sys.version_info < (3, 11))"]
     oldest = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip() == "True"
-    found = subprocess.run([python, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [python, "-m", "pip", "list", "--format=json", *options], check=True, capture_output=True, text=True
+    )
     marker = "<" if oldest else ">="
     return {
         f'{name}; python_version {marker} "3.11"': package["version"]
@@ -34,9 +37,10 @@ def installed(python: str) -> dict[str, str]:
     }
 
 
-def main(target: str, *pythons: str) -> None:
-    found: dict[str, str] = {}
-    for python in reversed(pythons):  # the first one's versions count
+def main(target: str, folder: str, *pythons: str) -> None:
+    """Write the file from a folder of packages and from environments; the first environment's versions count."""
+    found = installed(pythons[0], "--path", folder)
+    for python in reversed(pythons):
         found |= installed(python)
     lines = [key.replace(";", f"=={version};") for key, version in sorted(found.items())]
     Path(target).write_text(HEADER + "\n".join(lines) + "\n")
