@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,8 +37,9 @@ from torch.nn import functional as F
 from charts import digits as page
 from harness import cli, datasets, measure
 from harness.baselines import matching
-from harness.intervals import mean_interval
-from harness.rows import ROOT, environment, percentiles, rows_file, write_rows
+from harness.intervals import loss_columns, mean_interval
+from harness.rows import ROOT, environment, percentiles, rows_file
+from harness.workloads import patch
 
 sys.path.insert(0, str(ROOT / "examples/stop_retrieval"))
 
@@ -57,13 +57,7 @@ BATCH = 100  # pictures of a forward, in evaluation and timing
 SEEDS = 5
 WEIGHTS = ".safetensors"  # suffix of files of them
 WHEN = ("inference", "training")
-BY: dict[str, Callable[[int], matching.Matching | None]] = {
-    "merge": lambda seed: None,
-    "merge, sizes off": lambda seed: None,
-    "random pairs": matching.RandomPairs,
-    "drop": matching.RandomDrop,
-    "pool": lambda seed: matching.average_pool,
-}
+BY = matching.METHODS
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Case:
 
     @property
     def config(self) -> stk.ToMeConfig:
-        return stk.ToMeConfig(self.r, prop_attn=self.by != "merge, sizes off")
+        return stk.ToMeConfig(self.r, prop_attn=self.by != matching.SIZES_OFF)
 
     @property
     def name(self) -> str:
@@ -153,13 +147,6 @@ def network() -> nn.Module:
     with torch.no_grad():
         model.pos_embed[0, 1:] = build_sincos2d_pos_embed(model.patch_embed.grid_size, MODEL["embed_dim"])
     return model
-
-
-def patch(model: nn.Module, config: stk.ToMeConfig) -> nn.Module:
-    """Patch a model and return it; the last layer of a large r has fewer tokens than it asks for, which is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "tome_r asks for", UserWarning)
-        return stk.apply_tome_patch(model, config=config)
 
 
 def shifted(pictures: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -313,9 +300,9 @@ def costs(rates: Sequence[int], seconds: float) -> dict[int, dict[str, Any]]:
 def row(case: Case, found: dict[Case, list[dict]], seeds: Sequence[int], cost: dict, where: dict) -> dict:
     """Return a line of the results file; the time of a forward is measured, and told, for merging as it is meant."""
     own, control = found[case], found[Case(0, case.when, "merge")]
-    merging = _lost(found, Case(case.r, case.when, "merge"))
-    lost = _lost(found, case)
-    accuracy = [one["accuracy"] for one in own]
+    before, accuracy, merged = (
+        [one["accuracy"] for one in each] for each in (control, own, found[Case(case.r, case.when, "merge")])
+    )
     same = [
         100 * statistics.mean(map(str.__eq__, before["predicted"], after["predicted"]))
         for before, after in zip(control, own, strict=True)
@@ -327,8 +314,7 @@ def row(case: Case, found: dict[Case, list[dict]], seeds: Sequence[int], cost: d
         "direction": case.when, "impl": case.by, "r": case.r, "tokens_in": tokens(), "tokens": schedule.tokens,
         "seeds": list(seeds), "accuracy": accuracy, "accuracy_mean": statistics.mean(accuracy),
         "accuracy_spread": statistics.stdev(accuracy) if len(seeds) > 1 else None,
-        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": mean_interval(lost),
-        "over_merging_interval": mean_interval([a - b for a, b in zip(lost, merging, strict=True)]),
+        **loss_columns(before, accuracy, merged),
         "same_digit": same, "same_digit_mean": statistics.mean(same), "same_digit_interval": mean_interval(same),
     }  # fmt: skip
 
@@ -336,12 +322,6 @@ def row(case: Case, found: dict[Case, list[dict]], seeds: Sequence[int], cost: d
 def tokens() -> int:
     """Return the tokens of a picture: patches and the class token."""
     return (MODEL["img_size"] // MODEL["patch_size"]) ** 2 + 1
-
-
-def _lost(found: dict[Case, list[dict]], case: Case) -> list[float]:
-    """Return the points of accuracy that a case lost against r = 0, seed by seed."""
-    control = found[Case(0, case.when, "merge")]
-    return [before["accuracy"] - after["accuracy"] for before, after in zip(control, found[case], strict=True)]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -380,10 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     found = dict(zip(lines, map(list, zip(*by_seed, strict=True)), strict=True))
     rows = [row(case, found, seeds, cost[case.r], where) for case in lines]
-    print(page.table(rows))
-    if file:
-        write_rows(file, rows)
-        print(f"rows: {file}")
+    cli.report(rows, file, page.table)
     return 0
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from charts import common
 from charts.fidelity import chart, table
 from harness import cli
 from harness import libraries as _libraries  # noqa: F401  # before timm
+from harness.baselines.matching import DROP, MERGE, METHODS, PAIRS, SIZES_OFF
 from harness.measure import Times, measure, percentile
 from harness.rows import percentiles, version_of
 from harness.trained import dinov2, pictures, scores
@@ -85,6 +87,11 @@ class Study:
             saliency = torch.cat([self.decoder(part) for part in tokens[:, 1:].split(self.args.batch)])
         return Features(tokens[:, 0], tokens[:, 1:], saliency)
 
+    @cached_property
+    def of_photos(self) -> Features:
+        """Features of the photographs without merging."""
+        return self.unmerged(self.models["timm"], self.photos)
+
     def unmerged(self, model: nn.Module, shown: Tensor) -> Features:
         return self.features(lambda *given: work.run(model, *given), shown)
 
@@ -134,10 +141,10 @@ def size(side: work.Merged) -> dict[str, Any]:
 Losses = dict[str, list[float]]  # one for each picture, by what is lost
 
 
-def losses_of(got: Features, want: Features, method: str = work.MERGE) -> Losses:
+def losses_of(got: Features, want: Features, method: str = MERGE) -> Losses:
     """Return what features have lost. A token that was dropped has no row any more, nor has a map of all tokens."""
     found = {"class": scores.cosine_losses(got.classes, want.classes)}
-    if method != work.DROP:
+    if method != DROP:
         found["patch"] = scores.cosine_losses(got.patches, want.patches)
         found["saliency"] = scores.correlation_losses(got.saliency, want.saliency)
         found["top"] = scores.top_losses(got.saliency, want.saliency)
@@ -163,7 +170,7 @@ def written(tome_r: Any) -> str:
 def photo_rows(study: Study) -> Iterator[list[dict]]:
     """Every schedule by every method, on the photographs."""
     args, model, n = study.args, study.models["timm"], len(study.photos)
-    want = study.unmerged(model, study.photos)
+    want = study.of_photos
     chosen = ("r=8", "r=8 rising") if args.quick else work.SCHEDULES
     settings = {name: work.SCHEDULES[name] for name in chosen}
     timed = {
@@ -180,7 +187,7 @@ def photo_rows(study: Study) -> Iterator[list[dict]]:
             side = work.merged(model, config, method, unmerge=True)
             losses = losses_of(study.features(side.run, study.photos), want, method)
             columns = columns_of(losses, merging) | speed(side, times, f"{name} {method}")
-            if method == work.MERGE:
+            if method == MERGE:
                 merging = losses
                 if name in work.CONSTANT:
                     constant.append((side.schedule.speedup, losses["class"]))
@@ -192,36 +199,35 @@ def photo_rows(study: Study) -> Iterator[list[dict]]:
 
 def methods_of(setting: str) -> Sequence[str]:
     """Return the methods by which a setting is carried out: of a schedule that is not constant merging alone."""
-    return tuple(work.METHODS) if setting in work.CONSTANT else (work.MERGE,)
+    return tuple(METHODS) if setting in work.CONSTANT else (MERGE,)
 
 
 def library_rows(study: Study) -> Iterator[list[dict]]:
     """Both libraries in both dtypes, each against itself without merging."""
-    args, n, first = study.args, len(study.photos), None
+    args, n = study.args, len(study.photos)
     for dtype in ("float32", "bfloat16"):
         for library, whole in study.models.items():
             model = work.in_dtype(whole, getattr(torch, dtype))
             want = study.unmerged(model, study.photos)
-            first = first or want
             sides = {f"r={r}": work.merged(model, stk.ToMeConfig(r)) for r in ((8,) if args.quick else (8, 20))}
             times = study.time(sides, model, work.class_token, study.photos[: args.batch])
-            rounded = columns_of(losses_of(want, first)) | percentiles(times[""]["samples"], 1)
+            rounded = columns_of(losses_of(want, study.of_photos)) | percentiles(times[""]["samples"], 1)
             found = [row(f"photos, {library}", "r=0", "none", n, dtype, **rounded)]
             for name, side in sides.items():
                 dense = work.merged(model, side.config, unmerge=library == "timm")
                 columns = columns_of(losses_of(study.features(dense.run, study.photos), want))
                 columns |= speed(side, times, name)
-                found.append(row(f"photos, {library}", name, work.MERGE, n, dtype, **columns))
+                found.append(row(f"photos, {library}", name, MERGE, n, dtype, **columns))
             yield found
 
 
 def layer_rows(study: Study) -> Iterator[list[dict]]:
     """One layer alone merges."""
-    model, want, found = study.models["timm"], study.unmerged(study.models["timm"], study.photos), []
+    model, want, found = study.models["timm"], study.of_photos, []
     for layer in (0, 6) if study.args.quick else range(dinov2.LAYERS):
         side = work.merged(model, work.one_layer(layer), unmerge=True)
         columns = columns_of(losses_of(study.features(side.run, study.photos), want))
-        found.append(row("one layer", f"layer {layer + 1}", work.MERGE, len(study.photos), **columns, **size(side)))
+        found.append(row("one layer", f"layer {layer + 1}", MERGE, len(study.photos), **columns, **size(side)))
     yield found
 
 
@@ -234,7 +240,7 @@ def label_rows(study: Study) -> Iterator[list[dict]]:
         yield [row(name, "r=0", "none", len(want), **scores.classified(want, want, shown.labels))]
         for r in (8,) if args.quick else (8, 20):
             found = []
-            for method in work.METHODS:
+            for method in METHODS:
                 side = work.merged(model, stk.ToMeConfig(r), method)
                 got = side.run(work.class_token, shown.pictures, args.batch)
                 columns = scores.classified(got, want, shown.labels)
@@ -279,7 +285,7 @@ def film_rows(study: Study) -> Iterator[list[dict]]:
 
 def film_methods(setting: str) -> Sequence[str]:
     """Return the methods by which a setting of films is carried out: several of those that join frames and merge."""
-    return (work.MERGE, work.SIZES_OFF, work.PAIRS) if setting.startswith("preset") else (work.MERGE,)
+    return (MERGE, SIZES_OFF, PAIRS) if setting.startswith("preset") else (MERGE,)
 
 
 ROWS = dict(zip(PARTS, (photo_rows, library_rows, layer_rows, label_rows, film_rows), strict=True))

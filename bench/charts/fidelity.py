@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What merging does to trained weights on real pictures, from the rows of bench/fidelity.py."""
+"""Tables, charts and advice about merging in a model with trained weights, from the rows of bench/fidelity.py."""
 
 from __future__ import annotations
 

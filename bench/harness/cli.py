@@ -125,6 +125,15 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def report(rows: list[dict], file: Path | None, table: Callable[[list[dict]], str] | None) -> None:
+    """Print a table of rows, unless there is no function for it, and add them to their file, if there is one."""
+    if table:
+        print(table(rows))
+    if file:
+        write_rows(file, rows)
+        print(f"rows: {file}")
+
+
 # -- main -------------------------------------------------------------------------------------------------------------
 
 
@@ -197,11 +206,7 @@ def main(
         print("stopped" if live else "stopped; what was measured so far:", file=sys.stderr)
         status = 130
     if rows:
-        if not live:
-            print(table(rows))
-        if file:
-            write_rows(file, rows)  # an interrupt may have come while the last were written
-            print(f"rows: {file}")
+        report(rows, file, None if live else table)  # an interrupt may have come while the last were written
         after(rows)
     return status
 

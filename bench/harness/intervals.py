@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -17,6 +18,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     mean = statistics.mean(values)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def difference_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
+    """Return a 95 % interval of the mean of how much larger values are than others, pair by pair; None of one pair."""
+    return mean_interval([value - other for value, other in zip(values, others, strict=True)])
+
+
+def loss_columns(before: Sequence[float], after: Sequence[float], merged: Sequence[float]) -> dict[str, Any]:
+    """Return the columns of a row that tell of scores lost, each against one before it, and beside what merging lost.
+
+    Args:
+        before: a score for each seed, without fewer tokens.
+        after: with fewer tokens.
+        merged: with as many fewer by merging.
+    """
+    lost, merging = ([a - b for a, b in zip(before, scores, strict=True)] for scores in (after, merged))
+    return {
+        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": mean_interval(lost),
+        "over_merging_interval": difference_interval(lost, merging),
+    }  # fmt: skip
 
 
 def share_interval(differences: Sequence[float]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 from charts import accuracy as page  # noqa: E402
-from harness import measure  # noqa: E402
+from harness import cli, measure  # noqa: E402
 from harness.baselines import matching  # noqa: E402
-from harness.intervals import mean_interval  # noqa: E402
+from harness.intervals import loss_columns  # noqa: E402
 from harness.memory import memory  # noqa: E402
-from harness.rows import environment, rows_file, write_rows  # noqa: E402
+from harness.rows import environment, rows_file  # noqa: E402
 from harness.workloads import Side  # noqa: E402
 
 SETTINGS: dict[str, stk.ToMeConfig] = {
@@ -51,12 +51,7 @@ SETTINGS: dict[str, stk.ToMeConfig] = {
     "r=8": stk.ToMeConfig(8),
     "clips": recipes.CLIPS,
 }
-BY: dict[str, Callable[[int], Any]] = {
-    "merge": lambda seed: None,
-    "merge, sizes off": lambda seed: None,
-    "drop": matching.RandomDrop,
-    "pool": lambda seed: matching.average_pool,
-}
+BY = {name: make for name, make in matching.METHODS.items() if name != matching.PAIRS}
 WHEN = ("inference", "training")
 FIGURES = ("r1", "r5", "r10", "median_rank", "mean_rank")
 SEEDS = 6
@@ -73,7 +68,7 @@ class Case:
     @property
     def config(self) -> stk.ToMeConfig:
         config = SETTINGS[self.setting]
-        return stk.ToMeConfig(**vars(config) | {"prop_attn": self.by != "merge, sizes off"})
+        return stk.ToMeConfig(**vars(config) | {"prop_attn": self.by != matching.SIZES_OFF})
 
     @property
     def name(self) -> str:
@@ -214,23 +209,16 @@ def row(case: Case, found: dict[Case, list[dict]], seeds: list[int], cost: dict,
     """Return a line of the results file; the cost of the tower is measured, and told, for merging as it is meant."""
     figures = found[case]
     told = {name: [figure[name] for figure in figures] for name in FIGURES}
-    lost = _lost(found, case)
-    merging = _lost(found, Case(case.setting, case.when, "merge"))
+    control, merged = (found[Case(setting, case.when, "merge")] for setting in ("r=0", case.setting))
+    before, after, merging = ([figure["r1"] for figure in each] for each in (control, figures, merged))
     return where | (cost if case.by == "merge" else {}) | told | {
         "pages": "reused", "shape": case.setting, "n": figures[0]["candidates"], "dtype": "float32", "op": "retrieval",
         "direction": case.when, "impl": case.by, "seeds": seeds,
         "r1_mean": statistics.mean(told["r1"]),
         "r1_spread": statistics.stdev(told["r1"]) if len(seeds) > 1 else None,
-        "lost": lost, "lost_mean": statistics.mean(lost), "lost_interval": mean_interval(lost),
-        "over_merging_interval": mean_interval([a - b for a, b in zip(lost, merging, strict=True)]),
+        **loss_columns(before, after, merging),
         "guide": page.GUIDE.get(case.setting),
     }  # fmt: skip
-
-
-def _lost(found: dict[Case, list[dict]], case: Case) -> list[float]:
-    """Return the points of R@1 that a case lost against r = 0, seed by seed."""
-    control = found[Case("r=0", case.when, "merge")]
-    return [before["r1"] - after["r1"] for before, after in zip(control, found[case], strict=True)]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -279,10 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         alone.release()
     found = dict(zip(lines, map(list, zip(*by_seed, strict=True)), strict=True))
     rows = [row(case, found, seeds, cost[case.setting], where) for case in lines]
-    print(page.table(rows))
-    if file:
-        write_rows(file, rows)
-        print(f"rows: {file}")
+    cli.report(rows, file, page.table)
     return 0
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 Matching = Callable[[Tensor, int, int], MergePlan]
 
 
+MERGE, SIZES_OFF, PAIRS, DROP, POOL = "merge", "merge, sizes off", "random pairs", "drop", "pool"
+
+
 class RandomDrop:
     """Throws away ``r`` unprotected tokens of each item, drawn at random."""
 
@@ -54,6 +57,16 @@ def average_pool(metric: Tensor, r: int, protected: int) -> MergePlan:
     source = protected + 2 * (torch.arange(r, device=metric.device) * pairs // max(1, r))
     source = source.expand(n, -1)
     return _plan(source, source + 1, tokens, protected, weightless=False)
+
+
+# by a seed; None: by similarity
+METHODS: dict[str, Callable[[int], Matching | None]] = {
+    MERGE: lambda seed: None,
+    SIZES_OFF: lambda seed: None,
+    PAIRS: RandomPairs,
+    DROP: RandomDrop,
+    POOL: lambda seed: average_pool,
+}
 
 
 def _shuffled(metric: Tensor, r: int, protected: int, generator: torch.Generator) -> tuple[Tensor, int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..intervals import mean_interval, share_interval
+from ..intervals import difference_interval, mean_interval, share_interval
 
 TOP = 0.1  # share of a map that counts as salient
 
@@ -80,11 +80,6 @@ def columns_of(name: str, losses: list[float], others: list[float] | None = None
     if others is not None:
         columns[f"{name}_over_merging_interval"] = difference_interval(losses, others)
     return columns
-
-
-def difference_interval(losses: list[float], others: list[float]) -> tuple[float, float] | None:
-    """Return a 95 % interval of the mean of how much larger losses are than others, picture by picture."""
-    return mean_interval([loss - other for loss, other in zip(losses, others, strict=True)])
 
 
 def between(at: float, curve: list[tuple[float, list[float]]]) -> list[float] | None:

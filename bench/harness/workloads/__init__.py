@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import stoptome_kernels as stk
 import torch
 from stoptome_kernels.tome.schedule import Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 DIRECTIONS = ("inference", "training")
 
@@ -39,6 +42,13 @@ class Side:
     def run(self, direction: str) -> Callable[[], object]:
         """Return what is timed in a direction."""
         return self.train if direction == "training" else self.infer
+
+
+def patch(model: nn.Module, config: stk.ToMeConfig, **options: Any) -> nn.Module:
+    """Patch a model and return it, without a warning if the last layers have fewer tokens than a large r asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "tome_r asks for", UserWarning)
+        return stk.apply_tome_patch(model, config=config, **options)
 
 
 def casting(args: argparse.Namespace):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,17 +15,10 @@ import torch
 from stoptome_kernels.tome.schedule import Schedule
 from torch import Tensor, nn
 
-from ..baselines.matching import RandomDrop, RandomPairs, average_pool, matching
+from ..baselines.matching import MERGE, METHODS, SIZES_OFF, matching
 from ..trained import dinov2
+from . import patch
 
-MERGE, SIZES_OFF, PAIRS, DROP = "merge", "merge, sizes off", "random pairs", "drop"
-METHODS: dict[str, Callable[[], Any]] = {
-    MERGE: lambda: None,
-    SIZES_OFF: lambda: None,
-    PAIRS: RandomPairs,
-    DROP: RandomDrop,
-    "pool": lambda: average_pool,
-}
 CONSTANT = {f"r={r}": stk.ToMeConfig(r) for r in (4, 8, 13, 16, 20)}
 SCHEDULES: dict[str, stk.ToMeConfig] = {
     **CONSTANT,
@@ -91,14 +83,11 @@ def merged(model: nn.Module, config: stk.ToMeConfig, method: str = MERGE, **opti
         method: one of ``METHODS``.
         **options: of ``apply_tome_patch``.
     """
-    twin = share(model)
     given = stk.ToMeConfig(**vars(config) | {"prop_attn": method != SIZES_OFF})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "tome_r asks for", UserWarning)  # the largest r reaches what a layer can
-        stk.apply_tome_patch(twin, config=given, **options)
+    twin = patch(share(model), given, **options)
     schedule = stk.describe(twin).schedule
     assert schedule is not None
-    return Merged(twin, given, partial(matching, METHODS[method]()), schedule)
+    return Merged(twin, given, partial(matching, METHODS[method](0)), schedule)
 
 
 def share(model: nn.Module) -> nn.Module:
